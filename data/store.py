@@ -1,0 +1,175 @@
+"""The rollout store as training reads it: flat arrays, derived once, memory-mapped.
+
+A finalised store (see ``spvla.episodes``) is turned into ``.npy`` files in the user's cache directory, keyed by a
+fingerprint of the store, so that every later run maps them without decoding Parquet again and without holding them in
+anonymous memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace
+from spvla.episodes import read_action_space, read_episode_table
+from spvla.errors import InputError
+from spvla.history import Source
+
+CACHE_VERSION = 1
+FLOAT_FIELDS = {
+    "actions": "action",
+    "states": "observation.state",
+    "vla_actions": "vla_action",
+    "vla_confidence": "vla_confidence",
+    "vla_features": "vla_features",
+}
+
+
+def cache_directory() -> Path:
+    """Where derived arrays live: ``$SPVLA_CACHE``, else ``spvla`` in the user's cache directory."""
+    root = os.environ.get("SPVLA_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spvla"
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """What the store says of one episode."""
+
+    start: int
+    length: int
+    instruction: str
+    success: bool | None
+    metadata: dict[str, Any]
+
+
+class RolloutStore:
+    """A finalised store as memory-mapped arrays over all N frames, episodes one after the other.
+
+    Args:
+        folder: the store.
+
+    Attributes:
+        space: its action space.
+        episodes: one :class:`EpisodeInfo` each.
+        arrays: ``actions`` and ``targets`` (the teacher's, else the executed action), both normalised, (N, D); ``states``
+            (N, S); ``sources`` uint8 (N,); ``start`` int64 (N,), first frame of the frame's episode; ``end``, one past its
+            last; ``last_vla`` int64 (N,), the last earlier frame of the episode in which the VLA acted, else -1; where the
+            store has them ``vla_confidence`` (N, D) and ``vla_features`` (N, F).
+
+    Raises:
+        InputError: naming file, field, episode and step for a NaN in what was executed, and for damaged files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.space: ActionSpace = read_action_space(self.folder)
+        self.episodes = [
+            EpisodeInfo(
+                int(row["dataset_from_index"]),
+                int(row["length"]),
+                row["tasks"][0],
+                row["success"],
+                json.loads(row["metadata"]),
+            )
+            for row in read_episode_table(self.folder)
+        ]
+        cache = cache_directory() / f"store-{self.fingerprint}"
+        if not (cache / "done").exists():
+            self._derive(cache)
+        self.arrays: dict[str, NDArray[Any]] = {p.stem: np.load(p, mmap_mode="r") for p in sorted(cache.glob("*.npy"))}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the store's files (names, sizes, times) and of the cache's version."""
+        files = sorted(p for kind in ("data", "meta") for p in (self.folder / kind).rglob("*") if p.is_file())
+        stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return hashlib.sha256(repr((CACHE_VERSION, stats)).encode()).hexdigest()[:24]
+
+    @property
+    def frames(self) -> int:
+        """Number of frames N."""
+        return len(self.arrays["sources"])
+
+    @property
+    def labelled_by_teacher(self) -> bool:
+        """Whether targets are a teacher's labels (else: distilled from demonstrations)."""
+        return bool(self.arrays["labelled"][0])
+
+    def _derive(self, cache: Path) -> None:
+        files = sorted((self.folder / "data").glob("*/*.parquet"))
+        wanted = [*FLOAT_FIELDS.values(), "action.source"]
+        tables = []
+        for path in files:
+            try:
+                names = pq.read_schema(path).names
+                tables.append(pq.read_table(path, columns=[c for c in wanted if c in names]))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise InputError(f"{path}: damaged Parquet file ({error})") from None
+        table = pa.concat_tables(tables)
+        total = sum(e.length for e in self.episodes)
+        if table.num_rows != total:
+            raise InputError(f"{self.folder}: data holds {table.num_rows} frames, meta/episodes claims {total}")
+        raw: dict[str, NDArray[np.float32]] = {}
+        for name, column in FLOAT_FIELDS.items():
+            if column in table.column_names:
+                flat = table[column].combine_chunks()
+                width = flat.type.list_size
+                values = flat.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
+                self._require_finite(values, column, allow_missing=name.startswith("vla_"))
+                raw[name] = values
+        actions = self.space.normalize(raw["actions"])
+        targets = self.space.normalize(raw["vla_actions"]) if "vla_actions" in raw else actions
+        sources = table["action.source"].to_numpy().astype(np.uint8)
+        starts = np.array([e.start for e in self.episodes], np.int64)
+        lengths = np.array([e.length for e in self.episodes], np.int64)
+        start, end = np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)
+        arrays: dict[str, NDArray[Any]] = {
+            "actions": actions,
+            "targets": targets,
+            "labelled": np.array(["vla_actions" in raw]),
+            "states": raw.get("states", np.zeros((total, 0), np.float32)),
+            "sources": sources,
+            "start": start,
+            "end": end,
+            "last_vla": last_vla_frame(sources, start),
+        }
+        arrays |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
+        building = cache.with_name(f".{cache.name}.{os.getpid()}")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(building / f"{name}.npy", np.ascontiguousarray(array))
+        (building / "done").touch()
+        try:
+            building.rename(cache)
+        except OSError:  # another process derived the same store first
+            shutil.rmtree(building)
+
+    def _require_finite(self, values: NDArray[np.float32], column: str, allow_missing: bool) -> None:
+        bad = ~np.isfinite(values).all(1)
+        if allow_missing:  # NaN rows say that the teacher was not asked; half a row, or infinity, is damage
+            bad &= ~np.isnan(values).all(1)
+        if bad.any():
+            frame = int(bad.argmax())
+            i = next(i for i, e in enumerate(self.episodes) if e.start <= frame < e.start + e.length)
+            step = frame - self.episodes[i].start
+            raise InputError(f"{self.folder}: {column} contains NaN or infinity in episode {i} at step {step}")
+
+
+def last_vla_frame(sources: NDArray[np.uint8], start: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Per frame, the last earlier frame of its episode in which the VLA acted, or -1: (N,) from (N,)."""
+    frames = np.arange(len(sources), dtype=np.int64)
+    acted = np.where(sources == Source.VLA, frames, -1)
+    before = np.concatenate([[-1], np.maximum.accumulate(acted)[:-1]]) if len(frames) else acted
+    return np.where(before >= start, before, -1)

@@ -1,0 +1,257 @@
+"""Windows over rollout stores, indexed a whole batch at a time.
+
+A batch is gathered by numpy fancy indexing from the memory-mapped arrays: no Python per window, no copy of the store.
+What a window holds is exactly what :class:`spvla.history.ActionHistory` would hold online; a test replays one against
+the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.store import EpisodeInfo, RolloutStore
+from spvla.actions import FloatArray
+from spvla.errors import InputError
+from spvla.history import Source, Window
+
+EVALUATION_INIT_STATES = range(30, 50)
+CALIBRATION_INIT_STATES = range(20, 30)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows and what the teacher did next.
+
+    Args:
+        window: B histories.
+        targets: the teacher's actions at the visited states t .. t + H - 1, normalised, (B, H, D); zeros where unknown.
+        valid: 1 where a target exists, (B, H): within the episode, and the teacher was asked.
+    """
+
+    window: Window
+    targets: FloatArray
+    valid: FloatArray
+
+
+class Windows:
+    """All windows of one or more stores.
+
+    Args:
+        stores: stores of compatible action spaces and equal state sizes.
+        history: steps to look back (n).
+        horizon: teacher actions ahead (H).
+        confidence, features: gather the VLA's confidence and pooled features too; every store must have them.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[RolloutStore],
+        history: int,
+        horizon: int = 1,
+        confidence: bool = False,
+        features: bool = False,
+    ) -> None:
+        if not stores:
+            raise InputError("windows: no stores given")
+        first = stores[0]
+        for store in stores[1:]:
+            first.space.require_compatible(store.space, str(store.folder))
+            if store.arrays["states"].shape[1] != first.arrays["states"].shape[1]:
+                raise InputError(
+                    f"{store.folder}: observation.state has {store.arrays['states'].shape[1]} values, "
+                    f"{first.folder} has {first.arrays['states'].shape[1]}"
+                )
+        for flag, name in ((confidence, "vla_confidence"), (features, "vla_features")):
+            for store in stores:
+                if flag and name not in store.arrays:
+                    raise InputError(f"{store.folder}: the model needs {name}, which this store lacks")
+        self.stores = list(stores)
+        self.history, self.horizon = history, horizon
+        self.confidence, self.features = confidence, features
+        self.offsets = np.cumsum([0] + [s.frames for s in stores])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def episodes(self) -> list[tuple[int, int, EpisodeInfo]]:
+        """(store index, first global frame, info) of every episode."""
+        return [(i, int(self.offsets[i]) + e.start, e) for i, s in enumerate(self.stores) for e in s.episodes]
+
+    def batch(self, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None = None) -> Batch:
+        """The windows before global ``frames`` (B,), in that order.
+
+        Args:
+            frames: global frame indices (over all stores).
+            hidden: per window, pretend that the generator made the last this many actions, (B,): the VLA's last output
+                then lies further back. The first step of an episode is always the VLA's.
+        """
+        if len(self.stores) == 1:
+            return self._gather(0, frames, hidden)
+        which = np.searchsorted(self.offsets, frames, side="right") - 1
+        order = np.argsort(which, kind="stable")
+        parts = [
+            self._gather(int(i), frames[chosen] - self.offsets[i], None if hidden is None else hidden[chosen])
+            for i in np.unique(which)
+            for chosen in (order[which[order] == i],)
+        ]
+        back = np.argsort(order, kind="stable")
+
+        def join(values: list[FloatArray | None]) -> FloatArray | None:
+            return None if values[0] is None else np.concatenate([v for v in values if v is not None])[back]
+
+        window = {name: join([getattr(p.window, name) for p in parts]) for name in vars(parts[0].window)}
+        targets, valid = join([p.targets for p in parts]), join([p.valid for p in parts])
+        assert targets is not None and valid is not None
+        return Batch(Window(**window), targets, valid)  # type: ignore[arg-type]
+
+    def _gather(self, i: int, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None) -> Batch:
+        a = self.stores[i].arrays
+        start = a["start"][frames]
+        past = frames[:, None] + np.arange(-self.history, 0)  # (B, n)
+        mask = (past >= start[:, None]).astype(np.float32)
+        past = np.maximum(past, start[:, None])
+        sources = a["sources"][past] * mask
+        if hidden is None:
+            last = a["last_vla"][frames]
+        else:
+            hidden = np.clip(hidden, 0, np.maximum(frames - start - 1, 0))
+            pretend = np.arange(self.history, 0, -1)[None] <= hidden[:, None]
+            sources = np.where(pretend, float(Source.GENERATOR), sources).astype(np.float32)
+            last = a["last_vla"][frames - hidden]
+        known = last >= 0
+        last = np.where(known, last, start)
+        context = np.concatenate([past, frames[:, None]], axis=1)  # (B, n + 1)
+        ahead = frames[:, None] + np.arange(self.horizon)  # (B, H)
+        inside = ahead < a["end"][frames][:, None]
+        targets = a["targets"][np.where(inside, ahead, frames[:, None])]
+        valid = inside & ~np.isnan(targets).any(-1)
+
+        def last_output(name: str) -> FloatArray:
+            return np.nan_to_num(a[name][last]) * known[:, None].astype(np.float32)
+
+        window = Window(
+            actions=a["actions"][past] * mask[..., None],
+            sources=sources.astype(np.float32),
+            mask=mask,
+            states=a["states"][context],
+            vla_action=last_output("targets"),
+            vla_state=a["states"][last],
+            vla_age=np.where(known, frames - last, 0).astype(np.float32),
+            vla_confidence=last_output("vla_confidence") if self.confidence else None,
+            vla_features=last_output("vla_features") if self.features else None,
+        )
+        return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Global frames of training and calibration episodes, and the episodes they come from.
+
+    Args:
+        train, calibration: per episode, its global frames as (first, length).
+        by: how the split was made, for reports.
+    """
+
+    train: tuple[tuple[int, int], ...]
+    calibration: tuple[tuple[int, int], ...]
+    by: str
+
+
+def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0) -> Split:
+    """Training and calibration episodes, whole episodes each.
+
+    Episodes of LIBERO's official initial states are split by them: 0-19 train, 20-29 calibration; 30-49 are for
+    evaluation only and refused. All others are split at random, ``fraction`` of them for calibration.
+
+    Raises:
+        InputError: for evaluation episodes, or if either part is empty.
+    """
+    train: list[tuple[int, int]] = []
+    calibration: list[tuple[int, int]] = []
+    free: list[tuple[int, int]] = []
+    for i, first, info in windows.episodes:
+        state = info.metadata.get("init_state")
+        span = (first, info.length)
+        if state is None:
+            free.append(span)
+        elif state in EVALUATION_INIT_STATES:
+            raise InputError(
+                f"{windows.stores[i].folder}: holds initial state {state}; 30-49 are for evaluation only, never for training"
+            )
+        else:
+            (calibration if state in CALIBRATION_INIT_STATES else train).append(span)
+    order = np.random.default_rng(seed).permutation(len(free))
+    cut = round(fraction * len(free))
+    calibration += [free[k] for k in sorted(order[:cut])]
+    train += [free[k] for k in sorted(order[cut:])]
+    by = "random episodes" if free and not len(train) + len(calibration) > len(free) else "initial states 0-19 / 20-29"
+    for name, part in (("training", train), ("calibration", calibration)):
+        if not part:
+            raise InputError(
+                f"no {name} episodes in {', '.join(str(s.folder) for s in windows.stores)} (split by {by}); "
+                "collect initial states 0-19 for training and 20-29 for calibration"
+            )
+    return Split(tuple(train), tuple(calibration), by)
+
+
+def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Global frames of (first, length) spans, (sum of lengths,)."""
+    if not spans:
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(first, first + length, dtype=np.int64) for first, length in spans])
+
+
+class BatchStream(torch.utils.data.IterableDataset[Batch]):
+    """Endless shuffled batches of tensors, whole batches at a time (use ``DataLoader(batch_size=None)``).
+
+    Args:
+        windows: where from.
+        frames: the frames to draw from; every one once per pass.
+        batch_size: B.
+        seed: of the order and of the hiding.
+        hide: share of windows in which the last 1 .. n actions are passed off as the generator's (see
+            :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like.
+        batches: batches per pass; by default as many as the frames fill.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        frames: NDArray[np.int64],
+        batch_size: int,
+        seed: int = 0,
+        hide: float = 0.0,
+        batches: int | None = None,
+    ) -> None:
+        if not len(frames):
+            raise InputError("batches: no frames to draw from")
+        self.windows, self.frames, self.batch_size = windows, frames, batch_size
+        self.seed, self.hide = seed, hide
+        self.batches = batches or max(1, len(frames) // batch_size)
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = np.random.default_rng([self.seed, self.passes])
+        self.passes += 1
+        order = generator.permutation(self.frames)
+        position = 0
+        for _ in range(self.batches):
+            if position + self.batch_size > len(order) and position > 0:
+                order, position = generator.permutation(self.frames), 0
+            frames = order[position : position + self.batch_size]
+            position += self.batch_size
+            hidden = None
+            if self.hide:
+                run = generator.integers(1, self.windows.history + 1, len(frames))
+                hidden = np.where(generator.random(len(frames)) < self.hide, run, 0)
+            yield frames, self.windows.batch(frames, hidden)

@@ -1,0 +1,1 @@
+"""Learned against linear: offline, closed loop, latency, report."""

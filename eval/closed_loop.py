@@ -1,0 +1,382 @@
+"""Every cell of generator x scheduler in the simulator, paired: ``python -m eval closed_loop``.
+
+All cells run the same tasks, initial states and seeds. Success is counted over workers in parallel; policy time is taken
+afterwards in one uncontended process with one thread.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.collect import episode_seed, parse_range
+from data.libero import LiberoEnv, Task, load_tasks
+from data.parallel import chunks, run_groups
+from data.rollout import deviations, rollout
+from eval.output import table, write_csv, write_summary
+from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
+from spvla.errors import InputError
+from spvla.export import Export, accelerate, load_export
+from spvla.history import Source
+from spvla.policy import SPVLAPolicy, run_lengths
+from spvla.vlas.base import VLA
+from spvla.vlas.registry import load_vla, needs_images
+
+COLUMNS = (
+    *(
+        "generator",
+        "scheduler",
+        "risk",
+        "episodes",
+        "success_rate",
+        "paired_delta",
+        "paired_delta_ci95",
+        "vla_call_rate",
+    ),
+    *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
+    "policy_ms_per_step_p50",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the policy. ``none`` as generator is the VLA alone."""
+
+    generator: str
+    scheduler: str
+    risk: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        if self.generator == "none":
+            return "vla"
+        return f"{self.generator}+{self.scheduler}" + (f"@{self.risk:g}" if self.risk is not None else "")
+
+
+def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cell]:
+    """``vla``, ``ridge+release``, ``mlp+learned`` (once per risk) or ``mlp+learned@0.05``; the VLA alone always leads."""
+    out = [Cell("none", "none")]
+    for text in cells:
+        if text == "vla":
+            continue
+        generator, plus, rest = text.partition("+")
+        scheduler, at, risk = rest.partition("@")
+        if not plus or not generator or not scheduler:
+            raise InputError(f"cell {text!r}: expected vla, generator+scheduler or generator+scheduler@risk")
+        try:
+            asked = [float(risk)] if at else (list(risks) if scheduler == "learned" else [None])
+        except ValueError:
+            raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
+        out += [Cell(generator, scheduler, r) for r in asked]
+    return list(dict.fromkeys(out))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells share."""
+
+    policy: str
+    checkpoint: str | None
+    export: str | None
+    rules: dict[str, dict[str, float]]
+    max_generated_run: int | None
+    label: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Episodes of one task, for one worker process."""
+
+    task: Task
+    jobs: tuple[tuple[Cell, int | None, int], ...]  # cell, initial state, seed
+    setting: Setting
+
+
+def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> SPVLAPolicy:
+    """The policy of a cell around ``vla``."""
+    return accelerate(
+        vla,
+        export,
+        cell.risk,
+        generator=cell.generator,
+        scheduler=None if cell.scheduler == "none" else cell.scheduler,
+        rule=setting.rules.get(cell.scheduler),
+        max_generated_run=setting.max_generated_run,
+    )
+
+
+def _run_group(group: Group) -> Iterator[dict[str, Any]]:
+    setting = group.setting
+    export = load_export(setting.export) if setting.export else None
+    vla = load_vla(setting.policy, setting.checkpoint)
+    teacher = load_vla(setting.policy, setting.checkpoint) if setting.label else None
+    policies: dict[Cell, SPVLAPolicy] = {}
+    tolerance = export.tolerance if export else 0.2
+    with LiberoEnv(group.task, render=needs_images(vla)) as env:
+        for cell, init_state, seed in group.jobs:
+            policy = policies.setdefault(cell, make_policy(cell, vla, export, setting))
+            result = rollout(env, policy, init_state=init_state, seed=seed, teacher=teacher)
+            episode, stats = result.episode, policy.stats()
+            generated = np.array([s.source == Source.GENERATOR for s in result.steps])
+            deviating = deviations(episode, policy.space, tolerance) if teacher else None
+            yield {
+                "cell": cell.name,
+                **asdict(cell),
+                "suite": group.task.suite,
+                "task": group.task.index,
+                "task_name": group.task.name,
+                "init_state": init_state,
+                "seed": seed,
+                "success": bool(episode.success),
+                "steps": len(result.steps),
+                "vla_calls": int(stats["vla_calls"]),
+                "generated": int(generated.sum()),
+                "deviating": None if deviating is None else int(deviating.sum()),
+                "fallbacks": int(stats["fallbacks"]),
+                "switches": int(stats["switches"]),
+                "generated_run_lengths": run_lengths(generated).tolist(),
+                "trace": {
+                    "actions": np.round(episode.actions, 3).tolist(),
+                    "generated": generated.astype(int).tolist(),
+                    "probability": [None if s.probability is None else round(s.probability, 3) for s in result.steps],
+                },
+            }
+
+
+def measure_time(
+    cells: Sequence[Cell], jobs: Sequence[tuple[Task, int | None, int]], setting: Setting
+) -> dict[str, dict[str, float]]:
+    """Milliseconds inside ``select_action`` per cell: one process, one thread, cells in turn on every episode.
+
+    The first episode is a warm-up and not counted.
+    """
+    from tqdm import tqdm
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    vla = load_vla(setting.policy, setting.checkpoint)
+    export = load_export(setting.export) if setting.export else None
+    policies = {cell: make_policy(cell, vla, export, setting) for cell in cells}
+    milliseconds: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
+    for task in dict.fromkeys(task for task, _, _ in jobs):
+        mine = [(init, seed) for t, init, seed in jobs if t == task]
+        with LiberoEnv(task, render=needs_images(vla)) as env:
+            for i, (init, seed) in enumerate(tqdm([mine[0], *mine], desc="timing, one thread", unit="episode")):
+                for cell, policy in policies.items():
+                    rollout(env, policy, init_state=init, seed=seed)
+                    if i:
+                        milliseconds[cell].append([s.milliseconds["total"] for s in policy.steps])
+    torch.set_num_threads(threads)
+    out = {}
+    for cell, episodes in milliseconds.items():
+        steps = np.concatenate(episodes)
+        out[cell.name] = {f"policy_ms_per_step_p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)}
+        out[cell.name]["policy_seconds_per_episode"] = float(np.mean([sum(e) for e in episodes]) / 1e3)
+    return out
+
+
+def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """One row per cell, paired against the VLA alone."""
+    cells = list(dict.fromkeys(e["cell"] for e in episodes))
+    by_cell = {
+        c: {(e["suite"], e["task"], e["init_state"], e["seed"]): e for e in episodes if e["cell"] == c} for c in cells
+    }
+    control = by_cell.get("vla", {})
+    rows = []
+    for name, found in by_cell.items():
+        es = list(found.values())
+        successes, n = sum(e["success"] for e in es), len(es)
+        steps, calls = np.array([e["steps"] for e in es]), np.array([e["vla_calls"] for e in es])
+        generated = np.array([e["generated"] for e in es])
+        row: dict[str, Any] = {k: es[0][k] for k in ("generator", "scheduler", "risk")}
+        row |= {
+            "episodes": n,
+            "successes": successes,
+            "success_rate": successes / n,
+            "success_ci95": wilson(successes, n),
+        }
+        pairs = [key for key in found if key in control]
+        if pairs:
+            treated, base = [found[k]["success"] for k in pairs], [control[k]["success"] for k in pairs]
+            delta, interval = paired_difference(treated, base)
+            row |= {
+                "pairs": len(pairs),
+                "paired_delta": delta,
+                "paired_delta_ci95": interval,
+                "mcnemar_p": mcnemar(treated, base),
+                "vla_calls_ratio": float(sum(control[k]["vla_calls"] for k in pairs) / max(1, calls.sum())),
+            }
+        runs = [r for e in es for r in e["generated_run_lengths"]]
+        row |= {
+            "vla_call_rate": float(calls.sum() / steps.sum()),
+            "skipped": float(1 - calls.sum() / steps.sum()),
+            "vla_calls_per_episode": float(calls.mean()),
+            "steps_per_episode": float(steps.mean()),
+            "generated_run_length_mean": float(np.mean(runs)) if runs else 0.0,
+            "fallbacks": int(sum(e["fallbacks"] for e in es)),
+            "switches": int(sum(e["switches"] for e in es)),
+        }
+        labelled = [e for e in es if e["deviating"] is not None]
+        if labelled:
+            mean, error = mean_and_error([e["deviating"] / e["steps"] for e in labelled])
+            row |= {
+                "deviation_rate": mean,
+                "deviation_rate_standard_error": error,
+                "deviating_among_generated": float(sum(e["deviating"] for e in labelled) / max(1, generated.sum())),
+            }
+        rows.append(row | dict(timing.get(name, {})))
+    return rows
+
+
+def closed_loop(
+    suite: str,
+    output: Path,
+    policy: str = "expert",
+    checkpoint: str | None = None,
+    export: str | None = None,
+    tasks: list[int | str] | None = None,
+    init_states: str = "30-49",
+    random_resets: bool = False,
+    cells: list[str] = ["ridge+release", "mlp+learned"],  # noqa: B006
+    risk: list[float] | None = None,
+    rules: dict[str, dict[str, float]] = {},  # noqa: B006
+    max_generated_run: int | None = None,
+    label: bool = True,
+    timing_episodes: int = 5,
+    workers: int = 2,
+    seed: int = 0,
+) -> None:
+    """Evaluate cells of generator x scheduler in closed loop, paired against the VLA alone.
+
+    Stopped, it continues where it was when called again with the same output.
+
+    Args:
+        suite: LIBERO suite.
+        output: folder for summary.json, episodes.csv.gz, traces and timing.
+        policy: the VLA: expert, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: passed to the policy.
+        export: exported folder; needed by learned cells.
+        tasks: task indices or names; all if omitted.
+        init_states: official initial states; 30-49 are for evaluation.
+        random_resets: seeded random resets in place of official initial states; the range then counts them.
+        cells: what to compare with the VLA alone: generator+scheduler or generator+scheduler@risk.
+        risk: allowed risks at which learned schedulers are evaluated; the export's default if omitted.
+        rules: constants of the hand-set rules, by rule.
+        max_generated_run: longest run of generated actions; the export's default if omitted.
+        label: ask the VLA for its action on generated steps too, outside the policy's time, to measure deviation.
+        timing_episodes: episodes for the timing after the success cells; 0 skips it.
+        workers: processes, one thread each.
+        seed: of resets.
+    """
+    loaded = load_export(export) if export else None
+    vla = load_vla(policy, checkpoint)
+    default_risk = None if loaded is None else float(loaded.defaults["risk"])
+    wanted = parse_cells(cells, risk or [default_risk])
+    setting = Setting(policy, checkpoint, export, dict(rules), max_generated_run, label)
+    for cell in wanted:
+        make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
+    output.mkdir(parents=True, exist_ok=True)
+    states = parse_range(init_states)
+    chosen = load_tasks(suite, tasks)
+    jobs: dict[Task, list[tuple[int | None, int]]] = {}
+    for task in chosen:
+        available = None if random_resets else len(task.init_states())
+        if available is not None and max(states) >= available:
+            raise InputError(f"init_states {init_states}: {suite} task {task.index} has {available} initial states")
+        jobs[task] = [
+            (
+                None if random_resets else s,
+                episode_seed(seed, task, None if random_resets else s, s if random_resets else 0),
+            )
+            for s in states
+        ]
+    fixed = {
+        "suite": suite,
+        "seed": seed,
+        "export": _fingerprint(export),
+        **{k: v for k, v in asdict(setting).items() if k != "export"},
+    }
+    raw = output / "episodes.jsonl.gz"
+    done = _read_finished(raw, output / "setting.json", fixed)
+    have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
+    groups, left = [], 0
+    for task, episodes in jobs.items():
+        waiting = [(c, i, s) for i, s in episodes for c in wanted if (c.name, task.index, i, s) not in have]
+        left += len(waiting)
+        parts = max(1, min(workers, len(waiting) // 10)) if waiting else 0
+        groups += [Group(task, tuple(part), setting) for part in chunks(waiting, parts)]
+    from tqdm import tqdm
+
+    total = len(wanted) * sum(map(len, jobs.values()))
+    with tqdm(total=total, initial=total - left, desc=f"closed loop {suite}", unit="episode") as bar:
+        for result in run_groups(_run_group, groups, workers):
+            with gzip.open(raw, "at") as stream:  # members are appended whole: a killed run loses at most the last line
+                stream.write(json.dumps(result) + "\n")
+            done.append(result)
+            bar.update()
+    names = {c.name: i for i, c in enumerate(wanted)}
+    keys = {(t.index, i, s) for t, episodes in jobs.items() for i, s in episodes}
+    mine = [e for e in done if e["cell"] in names and (e["task"], e["init_state"], e["seed"]) in keys]
+    mine.sort(key=lambda e: (names[e["cell"]], e["task"], e["init_state"] or 0, e["seed"]))
+    timing: dict[str, dict[str, float]] = {}
+    if timing_episodes:
+        first = chosen[0]
+        timing = measure_time(wanted, [(first, i, s) for i, s in jobs[first][:timing_episodes]], setting)
+    rows = summarise(mine, timing)
+    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k != "trace"} for e in mine])
+    _write_traces(output / "traces.json.gz", mine)
+    facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
+    path = write_summary(output, "closed_loop", rows, **facts, timing_episodes=timing_episodes)
+    text = table(rows, COLUMNS)
+    (output / "table.txt").write_text(text + "\n")
+    print(text)
+    print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt")
+
+
+def _fingerprint(export: str | None) -> str | None:
+    """The export's config as a short hash: results of another export are not mixed in."""
+    import hashlib
+
+    config = Path(export or "") / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
+
+
+def _read_finished(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Episodes of an earlier run with the same setting. Raises :class:`InputError` if the folder holds another's."""
+    if setting_path.exists() and json.loads(setting_path.read_text()) != json.loads(json.dumps(fixed)):
+        raise InputError(
+            f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output"
+        )
+    setting_path.write_text(json.dumps(fixed, indent=1) + "\n")
+    if not raw.exists():
+        return []
+    out = []
+    with gzip.open(raw, "rt") as stream:
+        try:
+            for line in stream:
+                out.append(json.loads(line))
+        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
+            pass  # the line that a killed run was writing
+    whole = raw.with_suffix(".tmp")
+    with gzip.open(whole, "wt") as stream:
+        stream.writelines(json.dumps(e) + "\n" for e in out)
+    whole.replace(raw)
+    return out
+
+
+def _write_traces(path: Path, episodes: Sequence[dict[str, Any]]) -> None:
+    """One episode's actions per cell and task, coloured by who acted in the report."""
+    first: dict[tuple[str, int], dict[str, Any]] = {}
+    for e in episodes:
+        first.setdefault((e["cell"], e["task"]), e)
+    keep = ("cell", "suite", "task", "task_name", "init_state", "success", "trace")
+    rows = [{k: e[k] for k in keep} for e in first.values()]
+    path.write_bytes(gzip.compress(json.dumps(rows).encode(), mtime=0))

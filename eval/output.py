@@ -1,0 +1,56 @@
+"""What every evaluation leaves behind: tables as text, summary.json, compressed raw rows."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as an aligned text table; missing values are dashes."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        if isinstance(value, list | tuple):
+            return "[" + ", ".join(cell(v) for v in value) + "]"
+        return str(value)
+
+    cells = [[cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(r[i]) for r in cells)) if cells else len(c) for i, c in enumerate(columns)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True))]
+    lines += ["  ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) for r in cells]
+    return "\n".join(lines)
+
+
+def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
+    """``summary.json``: what was measured, on what, and one row per cell."""
+    path = output / "summary.json"
+    machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+    versions = {name: version(name) for name in ("spvla", "torch", "numpy")}
+    path.write_text(
+        json.dumps({"kind": kind, "rows": list(rows), **facts, "machine": machine, "versions": versions}, indent=1)
+        + "\n"
+    )
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Rows as gzip-compressed CSV; lists are written as JSON. The file's bytes depend on the rows alone."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    return path

@@ -1,0 +1,28 @@
+"""SP-VLA: make a frozen vision-language-action model faster.
+
+policy = spvla.accelerate(vla, "path/or/hub-id-of-export", risk=0.05)
+policy.reset("pick up the milk and place it in the basket")
+action = policy.select_action(observation)
+"""
+
+from spvla.actions import LIBERO, ActionSpace
+from spvla.errors import InputError
+from spvla.export import Export, accelerate, load_export, save_export
+from spvla.observation import Observation
+from spvla.policy import SPVLAPolicy, StepInfo
+from spvla.vlas.base import VLA, VLAOutput
+
+__all__ = [
+    "LIBERO",
+    "VLA",
+    "ActionSpace",
+    "Export",
+    "InputError",
+    "Observation",
+    "SPVLAPolicy",
+    "StepInfo",
+    "VLAOutput",
+    "accelerate",
+    "load_export",
+    "save_export",
+]

@@ -1,0 +1,218 @@
+"""What a robot's action vector means: which dimensions are what, their scale, bounds and rate.
+
+Everything that depends on a robot's conventions is data in an :class:`ActionSpace`. Generators and gates work on
+*normalised* actions (q01/q99 of the training data mapped to [-1, 1], as in Open-X and OpenVLA), so that one set of
+weights and one set of thresholds carries over between robots and data sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spvla.errors import InputError
+
+FloatArray = NDArray[np.float32]
+
+KINDS = ("eef_delta", "eef_absolute", "joint_velocity", "joint_position", "joint_delta")
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """Layout, scale and bounds of an action vector of ``dim`` entries.
+
+    Args:
+        name: a readable name, for example ``"libero"``.
+        kind: what the non-gripper dimensions are, one of :data:`KINDS`.
+        control_rate: control steps per second (Hz).
+        q01, q99: per dimension, the values that normalise to -1 and +1 (environment units).
+        low, high: per dimension, the bounds of an admissible action (environment units).
+        translation, rotation, gripper: indices of the dimensions with these roles; any may be empty, and dimensions
+            in none of them (joints) are plain continuous ones.
+        binary_gripper: gripper dimensions only ever take their two end values.
+        max_jump: per dimension, the largest change between consecutive actions seen in training (normalised units);
+            None leaves jumps unchecked.
+    """
+
+    name: str
+    kind: str
+    control_rate: float
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    translation: tuple[int, ...] = ()
+    rotation: tuple[int, ...] = ()
+    gripper: tuple[int, ...] = ()
+    binary_gripper: bool = True
+    max_jump: tuple[float, ...] | None = None
+    _offset: FloatArray = field(init=False, repr=False, compare=False)
+    _scale: FloatArray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("q01", "q99", "low", "high", "max_jump"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            object.__setattr__(self, name, tuple(float(v) for v in value))
+            if len(value) != self.dim:
+                raise InputError(f"action space {self.name!r}: {name} has {len(value)} entries, q01 has {self.dim}")
+        for name in ("translation", "rotation", "gripper"):
+            indices = tuple(int(i) for i in getattr(self, name))
+            object.__setattr__(self, name, indices)
+            if any(not 0 <= i < self.dim for i in indices):
+                raise InputError(f"action space {self.name!r}: {name} names a dimension outside 0..{self.dim - 1}")
+        if self.kind not in KINDS:
+            raise InputError(f"action space {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if not self.control_rate > 0:
+            raise InputError(f"action space {self.name!r}: control_rate must be positive, got {self.control_rate}")
+        q01, q99 = np.asarray(self.q01, np.float64), np.asarray(self.q99, np.float64)
+        if not (np.isfinite(q01).all() and np.isfinite(q99).all() and (q99 >= q01).all()):
+            raise InputError(f"action space {self.name!r}: q01 and q99 must be finite with q99 >= q01")
+        # A dimension that never moves (q01 == q99) has no scale of its own: unit scale keeps it finite.
+        half = np.where(q99 > q01, (q99 - q01) / 2, 1.0)
+        object.__setattr__(self, "_offset", ((q01 + q99) / 2).astype(np.float32))
+        object.__setattr__(self, "_scale", half.astype(np.float32))
+
+    @property
+    def dim(self) -> int:
+        """Number of action dimensions D."""
+        return len(self.q01)
+
+    @property
+    def continuous(self) -> tuple[int, ...]:
+        """Indices of all dimensions but the gripper's."""
+        return tuple(i for i in range(self.dim) if i not in self.gripper)
+
+    def normalize(self, actions: ArrayLike) -> FloatArray:
+        """Environment units (..., D) to normalised units: q01 -> -1, q99 -> +1; values beyond are not clipped."""
+        return (np.asarray(actions, np.float32) - self._offset) / self._scale
+
+    def denormalize(self, actions: ArrayLike) -> FloatArray:
+        """Normalised units (..., D) back to environment units."""
+        return np.asarray(actions, np.float32) * self._scale + self._offset
+
+    def clip(self, actions: ArrayLike) -> FloatArray:
+        """Actions (..., D) clipped to the bounds, environment units."""
+        return np.clip(
+            np.asarray(actions, np.float32), np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
+        )
+
+    def snap_gripper(self, normalized: FloatArray) -> FloatArray:
+        """Normalised actions (..., D) with binary gripper dimensions set to the nearer end, -1 or +1."""
+        if not (self.binary_gripper and self.gripper):
+            return normalized
+        out = normalized.copy()
+        g = list(self.gripper)
+        out[..., g] = np.where(out[..., g] >= 0, 1.0, -1.0)
+        return out
+
+    def deviation(self, proposed: ArrayLike, reference: ArrayLike, tolerance: float) -> NDArray[np.bool_]:
+        """Whether normalised ``proposed`` actions (..., D) deviate from the teacher's ``reference``.
+
+        A step deviates if the largest absolute error over the continuous dimensions exceeds ``tolerance`` (normalised
+        units) or a gripper is wrong: on the other side of the middle if it is binary, beyond the tolerance if not.
+        """
+        proposed, reference = np.asarray(proposed, np.float32), np.asarray(reference, np.float32)
+        c, g = list(self.continuous), list(self.gripper)
+        out = (np.abs(proposed[..., c] - reference[..., c]) > tolerance).any(-1)
+        if g and self.binary_gripper:
+            out |= ((proposed[..., g] >= 0) != (reference[..., g] >= 0)).any(-1)
+        elif g:
+            out |= (np.abs(proposed[..., g] - reference[..., g]) > tolerance).any(-1)
+        return np.asarray(out)
+
+    def admissible(self, action: FloatArray, previous: FloatArray | None) -> bool:
+        """Whether a proposed action (D,) may be executed: finite, in bounds and no larger jump than seen in training.
+
+        Args:
+            action: proposed action, environment units.
+            previous: the last executed action, environment units, or None at the start of an episode.
+        """
+        if not np.isfinite(action).all():
+            return False
+        slack = 1e-4 * self._scale
+        if (action < np.asarray(self.low, np.float32) - slack).any() or (
+            action > np.asarray(self.high, np.float32) + slack
+        ).any():
+            return False
+        if self.max_jump is None or previous is None:
+            return True
+        c = list(self.continuous)
+        jump = np.abs(action - previous)[c] / self._scale[c]
+        return bool((jump <= np.asarray(self.max_jump, np.float32)[c] + 1e-4).all())
+
+    def require_compatible(self, other: ActionSpace, what: str) -> None:
+        """Raise :class:`InputError` unless ``other`` describes the same kind of action vector.
+
+        Scales (q01/q99) and bounds may differ: normalisation is there to carry weights across them.
+        """
+        for name in ("dim", "kind", "control_rate", "translation", "rotation", "gripper", "binary_gripper"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise InputError(
+                    f"{what}: action space {other.name!r} has {name} = {theirs}, but {self.name!r} has {name} = {mine}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; :meth:`from_dict` reads it back."""
+        return {k: v for k, v in asdict(self).items() if not k.startswith("_")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "action_space") -> ActionSpace:
+        """Read :meth:`to_dict`'s form. Raises :class:`InputError` naming ``where`` and the wrong or missing field."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def with_max_jump(self, max_jump: ArrayLike) -> ActionSpace:
+        """A copy that refuses larger jumps between consecutive actions than ``max_jump`` (D,), normalised units."""
+        return replace(self, max_jump=tuple(np.asarray(max_jump, np.float64).tolist()))
+
+
+LIBERO = ActionSpace(
+    name="libero",
+    kind="eef_delta",
+    control_rate=20.0,
+    q01=(-1.0,) * 7,
+    q99=(1.0,) * 7,
+    low=(-1.0,) * 7,
+    high=(1.0,) * 7,
+    translation=(0, 1, 2),
+    rotation=(3, 4, 5),
+    gripper=(6,),
+)
+"""LIBERO's 7-D OSC_POSE delta at 20 Hz: 0.05 m and 0.5 rad per unit and step; gripper -1 opens, +1 closes."""
+
+
+@dataclass(frozen=True)
+class ActionTokenizer:
+    """OpenVLA's action tokens: the last ``bins`` ids below ``vocab`` stand for 256 uniform edges on [-1, 1].
+
+    Args:
+        vocab: token ids in use, without padding (32000 for the published checkpoints).
+        bins: number of bin edges; there are ``bins - 1`` bin centres.
+    """
+
+    vocab: int
+    bins: int = 256
+
+    @property
+    def centers(self) -> FloatArray:
+        """Centres (bins - 1,) of the bins on [-1, 1]."""
+        edges = np.linspace(-1.0, 1.0, self.bins)
+        return ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
+
+    def encode(self, normalized: ArrayLike) -> NDArray[np.int64]:
+        """Normalised actions (...) to token ids (...): digitised on the edges, counted down from ``vocab``."""
+        x = np.clip(np.asarray(normalized, np.float64), -1.0, 1.0)
+        return (self.vocab - np.digitize(x, np.linspace(-1.0, 1.0, self.bins))).astype(np.int64)
+
+    def decode(self, tokens: ArrayLike) -> FloatArray:
+        """Token ids (...) to normalised actions (...): b = clip(vocab - t - 1, 0, bins - 2), then its centre."""
+        b = np.clip(self.vocab - np.asarray(tokens, np.int64) - 1, 0, self.bins - 2)
+        return self.centers[b]

@@ -1,0 +1,60 @@
+"""Shared command-line behaviour of ``python -m data | train | eval`` and ``spvla.serve``: jsonargparse over functions.
+
+Every command takes ``--config file.yaml`` and ``--help``; list options take ``--tasks 0 1 2`` as well as YAML. Bad input
+is one line on stderr and exit code 2; Ctrl-C is exit code 130, and nothing that was finished is lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from spvla.errors import InputError
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(get_origin(a) is list for a in get_args(annotation))
+
+
+def join_list_options(arguments: list[str], names: set[str]) -> list[str]:
+    """``--tasks 0 1 2`` as ``--tasks=[0,1,2]`` for the options in ``names``; everything else as it is."""
+    out: list[str] = []
+    i = 0
+    while i < len(arguments):
+        option, i = arguments[i], i + 1
+        if option.removeprefix("--") not in names or not option.startswith("--"):
+            out.append(option)
+            continue
+        values: list[str] = []
+        while i < len(arguments) and not arguments[i].startswith("--"):
+            values.append(arguments[i])
+            i += 1
+        single_list = len(values) == 1 and values[0].startswith("[")
+        out.append(f"{option}={values[0] if single_list else '[' + ','.join(values) + ']'}")
+    return out
+
+
+def run(commands: Mapping[str, Callable[..., Any]], description: str, arguments: list[str] | None = None) -> int:
+    """Parse ``arguments`` (default: the process's), call the command and return the exit code."""
+    from jsonargparse import auto_cli
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = commands.get(arguments[0]) if arguments else None
+    if command is not None:
+        hints = get_type_hints(command)
+        arguments = join_list_options(arguments, {name for name, hint in hints.items() if _is_list(hint)})
+    return guard(lambda: auto_cli(dict(commands), args=arguments, as_positional=False, description=description))
+
+
+def guard(call: Callable[[], Any]) -> int:
+    """Run ``call``; bad input becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        call()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,413 @@
+"""Episodes, and the rollout store that holds them on disk.
+
+The store is a LeRobotDataset v3.0 folder (Parquet + JSON) with extra features: ``vla_action``, ``vla_confidence``,
+``vla_features`` (what the teacher said at the visited state) and ``action.source`` (who acted). Only pyarrow and json are
+needed to write it, so that a robot can record.
+
+Writers put one shard per job under ``.shards/`` (temporary name, fsync, rename), so a killed recording leaves whole
+episodes only; :func:`finalize` orders shards by job id and numbers episodes and frames. One writer or many, killed and
+started again or not, the same jobs give the same store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
+
+CODEBASE_VERSION = "v3.0"
+DATA_FILE_BYTES = 100 * 2**20
+SHARD_KEY = b"spvla"
+VECTOR_COLUMNS = {  # Episode field -> feature name of the store
+    "actions": "action",
+    "states": "observation.state",
+    "environment_states": "observation.environment_state",
+    "vla_actions": "vla_action",
+    "vla_confidence": "vla_confidence",
+    "vla_features": "vla_features",
+}
+
+
+@dataclass
+class Episode:
+    """One rollout of T steps.
+
+    Args:
+        actions: executed actions, float32 (T, D), environment units.
+        instruction: what the policy was asked to do.
+        timestamps: seconds since the episode's start, float64 (T,).
+        states: proprioception before each action, float32 (T, S), or None.
+        sources: who made each executed action (:class:`~spvla.history.Source`), uint8 (T,).
+        vla_actions: the teacher's action at each visited state, (T, D), or None for demonstrations; NaN rows where the
+            teacher was not asked.
+        vla_confidence: its confidence, (T, D), or None.
+        vla_features: its pooled features, (T, F), or None.
+        environment_states: privileged simulator state, (T, E), or None; never an input of generators and gates.
+        images: per camera, T encoded images (JPEG or PNG bytes).
+        success: whether the task was solved, or None if unknown.
+        metadata: JSON-ready facts: suite, task, init_state, seed, ...
+    """
+
+    actions: FloatArray
+    instruction: str
+    timestamps: NDArray[np.float64]
+    states: FloatArray | None = None
+    sources: NDArray[np.uint8] | None = None
+    vla_actions: FloatArray | None = None
+    vla_confidence: FloatArray | None = None
+    vla_features: FloatArray | None = None
+    environment_states: FloatArray | None = None
+    images: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    success: bool | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def check(self, space: ActionSpace, what: str) -> None:
+        """Raise :class:`InputError` naming ``what`` and the field unless shapes agree and executed values are finite."""
+        steps = len(self.actions)
+        if steps == 0:
+            raise InputError(f"{what}: the episode has no steps")
+        for name in VECTOR_COLUMNS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.ndim != 2 or len(value) != steps:
+                raise InputError(f"{what}: {name} has shape {value.shape}, expected ({steps}, ...)")
+            allow_gaps = name.startswith("vla_")
+            bad = ~(np.isfinite(value) | (np.isnan(value) if allow_gaps else False)).all(1)
+            if bad.any():
+                raise InputError(f"{what}: {name} contains NaN or infinity at step {int(bad.argmax())}")
+        if self.actions.shape[1] != space.dim:
+            raise InputError(f"{what}: actions have {self.actions.shape[1]} dimensions, the action space {space.dim}")
+        for camera, frames in self.images.items():
+            if len(frames) != steps:
+                raise InputError(f"{what}: camera {camera!r} has {len(frames)} images for {steps} steps")
+
+
+def _vectors(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
+    flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _to_table(episode: Episode) -> pa.Table:
+    steps = len(episode)
+    columns: dict[str, pa.Array] = {
+        store: _vectors(getattr(episode, name))
+        for name, store in VECTOR_COLUMNS.items()
+        if getattr(episode, name) is not None
+    }
+    sources = np.zeros(steps, np.int64) if episode.sources is None else episode.sources.astype(np.int64)
+    columns["action.source"] = pa.array(sources)
+    for camera, frames in episode.images.items():
+        fields = [pa.array(list(frames), pa.binary()), pa.nulls(steps, pa.string())]
+        columns[f"observation.images.{camera}"] = pa.StructArray.from_arrays(fields, ["bytes", "path"])
+    columns["timestamp"] = pa.array(episode.timestamps.astype(np.float32))
+    columns["frame_index"] = pa.array(np.arange(steps, dtype=np.int64))
+    return pa.table(columns)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+class RolloutWriter:
+    """Writes episodes into a rollout store, one atomic shard per job.
+
+    Args:
+        folder: the store; made if absent, extended if it is one already.
+        space: the action space all episodes share. An existing store of another one is refused.
+        policy: who acted or labelled, for the record.
+    """
+
+    def __init__(self, folder: str | Path, space: ActionSpace, policy: str = "") -> None:
+        self.folder = Path(folder)
+        self.space = space
+        self.policy = policy
+        self.shards = self.folder / ".shards"
+        self.shards.mkdir(parents=True, exist_ok=True)
+        for shard in sorted(self.shards.glob("*.parquet"))[:1]:
+            theirs = ActionSpace.from_dict(_shard_info(shard)["action_space"], str(shard))
+            space.require_compatible(theirs, f"{self.folder} (existing store)")
+
+    def shard_path(self, job: str) -> Path:
+        """Where the shard of ``job`` is (or will be)."""
+        if not job or any(c in job for c in "/\\\0") or job.startswith("."):
+            raise InputError(f"job id {job!r} cannot be a file name")
+        return self.shards / f"{job}.parquet"
+
+    def finished(self, job: str) -> bool:
+        """Whether the shard of ``job`` is whole on disk."""
+        return self.shard_path(job).exists()
+
+    def write(self, job: str, episodes: Sequence[Episode]) -> None:
+        """Write the episodes of ``job`` and make them durable; a second write of the same job replaces the first."""
+        tables = []
+        for i, episode in enumerate(episodes):
+            episode.check(self.space, f"job {job}, episode {i}")
+            tables.append(_to_table(episode))
+        info = {
+            "action_space": self.space.to_dict(),
+            "policy": self.policy,
+            "episodes": [
+                {"length": len(e), "instruction": e.instruction, "success": e.success, "metadata": e.metadata}
+                for e in episodes
+            ],
+        }
+        table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: json.dumps(info).encode()})
+        path = self.shard_path(job)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+        with temporary.open("wb") as stream:
+            pq.write_table(table, stream, compression="zstd")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        directory = os.open(self.shards, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def finalize(self) -> Path:
+        """See :func:`finalize`."""
+        return finalize(self.folder)
+
+
+def _shard_info(path: Path) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = json.loads(pq.read_schema(path).metadata[SHARD_KEY])
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a whole shard of a rollout store ({error})") from None
+    return info
+
+
+class _Stats:
+    """min, max, mean, std and count of a feature in one pass (LeRobot's meta/stats.json), quantiles from a sample."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sample: list[NDArray[np.float32]] = []
+
+    def add(self, x: NDArray[np.float32]) -> None:
+        x = x[np.isfinite(x).all(1)]
+        if not len(x):
+            return
+        total, squares = x.sum(0, dtype=np.float64), (x.astype(np.float64) ** 2).sum(0)
+        if self.count == 0:
+            self.min, self.max, self.sum, self.squares = x.min(0), x.max(0), total, squares
+        else:
+            self.min, self.max = np.minimum(self.min, x.min(0)), np.maximum(self.max, x.max(0))
+            self.sum, self.squares = self.sum + total, self.squares + squares
+        self.count += len(x)
+        self.sample.append(x[:: max(1, len(x) // 200)])
+
+    def result(self) -> dict[str, list[float]]:
+        mean = self.sum / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        q01, q99 = np.quantile(np.concatenate(self.sample), [0.01, 0.99], axis=0)
+        named = {"min": self.min, "max": self.max, "mean": mean, "std": std, "q01": q01, "q99": q99}
+        return {k: np.asarray(v, np.float64).tolist() for k, v in named.items()} | {"count": [self.count]}
+
+
+def _feature(name: str, column: pa.DataType, fps: float) -> dict[str, Any]:
+    if pa.types.is_fixed_size_list(column):
+        return {"dtype": "float32", "shape": [column.list_size], "names": None, "fps": fps}
+    if pa.types.is_struct(column):
+        return {"dtype": "image", "shape": [None, None, 3], "names": ["height", "width", "channel"], "fps": fps}
+    return {"dtype": str(column).replace("float", "float32"), "shape": [1], "names": None, "fps": fps}
+
+
+def finalize(folder: str | Path) -> Path:
+    """Number the episodes of all finished shards, ordered by job id, and write the LeRobot v3.0 folder around them.
+
+    The shards stay, so that a store can be extended and finalised again. Returns the folder. Raises
+    :class:`InputError` for a store without shards, or with shards that hold different features.
+    """
+    folder = Path(folder)
+    shards = sorted((folder / ".shards").glob("*.parquet"))
+    if not shards:
+        raise InputError(f"{folder}: no finished shards under .shards, nothing to finalise")
+    infos = [_shard_info(path) for path in shards]
+    space = ActionSpace.from_dict(infos[0]["action_space"], str(shards[0]))
+    schema = pq.read_schema(shards[0]).remove_metadata()
+    building = folder / ".building"
+    shutil.rmtree(building, ignore_errors=True)
+    (building / "data" / "chunk-000").mkdir(parents=True)
+
+    tasks: dict[str, int] = {}
+    rows: list[dict[str, Any]] = []
+    stats: dict[str, _Stats] = {f.name: _Stats() for f in schema if pa.types.is_fixed_size_list(f.type)}
+    frames, file_index, writer = 0, 0, None
+    full = schema
+    for name in ("episode_index", "index", "task_index"):
+        full = full.append(pa.field(name, pa.int64()))
+    data_path = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    for path, info in zip(shards, infos, strict=True):
+        table = pq.read_table(path).replace_schema_metadata(None)
+        if table.schema != schema:
+            odd = {f.name for f in table.schema} ^ {f.name for f in schema} or {"their shapes"}
+            raise InputError(f"{path}: features differ from those of {shards[0].name}: {', '.join(sorted(odd))}")
+        for name, s in stats.items():
+            s.add(_matrix(table[name]))
+        episode_index, task_index = [], []
+        position = frames
+        for e in info["episodes"]:
+            task = tasks.setdefault(e["instruction"], len(tasks))
+            rows.append(
+                {
+                    "episode_index": len(rows),
+                    "data/chunk_index": 0,
+                    "data/file_index": file_index,
+                    "dataset_from_index": position,
+                    "dataset_to_index": position + e["length"],
+                    "tasks": [e["instruction"]],
+                    "length": e["length"],
+                    "success": e["success"],
+                    "metadata": json.dumps({**e["metadata"], "job": path.stem, "policy": info["policy"]}),
+                }
+            )
+            position += e["length"]
+            episode_index += [len(rows) - 1] * e["length"]
+            task_index += [task] * e["length"]
+        table = table.append_column("episode_index", pa.array(episode_index, pa.int64()))
+        table = table.append_column("index", pa.array(np.arange(frames, position)))
+        table = table.append_column("task_index", pa.array(task_index, pa.int64()))
+        frames = position
+        if writer is None:
+            target = building / data_path.format(chunk_index=0, file_index=file_index)
+            writer = pq.ParquetWriter(target, full, compression="zstd")
+        writer.write_table(table)
+        if target.stat().st_size > DATA_FILE_BYTES:
+            writer.close()
+            writer, file_index = None, file_index + 1
+    if writer is not None:
+        writer.close()
+
+    meta = building / "meta"
+    (meta / "episodes" / "chunk-000").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
+    _write_tasks(meta / "tasks.parquet", list(tasks))
+    _write_json(meta / "stats.json", {k: s.result() for k, s in stats.items() if s.count})
+    fps = space.control_rate
+    info_json = {
+        "codebase_version": CODEBASE_VERSION,
+        "robot_type": space.name,
+        "total_episodes": len(rows),
+        "total_frames": frames,
+        "total_tasks": len(tasks),
+        "chunks_size": 1000,
+        "fps": int(fps) if float(fps).is_integer() else fps,
+        "splits": {"train": f"0:{len(rows)}"},
+        "data_path": data_path,
+        "video_path": None,
+        "features": {f.name: _feature(f.name, f.type, fps) for f in full},
+        "data_files_size_in_mb": DATA_FILE_BYTES // 2**20,
+    }
+    _write_json(meta / "info.json", info_json)
+    _write_json(
+        meta / "spvla.json", {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})}
+    )
+    (building / "README.md").write_text(_readme(space, rows, frames))
+    for name in ("meta", "data"):  # meta goes first and comes last: a store with meta is whole
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("data", "meta"):
+        (building / name).rename(folder / name)
+    (building / "README.md").replace(folder / "README.md")
+    building.rmdir()
+    return folder
+
+
+def _write_tasks(path: Path, tasks: list[str]) -> None:
+    """LeRobot reads tasks as a data frame indexed by the instruction; this writes that form without pandas."""
+    index = "__index_level_0__"
+    column = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    pandas = {
+        "index_columns": [index],
+        "column_indexes": [],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", **column},
+            {"name": None, "field_name": index, **text},
+        ],
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})
+    pq.write_table(table.replace_schema_metadata({b"pandas": json.dumps(pandas).encode()}), path)
+
+
+def _readme(space: ActionSpace, rows: list[dict[str, Any]], frames: int) -> str:
+    return (
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*/*.parquet\ntags:\n- LeRobot\n- robotics\n---\n\n"
+        f"# Rollouts on {space.name}\n\n{len(rows)} episodes, {frames} frames at {space.control_rate:g} Hz, in LeRobotDataset "
+        f"{CODEBASE_VERSION} form.\n\nExtra features: `vla_action` (the teacher's action at the visited state), "
+        "`vla_confidence`, `vla_features`, `action.source` (0: the VLA acted, 1: the generator did).\n"
+    )
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A fixed-size-list column as float32 (T, D)."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    width = array.type.list_size
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
+
+
+def read_episodes(folder: str | Path) -> Iterator[Episode]:
+    """The episodes of a finalised store, in order, images left encoded. See ``data.store`` for training arrays."""
+    folder = Path(folder)
+    table_of_episodes = read_episode_table(folder)
+    files = sorted((folder / "data").glob("*/*.parquet"))
+    pending = pa.concat_tables([pq.read_table(f) for f in files])  # memory-mapped columns, sliced below
+    for row in table_of_episodes:
+        part = pending.slice(row["dataset_from_index"], row["length"])
+        names = part.column_names
+        vectors = {field: _matrix(part[store]) for field, store in VECTOR_COLUMNS.items() if store in names}
+        images = {
+            n.removeprefix("observation.images."): part[n].combine_chunks().field("bytes").to_pylist()
+            for n in names
+            if n.startswith("observation.images.")
+        }
+        yield Episode(
+            **vectors,
+            instruction=row["tasks"][0],
+            timestamps=part["timestamp"].to_numpy().astype(np.float64),
+            sources=part["action.source"].to_numpy().astype(np.uint8),
+            images=images,
+            success=row["success"],
+            metadata=json.loads(row["metadata"]),
+        )
+
+
+def read_episode_table(folder: str | Path) -> list[dict[str, Any]]:
+    """One dict per episode of a finalised store (length, tasks, success, metadata as JSON text, frame range)."""
+    folder = Path(folder)
+    files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
+    if not files:
+        if (folder / ".shards").is_dir():
+            raise InputError(f"{folder}: recording is not finalised; finish it by running its command again")
+        raise InputError(f"{folder}: not a rollout store (no meta/episodes)")
+    rows: list[dict[str, Any]] = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
+    return rows
+
+
+def read_action_space(folder: str | Path) -> ActionSpace:
+    """The action space that a finalised store was recorded in."""
+    path = Path(folder) / "meta" / "spvla.json"
+    if not path.exists():
+        raise InputError(f"{folder}: not a finalised rollout store (no meta/spvla.json)")
+    return ActionSpace.from_dict(json.loads(path.read_text())["action_space"], str(path))

@@ -1,0 +1,294 @@
+"""The exported folder: generators, their gates and calibration, ready for a robot.
+
+    config.json                    action space, tolerance, defaults, calibration curves, provenance
+    generators/<name>.safetensors  weights of the learned generators
+    gates/<name>.safetensors       one action-type classifier per generator, the linear one included
+    README.md                      model card
+
+Loads with ``spvla`` alone; never holds a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spvla.actions import ActionSpace
+from spvla.errors import InputError
+from spvla.generators.base import ActionGenerator
+from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
+from spvla.policy import Pruner, SPVLAPolicy
+from spvla.scheduling.base import Scheduler
+from spvla.scheduling.calibration import Calibration
+from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
+from spvla.scheduling.rules import PaperRule, ReleaseRule
+from spvla.vlas.base import VLA
+
+M = TypeVar("M", bound=nn.Module)
+FORMAT = 1
+BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
+SCHEDULERS = ("learned", "release", "paper")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Everything distilled from one teacher.
+
+    Args:
+        space: action space with the jump limits seen in training.
+        tolerance: error beyond which a step deviates, normalised units.
+        generators: learned generators by name.
+        gates: an action-type classifier per generator name (``ridge`` included).
+        calibration: each gate's risk curve.
+        defaults: ``generator``, ``scheduler``, ``risk``, ``max_generated_run``.
+        provenance: teacher, data, commit, versions.
+    """
+
+    space: ActionSpace
+    tolerance: float
+    generators: Mapping[str, LearnedGenerator]
+    gates: Mapping[str, ActionTypeClassifier]
+    calibration: Mapping[str, Calibration]
+    defaults: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def generator(self, name: str, space: ActionSpace) -> ActionGenerator:
+        """A generator by name, acting in ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``."""
+        if name in self.generators:
+            return self.generators[name].bind(space)
+        return built_in_generator(name, space, also=tuple(self.generators))
+
+    def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedScheduler:
+        """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
+        if generator not in self.gates:
+            raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(self.gates))}")
+        return LearnedScheduler(self.gates[generator], self.calibration[generator].threshold(risk), space)
+
+
+def built_in_generator(name: str, space: ActionSpace, also: tuple[str, ...] = ()) -> ActionGenerator:
+    """``ridge`` (the published release form), ``ridge_paper`` or ``last``; ``also`` only completes the error's list."""
+    if name == "ridge":
+        return RidgeGenerator(space, form="release" if space.translation else "paper")
+    if name == "ridge_paper":
+        return RidgeGenerator(space, form="paper")
+    if name == "last":
+        return LastActionGenerator(space)
+    raise InputError(f"generator {name!r} is unknown; there are: {', '.join((*also, *BUILT_IN_GENERATORS))}")
+
+
+def accelerate(
+    vla: VLA,
+    export: str | Path | Export | None = None,
+    risk: float | None = None,
+    *,
+    generator: str | None = None,
+    scheduler: str | None = None,
+    rule: Mapping[str, float] | None = None,
+    pruner: Pruner | None = None,
+    max_generated_run: int | None = None,
+    shadow: bool = False,
+    record: str | Path | None = None,
+) -> SPVLAPolicy:
+    """Put a frozen VLA, a distilled generator and its gate together.
+
+    Args:
+        vla: the frozen policy, unmodified.
+        export: an exported folder, a hub id, or a loaded :class:`Export`; None for built-in parts alone.
+        risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
+            None.
+        generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
+        scheduler: ``learned``, ``release`` or ``paper``; the export's default if None.
+        rule: constants of a hand-set rule.
+        pruner: token pruner for the VLA's own pass.
+        max_generated_run: generated actions in a row; the export's default if None.
+        shadow: the VLA acts on every step, what would have been skipped is recorded.
+        record: folder of a rollout store for finished episodes.
+    """
+    loaded = load_export(export) if isinstance(export, str | Path) else export
+    defaults = dict(loaded.defaults) if loaded else {}
+    if loaded is not None:
+        loaded.space.require_compatible(vla.action_space, "accelerate")
+    generator = generator or defaults.get("generator", "ridge")
+    scheduler = scheduler or defaults.get("scheduler", "release")
+    space = vla.action_space
+    options: dict[str, Any] = {
+        "max_generated_run": max_generated_run or int(defaults.get("max_generated_run", 20)),
+        "tolerance": loaded.tolerance if loaded else 0.2,
+        "shadow": shadow,
+        "record": record,
+    }
+    if generator == "none":
+        return SPVLAPolicy(vla, None, None, pruner, **options)
+    part = loaded.generator(generator, space) if loaded else built_in_generator(generator, space)
+    if loaded is not None and generator in loaded.generators and loaded.space.max_jump is not None:
+        options["space"] = space.with_max_jump(loaded.space.max_jump)
+    decider: Scheduler
+    if scheduler == "learned":
+        if loaded is None:
+            raise InputError("accelerate: the learned scheduler needs an export with a gate")
+        decider = loaded.gate(generator, float(defaults["risk"]) if risk is None else risk, space)
+    elif scheduler in SCHEDULERS:
+        rules = {"release": ReleaseRule, "paper": PaperRule}
+        try:
+            decider = rules[scheduler](space, **(rule or {}))
+        except TypeError as error:
+            raise InputError(f"rule {scheduler!r}: {error}") from None
+    else:
+        raise InputError(f"scheduler {scheduler!r} is unknown; there are: {', '.join(SCHEDULERS)}")
+    return SPVLAPolicy(vla, part, decider, pruner, **options)
+
+
+def save_export(export: Export, folder: str | Path) -> Path:
+    """Write ``export`` to ``folder``; config.json comes last, so that a folder with one is whole."""
+    folder = Path(folder)
+    config_path = folder / "config.json"
+    config_path.unlink(missing_ok=True)
+    for kind, modules in (("generators", export.generators), ("gates", export.gates)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for old in (folder / kind).glob("*"):
+            old.unlink()
+        for name, module in modules.items():
+            save_file(
+                {k: v.contiguous() for k, v in module.state_dict().items()}, folder / kind / f"{name}.safetensors"
+            )
+    config = {
+        "format": FORMAT,
+        "action_space": export.space.to_dict(),
+        "tolerance": export.tolerance,
+        "defaults": dict(export.defaults),
+        "generators": {k: asdict(v.config) for k, v in export.generators.items()},
+        "gates": {k: asdict(v.config) for k, v in export.gates.items()},
+        "calibration": {k: v.to_dict() for k, v in export.calibration.items()},
+        "provenance": dict(export.provenance),
+    }
+    (folder / "README.md").write_text(model_card(export))
+    config_path.write_text(json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def load_export(path: str | Path) -> Export:
+    """Read an exported folder, or download one by its hub id.
+
+    Raises :class:`InputError` that names the missing, truncated or ill-fitting file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(str(path))
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise InputError(f"{config_path}: missing; {folder} is not an export (or its writing was cut short)")
+    try:
+        config = json.loads(config_path.read_text())
+        space = ActionSpace.from_dict(config["action_space"], f"{config_path}: action_space")
+        if config["format"] != FORMAT:
+            raise InputError(f"{config_path}: export format {config['format']}, this version reads {FORMAT}")
+        generators = {
+            name: _load(LearnedGenerator(GeneratorConfig(**values)), folder / "generators" / f"{name}.safetensors")
+            for name, values in config["generators"].items()
+        }
+        gates = {
+            name: _load(ActionTypeClassifier(ClassifierConfig(**values)), folder / "gates" / f"{name}.safetensors")
+            for name, values in config["gates"].items()
+        }
+        calibration = {
+            k: Calibration.from_dict(v, f"{config_path}: calibration.{k}") for k, v in config["calibration"].items()
+        }
+        if missing := set(gates) - set(calibration):
+            raise InputError(f"{config_path}: calibration lacks gate {sorted(missing)[0]!r}")
+        return Export(
+            space=space,
+            tolerance=float(config["tolerance"]),
+            generators=generators,
+            gates=gates,
+            calibration=calibration,
+            defaults=config["defaults"],
+            provenance=config["provenance"],
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"{config_path}: not valid JSON ({error})") from None
+    except KeyError as error:
+        raise InputError(f"{config_path}: field {error} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{config_path}: {error}") from None
+
+
+def _load(module: M, path: Path) -> M:
+    if not path.exists():
+        raise InputError(f"{path}: missing from the export")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    if expected != found:
+        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))[0]
+        raise InputError(f"{path}: tensor {odd!r} has shape {found.get(odd)}, config.json asks for {expected.get(odd)}")
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{path}: tensor {name!r} contains NaN or infinity")
+    module.load_state_dict(tensors)
+    return module.eval()
+
+
+def _download(hub_id: str) -> Path:
+    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
+        raise InputError(f"{hub_id}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{hub_id}: neither a folder nor reachable on the hub ({type(error).__name__})") from None
+
+
+def model_card(export: Export) -> str:
+    """The export's README.md."""
+    lines = [
+        "---",
+        "library_name: spvla",
+        "tags: [robotics, vision-language-action, sp-vla]",
+        "license: mit",
+        "---",
+        "",
+        f"# SP-VLA generator and gates for {export.space.name}",
+        "",
+        f"Action generators distilled from the teacher **{export.provenance.get('teacher', 'unknown')}** and one calibrated "
+        "action-type classifier per generator. Use with the same VLA, in the same action space:",
+        "",
+        "```python",
+        "policy = spvla.accelerate(vla, 'this/folder')",
+        "```",
+        "",
+        "| generator | gate | calibration episodes | smallest risk | coverage at the default risk |",
+        "|---|---|---|---|---|",
+    ]
+    risk = float(export.defaults.get("risk", 0.05))
+    for name, curve in export.calibration.items():
+        allowed = np.asarray(curve.risk) <= risk
+        coverage = f"{np.asarray(curve.coverage)[allowed][-1]:.1%}" if allowed.any() else "none"
+        lines.append(f"| {name} | learned | {curve.episodes} | {curve.smallest_risk:.4f} | {coverage} |")
+    lines += [
+        "",
+        f"Defaults: `{json.dumps(dict(export.defaults))}`. A step deviates if the largest error over the continuous "
+        f"dimensions exceeds {export.tolerance} (normalised units) or a gripper is wrong. Risk is the expected share of an "
+        "episode's steps that are generated and deviate; the bound holds for trajectories like those of the calibration "
+        "set.",
+        "",
+        "Provenance:",
+        "",
+        "```json",
+        json.dumps(dict(export.provenance), indent=1),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,177 @@
+"""Learned action generators: an MLP and a causal transformer over the history, distilled from a VLA's rollouts.
+
+Both map a :class:`~spvla.history.Window` to the teacher's next H actions in normalised units. Continuous dimensions are
+regressed, binary grippers are logits. They are small (tens of thousands to a few hundred thousand parameters), since
+their cost is paid at every control step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
+from spvla.generators.base import Proposal
+from spvla.generators.features import FeatureConfig, HistoryFeatures
+from spvla.history import ActionHistory, Window
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Architecture of a learned generator.
+
+    Args:
+        kind: ``"mlp"`` or ``"transformer"``.
+        features: its inputs.
+        gripper: indices of binary gripper dimensions (predicted as logits); continuous grippers are not listed.
+        horizon: actions predicted (H). Only the first is executed; the others sharpen the features and show in reports.
+        width, depth: hidden width and number of hidden layers or blocks.
+        heads: attention heads (transformer).
+        dropout: in training only.
+    """
+
+    kind: Literal["mlp", "transformer"]
+    features: FeatureConfig
+    gripper: tuple[int, ...] = ()
+    horizon: int = 4
+    width: int = 256
+    depth: int = 3
+    heads: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.features, dict):
+            object.__setattr__(self, "features", FeatureConfig(**self.features))
+        object.__setattr__(self, "gripper", tuple(self.gripper))
+        if self.kind not in ("mlp", "transformer"):
+            raise InputError(f"generator kind {self.kind!r} is neither 'mlp' nor 'transformer'")
+        if self.horizon < 1:
+            raise InputError(f"generator horizon must be at least 1, got {self.horizon}")
+
+
+def mlp(sizes: list[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with GELU between them; ``sizes`` lists input, hidden and output widths."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        layers.append(nn.Linear(a, b))
+        if i < len(sizes) - 2:
+            layers.append(nn.GELU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+class CausalBlock(nn.Module):
+    """A pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = mlp([width, 4 * width, width], dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, w = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, nh, n, hs)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(a.transpose(1, 2).reshape(b, n, w))
+        return x + self.mlp(self.norm2(x))
+
+
+class LearnedGenerator(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="spvla",
+    tags=["robotics", "action-generator"],
+    coders={GeneratorConfig: (asdict, lambda values: GeneratorConfig(**values))},
+):
+    """A small network that continues the motion. ``forward`` is the network, :meth:`propose` the generator."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.features = HistoryFeatures(config.features)
+        self.out = config.horizon * config.features.action_dim
+        w = config.width
+        if config.kind == "mlp":
+            self.net = mlp([self.features.size, *[w] * config.depth, self.out], config.dropout)
+        else:
+            self.embed = nn.Linear(self.features.token_size, w)
+            self.embed_now = nn.Linear(self.features.token_size + self.features.global_size, w)
+            self.position = nn.Parameter(torch.randn(config.features.history + 1, w) * 0.02)
+            self.blocks = nn.ModuleList(CausalBlock(w, config.heads, config.dropout) for _ in range(config.depth))
+            self.norm = nn.LayerNorm(w)
+            self.head = nn.Linear(w, self.out)
+
+    @property
+    def history_length(self) -> int:
+        """Steps of history this generator reads."""
+        return self.config.features.history
+
+    def forward(self, window: Window) -> Tensor:
+        """A window of tensors to (B, H, D): normalised actions, logits at binary grippers (positive: +1)."""
+        if self.config.kind == "mlp":
+            out = self.net(self.features(window))
+        else:
+            tokens, rest = self.features.tokens(window)  # (B, n + 1, token), (B, G)
+            now = self.embed_now(torch.cat([tokens[:, -1], rest], dim=1))
+            x = torch.cat([self.embed(tokens[:, :-1]), now[:, None]], dim=1) + self.position  # (B, n + 1, W)
+            for block in self.blocks:
+                x = block(x)
+            out = self.head(self.norm(x[:, -1]))
+        return out.view(-1, self.config.horizon, self.config.features.action_dim)  # (B, H, D)
+
+    def actions(self, window: Window) -> Tensor:
+        """:meth:`forward` with binary grippers decided: normalised actions (B, H, D)."""
+        out = self(window)
+        if self.config.gripper:
+            g = list(self.config.gripper)
+            out[..., g] = torch.where(out[..., g] >= 0, 1.0, -1.0)
+        return out
+
+    def bind(self, space: ActionSpace) -> BoundGenerator:
+        """This network as an :class:`~spvla.generators.base.ActionGenerator` of one robot."""
+        if space.dim != self.config.features.action_dim:
+            raise InputError(
+                f"generator: trained for {self.config.features.action_dim} action dimensions, "
+                f"action space {space.name!r} has {space.dim}"
+            )
+        return BoundGenerator(self.eval(), space)
+
+
+@dataclass(frozen=True)
+class BoundGenerator:
+    """A learned generator with the action space it acts in."""
+
+    network: LearnedGenerator
+    space: ActionSpace
+    low: FloatArray = field(init=False, repr=False, compare=False)  # the bounds, normalised
+    high: FloatArray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "low", self.space.normalize(self.space.low))
+        object.__setattr__(self, "high", self.space.normalize(self.space.high))
+
+    @property
+    def history_length(self) -> int:
+        """Steps of history this generator reads."""
+        return self.network.history_length
+
+    def propose(self, history: ActionHistory) -> Proposal:
+        """The network's H actions; one with NaN stays as it is, for the policy to refuse."""
+        return Proposal(self.space.denormalize(self.propose_windows(history.window())[0]))
+
+    @torch.inference_mode()
+    def propose_windows(self, window: Window) -> FloatArray:
+        """The network's H actions after B windows, within the space's bounds: normalised (B, H, D)."""
+        return np.clip(self.network.actions(window).numpy(), self.low, self.high)

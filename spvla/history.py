@@ -1,0 +1,167 @@
+"""What a policy remembers between control steps.
+
+:class:`ActionHistory` keeps the last ``length`` executed actions, who made each, the proprioception around them and the
+VLA's last output with its age. :class:`Window` is the same content as arrays with a leading batch dimension: generators
+and gates read windows only, so that what they see on a robot (B = 1) and in training (B = thousands) is one type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
+from spvla.vlas.base import VLAOutput
+
+
+class Source(IntEnum):
+    """Who made an executed action."""
+
+    VLA = 0
+    GENERATOR = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """The history before a decision, for B decisions at once; oldest first, padded at the front.
+
+    Args:
+        actions: executed actions, normalised, (B, n, D); zeros where padded.
+        sources: 1 where the generator made the action, else 0, (B, n).
+        mask: 1 where a step exists, 0 where padded, (B, n).
+        states: proprioception in its own units at the n steps and now, (B, n + 1, S); the first known state where
+            padded. S = 0 where a robot reports none.
+        vla_action: the VLA's own last action, normalised, (B, D); zeros before the first call.
+        vla_state: proprioception when the VLA was last asked, (B, S).
+        vla_age: steps since that call, (B,): 1 directly after it, 0 if it was never asked.
+        vla_confidence: the VLA's confidence in that action, (B, D), or None if it reports none.
+        vla_features: its pooled features, (B, F), or None.
+    """
+
+    actions: FloatArray
+    sources: FloatArray
+    mask: FloatArray
+    states: FloatArray
+    vla_action: FloatArray
+    vla_state: FloatArray
+    vla_age: FloatArray
+    vla_confidence: FloatArray | None = None
+    vla_features: FloatArray | None = None
+
+
+class ActionHistory:
+    """The last ``length`` steps of an episode, kept in place (no allocation a step).
+
+    Args:
+        space: action space of the policy.
+        length: steps to remember (n).
+    """
+
+    def __init__(self, space: ActionSpace, length: int) -> None:
+        if length < 1:
+            raise InputError(f"history length must be at least 1, got {length}")
+        self.space = space
+        self.length = length
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new episode starts."""
+        n, d = self.length, self.space.dim
+        self.steps = 0  # actions executed in this episode
+        self.generated_run = 0  # generated actions since the VLA last acted
+        self.actions = np.zeros((n, d), np.float32)  # environment units
+        self.normalized = np.zeros((n, d), np.float32)
+        self.sources = np.zeros(n, np.float32)
+        self.mask = np.zeros(n, np.float32)
+        self.states: FloatArray | None = None  # (n + 1, S) once a state was observed
+        self.vla_output: VLAOutput | None = None
+        self.vla_action = np.zeros(d, np.float32)  # normalised
+        self.vla_state: FloatArray | None = None
+        self.vla_age = 0
+
+    def observe(self, state: NDArray[np.floating] | None) -> None:
+        """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none."""
+        if state is None:
+            if self.states is not None and self.states.shape[1] > 0:
+                raise InputError("observation.state: missing, though earlier steps of this episode had one")
+            state = np.zeros(0, np.float32)
+        state = np.asarray(state, np.float32)
+        if state.ndim != 1:
+            raise InputError(f"observation.state: expected shape (S,), got {state.shape}")
+        if not np.isfinite(state).all():
+            raise InputError("observation.state: contains NaN or infinity")
+        if self.states is None:
+            self.states = np.repeat(state[None], self.length + 1, axis=0)
+            self.vla_state = state.copy()
+        elif state.shape[0] != self.states.shape[1]:
+            raise InputError(f"observation.state: {state.shape[0]} values, earlier steps had {self.states.shape[1]}")
+        else:
+            self.states[:-1] = self.states[1:]
+            self.states[-1] = state
+
+    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
+        """Take in the executed action (D,), environment units, who made it, and the VLA's output if it was asked."""
+        normalized = self.space.normalize(action)
+        for buffer, value in (
+            (self.actions, action),
+            (self.normalized, normalized),
+            (self.sources, float(source)),
+            (self.mask, 1.0),
+        ):
+            buffer[:-1] = buffer[1:]
+            buffer[-1] = value
+        self.steps += 1
+        self.vla_age += self.vla_age > 0
+        self.generated_run = self.generated_run + 1 if source == Source.GENERATOR else 0
+        if source == Source.VLA:
+            self.vla_action = normalized
+            self.vla_age = 1
+            if self.states is not None:
+                self.vla_state = self.states[-1].copy()
+            if output is not None:
+                self.vla_output = output
+
+    def amend(self, action: FloatArray) -> None:
+        """Replace the last executed action (D,), environment units: something downstream changed it."""
+        if not self.steps:
+            raise InputError("history: no action was executed yet")
+        self.actions[-1] = action
+        self.normalized[-1] = self.space.normalize(action)
+
+    @property
+    def last_action(self) -> FloatArray | None:
+        """The last executed action (D,), environment units, or None at the start of an episode."""
+        return self.actions[-1] if self.steps else None
+
+    def recent(self, n: int) -> FloatArray:
+        """The last ``n`` executed actions, fewer at the start: (k <= n, D), oldest first, environment units."""
+        k = min(n, self.steps, self.length)
+        return self.actions[self.length - k :]
+
+    def recent_sources(self, n: int) -> FloatArray:
+        """Who made :meth:`recent`'s actions: (k <= n,), 1 for the generator."""
+        k = min(n, self.steps, self.length)
+        return self.sources[self.length - k :]
+
+    def window(self) -> Window:
+        """This history as a batch of one. The arrays are views: read them before the next step."""
+        if self.states is None or self.vla_state is None:
+            raise InputError("history: observe() was not called before window()")
+        output = self.vla_output
+        confidence = None if output is None else output.confidence
+        features = None if output is None else output.features
+        return Window(
+            actions=self.normalized[None],
+            sources=self.sources[None],
+            mask=self.mask[None],
+            states=self.states[None],
+            vla_action=self.vla_action[None],
+            vla_state=self.vla_state[None],
+            vla_age=np.array([self.vla_age], np.float32),
+            vla_confidence=None if confidence is None else confidence[None],
+            vla_features=None if features is None else features[None],
+        )

@@ -1,0 +1,332 @@
+"""The joint policy: generator, scheduler, pruner and an unmodified VLA in one control loop.
+
+Everything meets here and nowhere else. With generator, scheduler and pruner off, :class:`SPVLAPolicy` returns the VLA's
+own actions bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.episodes import Episode, RolloutWriter
+from spvla.errors import InputError
+from spvla.generators.base import ActionGenerator, Proposal
+from spvla.history import ActionHistory, Source
+from spvla.observation import Observation
+from spvla.scheduling.base import Decision, Scheduler
+from spvla.vlas.base import VLA, VLAOutput
+
+
+class Pruner(Protocol):
+    """The part of a token pruner that the loop needs: how much attention mass to keep at the current speed."""
+
+    def keep_mass(self, history: ActionHistory) -> float:
+        """Attention mass to keep in the VLA's next pass, in (0, 1]; 1 prunes nothing."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in one control step and what it cost.
+
+    Args:
+        source: who made the executed action.
+        intuitive: the scheduler's label (False if it was not asked).
+        reason: what decided.
+        probability: the classifier's probability of deviating, or None.
+        fallback: labelled intuitive, but the proposal was refused and the VLA acted in the same step.
+        deviates: shadow mode only: whether the skipped proposal would have deviated from the VLA's action.
+        error: shadow mode only: its largest absolute error over the continuous dimensions, normalised units.
+        keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
+        visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
+        milliseconds: wall clock by stage: ``scheduling``, ``vla``, the VLA's own stages as ``vla/<stage>``, ``total``.
+    """
+
+    source: Source
+    intuitive: bool
+    reason: str
+    probability: float | None = None
+    fallback: bool = False
+    deviates: bool | None = None
+    error: float | None = None
+    keep_mass: float | None = None
+    visual_tokens: tuple[int, int] | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Record:
+    """The running episode, kept only if it is to be recorded."""
+
+    actions: list[FloatArray] = field(default_factory=list)
+    states: list[FloatArray | None] = field(default_factory=list)
+    outputs: list[VLAOutput | None] = field(default_factory=list)
+    steps: list[StepInfo] = field(default_factory=list)
+
+
+class SPVLAPolicy:
+    """A VLA that is asked only when it has to be.
+
+    Args:
+        vla: the frozen policy.
+        generator: continues the motion on intuitive steps; None switches scheduling off.
+        scheduler: labels each step; None switches scheduling off.
+        pruner: asks the VLA's pass for fewer visual tokens; None switches pruning off.
+        space: the action space with the export's jump limits; by default the VLA's own.
+        max_generated_run: generated actions in a row before the VLA must act.
+        tolerance: error beyond which a proposal counts as deviating (normalised units; shadow mode).
+        shadow: the VLA acts on every step; what would have been skipped, and how far off it was, is recorded.
+        record: folder of a rollout store that finished episodes are written to.
+    """
+
+    def __init__(
+        self,
+        vla: VLA,
+        generator: ActionGenerator | None = None,
+        scheduler: Scheduler | None = None,
+        pruner: Pruner | None = None,
+        *,
+        space: ActionSpace | None = None,
+        max_generated_run: int = 20,
+        tolerance: float = 0.2,
+        shadow: bool = False,
+        record: str | Path | None = None,
+    ) -> None:
+        if (generator is None) != (scheduler is None):
+            raise InputError("policy: a generator needs a scheduler and a scheduler a generator; give both or neither")
+        if max_generated_run < 1:
+            raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
+        self.vla = vla
+        self.generator = generator
+        self.scheduler = scheduler
+        self.pruner = pruner
+        self.space = space or vla.action_space
+        self.max_generated_run = max_generated_run
+        self.tolerance = tolerance
+        self.shadow = shadow
+        length = max([1] + [part.history_length for part in (generator, scheduler) if part is not None])
+        self.history = ActionHistory(self.space, length)
+        self.steps: list[StepInfo] = []
+        self.last_output: VLAOutput | None = None  # what the VLA said in the last step, None if it was not asked
+        self._queue: deque[FloatArray] = deque()
+        self._instruction: str | None = None
+        self._writer = None if record is None else RolloutWriter(record, self.space, policy=type(vla).__name__)
+        self._episodes = 0
+        self._record = _Record()
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode. A recorded episode that :meth:`finish` did not close is kept, its success unknown."""
+        self.finish()
+        self.vla.reset(instruction)
+        self._instruction = instruction
+        self.history.reset()
+        self._queue.clear()
+        self.steps = []
+        self._record = _Record()
+
+    @property
+    def last_step(self) -> StepInfo:
+        """What happened in the last step."""
+        if not self.steps:
+            raise InputError("policy: no step was taken since reset()")
+        return self.steps[-1]
+
+    def select_action(
+        self,
+        observation: Observation | Callable[[], Observation],
+        state: NDArray[np.floating] | None = None,
+    ) -> FloatArray:
+        """The next action (D,), float32, environment units.
+
+        Args:
+            observation: what the robot sees, or a callable that captures it. A callable is only called when the VLA acts,
+                so on intuitive steps no image is captured, decoded or preprocessed.
+            state: current proprioception (S,) if ``observation`` is a callable; else the observation's own is used.
+        """
+        start = perf_counter()
+        if self._instruction is None:
+            raise InputError("policy: reset(instruction) comes before the first select_action()")
+        if isinstance(observation, Observation):
+            state = observation.state
+        history = self.history
+        history.observe(state)
+
+        decision, proposal = Decision(False, "off"), None
+        if self._queue:
+            decision = Decision(False, "chunk")
+        elif self.generator is not None and self.scheduler is not None:
+            proposal = self.generator.propose(history)
+            decision = self._decide(history, proposal)
+        intuitive = decision.intuitive
+        previous = history.last_action
+        refused = intuitive and (proposal is None or not self.space.admissible(proposal.actions[0], previous))
+        scheduled = perf_counter()
+        times = {"scheduling": 1e3 * (scheduled - start)}
+
+        output: VLAOutput | None = None
+        keep_mass: float | None = None
+        if proposal is not None and intuitive and not refused and not self.shadow:
+            action, source = proposal.actions[0], Source.GENERATOR
+        elif self._queue:
+            action, source = self._queue.popleft(), Source.VLA
+        else:
+            keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)
+            seen = observation if isinstance(observation, Observation) else observation()
+            asked = perf_counter()
+            output = self.vla.predict(seen, keep_mass=keep_mass)
+            times["capture"] = 1e3 * (asked - scheduled)
+            times["vla"] = 1e3 * (perf_counter() - asked)
+            times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
+            actions = self._check(output)
+            action, source = actions[0], Source.VLA
+            self._queue.extend(actions[1:])
+
+        deviates, error = None, None
+        if self.shadow and output is not None and proposal is not None and previous is not None:
+            proposed, reference = self.space.normalize(proposal.actions[0]), self.space.normalize(action)
+            deviates = bool(self.space.deviation(proposed, reference, self.tolerance))
+            error = float(np.abs(proposed - reference)[list(self.space.continuous)].max(initial=0.0))
+        history.act(action, source, output)
+        self.last_output = output
+        times["total"] = 1e3 * (perf_counter() - start)
+        step = StepInfo(
+            source=source,
+            intuitive=intuitive,
+            reason="refused" if refused else decision.reason,
+            probability=decision.probability,
+            fallback=refused,
+            deviates=deviates,
+            error=error,
+            keep_mass=keep_mass,
+            visual_tokens=None if output is None else output.visual_tokens,
+            milliseconds=times,
+        )
+        self.steps.append(step)
+        if self._writer is not None:
+            self._record.actions.append(action.copy())
+            self._record.states.append(None if state is None else np.array(state, np.float32))
+            self._record.outputs.append(output)
+            self._record.steps.append(step)
+        return action.copy()
+
+    def executed(self, action: FloatArray) -> None:
+        """Tell the policy that another action (D,) than the selected one was executed: a safety filter's, or noise."""
+        self.history.amend(action)
+        if self._writer is not None:
+            self._record.actions[-1] = np.array(action, np.float32)
+
+    def _decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
+        assert self.scheduler is not None
+        if history.vla_age == 0:
+            return Decision(False, "first step")
+        if history.generated_run >= self.max_generated_run:
+            return Decision(False, "run limit")
+        return self.scheduler.decide(history, proposal)
+
+    def _check(self, output: VLAOutput) -> FloatArray:
+        actions = output.actions
+        if actions.ndim != 2 or actions.shape[1] != self.space.dim or not len(actions):
+            raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
+        if not np.isfinite(actions).all():
+            raise InputError("VLA: returned an action with NaN or infinity")
+        return actions
+
+    def finish(self, success: bool | None = None, **metadata: Any) -> None:
+        """Close the episode; with ``record=`` it is written to the rollout store. Facts about it go in as keywords."""
+        record, self._record = self._record, _Record()
+        if self._writer is None or not record.actions or self._instruction is None:
+            return
+        episode = record_to_episode(record.actions, record.states, record.outputs, record.steps, self.space)
+        episode.instruction, episode.success, episode.metadata = self._instruction, success, metadata
+        while self._writer.finished(job := f"episode-{self._episodes:06d}"):
+            self._episodes += 1
+        self._writer.write(job, [episode])
+
+    def close(self) -> None:
+        """Finish the running episode and, if recording, finalise the store."""
+        self.finish()
+        if self._writer is not None and any(self._writer.shards.glob("*.parquet")):
+            self._writer.finalize()
+
+    def stats(self) -> dict[str, float]:
+        """Counts and costs since the last reset: see :func:`episode_stats`."""
+        return episode_stats(self.steps)
+
+
+def record_to_episode(
+    actions: list[FloatArray],
+    states: list[FloatArray | None],
+    outputs: list[VLAOutput | None],
+    steps: list[StepInfo],
+    space: ActionSpace,
+) -> Episode:
+    """An :class:`Episode` from what a policy did. Where the VLA was not asked, its rows are NaN."""
+    count = len(actions)
+
+    def gather(values: list[FloatArray | None]) -> FloatArray | None:
+        width = next((len(v) for v in values if v is not None), 0)
+        if not width:
+            return None
+        out = np.full((count, width), np.nan, np.float32)
+        for i, v in enumerate(values):
+            if v is not None:
+                out[i] = v
+        return out
+
+    return Episode(
+        actions=np.asarray(actions, np.float32),
+        instruction="",
+        timestamps=np.arange(count) / space.control_rate,
+        states=gather(states),
+        sources=np.array([s.source for s in steps], np.uint8),
+        vla_actions=gather([None if o is None else o.actions[0] for o in outputs]),
+        vla_confidence=gather([None if o is None else o.confidence for o in outputs]),
+        vla_features=gather([None if o is None else o.features for o in outputs]),
+    )
+
+
+def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Lengths of the maximal runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], generated.astype(np.int8), [0]])))
+    return np.asarray(edges[1::2] - edges[::2], np.int64)
+
+
+def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
+    """Counts and costs of an episode's steps.
+
+    Returns ``steps, vla_calls, generated, fallbacks, switches`` (changes of who acts), ``generated_runs``,
+    ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode ``would_skip`` and
+    ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
+    """
+    if not steps:
+        return {"steps": 0, "vla_calls": 0, "generated": 0, "fallbacks": 0, "switches": 0}
+    generated = np.array([s.source == Source.GENERATOR for s in steps])
+    runs = run_lengths(generated)
+    ms = np.array([s.milliseconds["total"] for s in steps])
+    out: dict[str, float] = {
+        "steps": len(steps),
+        "vla_calls": sum("vla" in s.milliseconds for s in steps),
+        "generated": int(generated.sum()),
+        "fallbacks": sum(s.fallback for s in steps),
+        "switches": int((generated[1:] != generated[:-1]).sum()),
+        "generated_runs": len(runs),
+        "generated_run_length_mean": float(runs.mean()) if len(runs) else 0.0,
+        "policy_seconds": float(ms.sum() / 1e3),
+    }
+    out |= {f"policy_ms_p{q}": float(np.percentile(ms, q)) for q in (50, 95, 99)}
+    shadow = [s for s in steps if s.deviates is not None]
+    if shadow:
+        out["would_skip"] = sum(s.intuitive and not s.fallback for s in shadow)
+        out["would_deviate"] = sum(s.intuitive and not s.fallback and bool(s.deviates) for s in shadow)
+    tokens = [s.visual_tokens[0] for s in steps if s.visual_tokens is not None]
+    if tokens:
+        out["visual_tokens_mean"] = float(np.mean(tokens))
+    return out

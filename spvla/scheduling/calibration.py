@@ -1,0 +1,126 @@
+"""From an allowed risk to a classifier's threshold: conformal risk control (Angelopoulos et al., arXiv 2208.02814).
+
+Risk is the expected share of an episode's steps that are generated *and* deviate from the teacher. It never falls as the
+threshold rises, so for n exchangeable calibration episodes with mean loss R(threshold), the largest threshold with
+(n R + 1) / (n + 1) <= risk keeps the expected risk of a new episode below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spvla.errors import InputError
+
+GRID = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A classifier's risk curve.
+
+    Args:
+        thresholds: ascending, (M,). A step is intuitive if its probability of deviating is at most the threshold.
+        risk: conformal upper bound of the risk at each, non-decreasing.
+        coverage: share of steps that are intuitive at each (mean over episodes).
+        deviating: share of the intuitive steps that deviate at each.
+        episodes: calibration episodes, the smallest number over the pools that were combined.
+    """
+
+    thresholds: tuple[float, ...]
+    risk: tuple[float, ...]
+    coverage: tuple[float, ...]
+    deviating: tuple[float, ...]
+    episodes: int
+
+    @property
+    def smallest_risk(self) -> float:
+        """The smallest risk that this many episodes can vouch for: 1 / (n + 1)."""
+        return 1.0 / (self.episodes + 1)
+
+    def threshold(self, risk: float) -> float:
+        """The largest threshold whose bound is at most ``risk``; negative (nothing is intuitive) if even the lowest
+        is above it. Raises :class:`InputError` for a risk that the calibration set is too small to vouch for."""
+        if not 0 < risk <= 1:
+            raise InputError(f"risk must lie in (0, 1], got {risk}")
+        if risk < self.smallest_risk:
+            raise InputError(
+                f"risk {risk:g} cannot be vouched for by {self.episodes} calibration episodes: "
+                f"the smallest possible is {self.smallest_risk:.4f}"
+            )
+        allowed = np.flatnonzero(np.asarray(self.risk) <= risk)
+        return float(self.thresholds[allowed[-1]]) if len(allowed) else -1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "calibration") -> Calibration:
+        """Read :meth:`to_dict`'s form; an :class:`InputError` names ``where`` if it is not that."""
+        try:
+            curves = {k: tuple(v) for k, v in values.items() if k != "episodes"}
+            out = cls(episodes=int(values["episodes"]), **curves)
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{where}: {error}") from None
+        if not len(out.thresholds) == len(out.risk) == len(out.coverage) == len(out.deviating) > 0:
+            raise InputError(f"{where}: thresholds, risk, coverage and deviating must have one length")
+        return out
+
+
+def calibrate(
+    probability: Sequence[ArrayLike], deviates: Sequence[ArrayLike], thresholds: NDArray[np.float64] | None = None
+) -> Calibration:
+    """The risk curve of a classifier over calibration episodes.
+
+    Args:
+        probability: per episode, the classifier's probability of deviating at each step, (T_i,); infinity where the step
+            can never be generated (the first of an episode).
+        deviates: per episode, whether the proposal deviated from the teacher, (T_i,).
+        thresholds: where to evaluate the curve; by default quantiles of the probabilities.
+    """
+    n = len(probability)
+    if n == 0:
+        raise InputError("calibration: no episodes")
+    p = np.concatenate([np.asarray(x, np.float64) for x in probability])
+    bad = np.concatenate([np.asarray(x, bool) for x in deviates])
+    weight = np.concatenate([np.full(len(np.asarray(x)), 1.0 / (n * len(np.asarray(x)))) for x in probability])
+    if np.isnan(p).any():
+        raise InputError("calibration: the classifier returned NaN")
+    if thresholds is None:
+        finite = p[np.isfinite(p)]
+        thresholds = np.unique(np.quantile(finite, np.linspace(0, 1, GRID))) if len(finite) else np.zeros(1)
+    order = np.argsort(p, kind="stable")
+    at = np.searchsorted(p[order], thresholds, side="right")  # steps with p <= threshold
+
+    def up_to(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([[0.0], np.cumsum(values[order])])[at]
+
+    loss, coverage = up_to(weight * bad), up_to(weight)
+    count, wrong = up_to(np.ones_like(p)), up_to(bad.astype(np.float64))
+    return Calibration(
+        thresholds=tuple(thresholds.tolist()),
+        risk=tuple(((n * loss + 1) / (n + 1)).tolist()),
+        coverage=tuple(coverage.tolist()),
+        deviating=tuple((wrong / np.maximum(count, 1)).tolist()),
+        episodes=n,
+    )
+
+
+def worst_of(curves: Sequence[Calibration]) -> Calibration:
+    """One curve for several pools of episodes (teacher rollouts, accelerated rollouts): the largest risk at every
+    threshold, so that the bound holds in each pool. All must share their thresholds; coverage is the first pool's."""
+    first = curves[0]
+    if any(c.thresholds != first.thresholds for c in curves):
+        raise InputError("calibration: pools were evaluated at different thresholds")
+    return Calibration(
+        thresholds=first.thresholds,
+        risk=tuple(np.max([c.risk for c in curves], axis=0).tolist()),
+        coverage=first.coverage,
+        deviating=tuple(np.max([c.deviating for c in curves], axis=0).tolist()),
+        episodes=min(c.episodes for c in curves),
+    )

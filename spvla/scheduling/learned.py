@@ -1,0 +1,90 @@
+"""The learned action-type classifier (the gate): how likely is the generator's proposal to deviate from the VLA?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from spvla.actions import ActionSpace
+from spvla.errors import InputError
+from spvla.generators.base import Proposal
+from spvla.generators.features import FeatureConfig, HistoryFeatures
+from spvla.generators.learned import mlp
+from spvla.history import ActionHistory, Window
+from spvla.scheduling.base import Decision
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Architecture of an action-type classifier: an MLP over the history's features and the proposal.
+
+    Args:
+        features: its view of the history.
+        width, depth: hidden width and number of hidden layers.
+        dropout: in training only.
+    """
+
+    features: FeatureConfig
+    width: int = 128
+    depth: int = 3
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.features, dict):
+            object.__setattr__(self, "features", FeatureConfig(**self.features))
+
+
+class ActionTypeClassifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="spvla",
+    tags=["robotics", "action-type-classifier"],
+    coders={ClassifierConfig: (asdict, lambda values: ClassifierConfig(**values))},
+):
+    """Probability that a proposed action deviates from the VLA's. It sees the proposal itself, its change against the
+    last executed action and against the VLA's own last action, beside the history's features."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.features = HistoryFeatures(config.features)
+        size = self.features.size + 3 * config.features.action_dim
+        self.net = mlp([size, *[config.width] * config.depth, 1], config.dropout)
+
+    def forward(self, window: Window, proposal: Tensor) -> Tensor:
+        """A window of tensors and normalised proposals (B, D) to logits (B,): positive means deliberative."""
+        last, vla = torch.as_tensor(window.actions)[:, -1], torch.as_tensor(window.vla_action)
+        x = torch.cat([self.features(window), proposal, proposal - last, proposal - vla], dim=1)
+        return self.net(x)[:, 0]
+
+
+@dataclass(frozen=True)
+class LearnedScheduler:
+    """Intuitive iff the classifier's probability of deviating is at most a calibrated threshold."""
+
+    classifier: ActionTypeClassifier
+    threshold: float
+    space: ActionSpace
+
+    def __post_init__(self) -> None:
+        if self.classifier.config.features.action_dim != self.space.dim:
+            raise InputError(
+                f"classifier: trained for {self.classifier.config.features.action_dim} action dimensions, "
+                f"action space {self.space.name!r} has {self.space.dim}"
+            )
+        self.classifier.eval()
+
+    @property
+    def history_length(self) -> int:
+        """Steps of history the classifier reads."""
+        return self.classifier.config.features.history
+
+    @torch.inference_mode()
+    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
+        """Label the coming step. A NaN probability is deliberative."""
+        normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
+        p = float(torch.sigmoid(self.classifier(history.window(), normalized)))
+        return Decision(p <= self.threshold, "classifier", p)

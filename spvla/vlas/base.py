@@ -1,0 +1,48 @@
+"""The role a VLA plays here: any policy that maps an observation to one action or a chunk of actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.observation import Observation
+
+
+@dataclass(frozen=True)
+class VLAOutput:
+    """What one VLA call returns; fields a policy lacks are None.
+
+    Args:
+        actions: float32 (T, D), environment units; T = 1 for OpenVLA, more for chunked policies.
+        tokens: action tokens, int64 (T, D).
+        confidence: probability of the chosen action per dimension, float32 (D,), first action of the chunk.
+        features: pooled hidden state, float32 (F,).
+        visual_tokens: (kept, total) visual tokens that reached the language model.
+        timings: milliseconds by stage.
+    """
+
+    actions: FloatArray
+    tokens: NDArray[np.int64] | None = None
+    confidence: FloatArray | None = None
+    features: FloatArray | None = None
+    visual_tokens: tuple[int, int] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class VLA(Protocol):
+    """A frozen policy. The instruction lives in :meth:`reset`; :meth:`predict` is called when the VLA must act."""
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """Layout and scale of the actions that :meth:`predict` returns."""
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode with ``instruction``."""
+
+    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
+        """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning)."""

@@ -1,0 +1,1 @@
+"""Distil generators, train and calibrate their gates, export."""

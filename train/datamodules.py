@@ -1,0 +1,283 @@
+"""Lightning data modules over rollout stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from data.store import RolloutStore
+from data.windows import BatchStream, Split, Windows, frames_of, split_episodes
+from spvla.errors import InputError
+from spvla.export import BUILT_IN_GENERATORS, built_in_generator
+from spvla.generators.base import ActionGenerator
+from spvla.generators.features import FeatureConfig
+from spvla.generators.learned import LearnedGenerator
+from train.modules import GeneratorModule
+
+
+def feature_config(
+    windows: Windows,
+    split: Split,
+    history: int = 12,
+    state_dims: Sequence[int] | None = None,
+    state_lags: Sequence[int] = (1, 3, 6),
+    vla_output: bool = True,
+) -> FeatureConfig:
+    """Inputs for models on these windows; state quantiles come from the training episodes.
+
+    Args:
+        windows: the data.
+        split: its training episodes.
+        history: executed actions to look back on (n).
+        state_dims: entries of proprioception to use; all if None.
+        state_lags: state differences over these many steps.
+        vla_output: use the VLA's last action and its age.
+    """
+    states = np.concatenate([s.arrays["states"] for s in windows.stores])[frames_of(split.train)]
+    dims = list(range(states.shape[1])) if state_dims is None else list(state_dims)
+    q01, q99 = np.quantile(states[:, dims], [0.01, 0.99], axis=0) if dims else (np.zeros(0), np.zeros(0))
+    features = windows.stores[0].arrays["vla_features"].shape[1] if windows.features else 0
+    return FeatureConfig(
+        action_dim=windows.stores[0].space.dim,
+        history=history,
+        state_dims=tuple(dims),
+        state_q01=tuple(q01.tolist()),
+        state_q99=tuple(q99.tolist()),
+        state_lags=tuple(state_lags),
+        vla_output=vla_output,
+        vla_confidence=windows.confidence,
+        vla_features=features,
+    )
+
+
+class EpisodeBatches(IterableDataset[Any]):
+    """One batch per episode, in order: for validation and calibration."""
+
+    def __init__(self, windows: Windows, spans: Sequence[tuple[int, int]]) -> None:
+        self.windows, self.spans = windows, spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __iter__(self) -> Iterator[Any]:
+        for first, length in self.spans:
+            frames = np.arange(first, first + length, dtype=np.int64)
+            yield frames, self.windows.batch(frames)
+
+
+def loader(dataset: IterableDataset[Any]) -> DataLoader[Any]:
+    """A loader that takes the data set's batches as they are."""
+    return DataLoader(dataset, batch_size=None, num_workers=0)
+
+
+class RolloutData(L.LightningDataModule):
+    """Windows of rollout stores for :class:`train.modules.GeneratorModule`.
+
+    Args:
+        data: rollout stores.
+        history, state_dims, state_lags, vla_output: see :func:`feature_config`.
+        vla_confidence, vla_features: use them as inputs; the stores must have them.
+        horizon: teacher actions ahead (H).
+        batch_size: windows per step.
+        hide: share of training windows whose last actions are passed off as the generator's.
+        calibration_fraction: share of episodes for validation where the data has no official initial states.
+        seed: of split and order.
+    """
+
+    def __init__(
+        self,
+        data: list[Path],
+        history: int = 12,
+        state_dims: list[int] | None = None,
+        state_lags: list[int] = [1, 3, 6],  # noqa: B006  (the command line shows it)
+        vla_output: bool = True,
+        vla_confidence: bool = False,
+        vla_features: bool = False,
+        horizon: int = 4,
+        batch_size: int = 1024,
+        hide: float = 0.5,
+        calibration_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        stores = [RolloutStore(path) for path in data]
+        self.windows = Windows(stores, history, horizon, vla_confidence, vla_features)
+        self.split = split_episodes(self.windows, calibration_fraction, seed)
+        self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
+        self.space = stores[0].space
+        self.batch_size, self.hide, self.seed = batch_size, hide, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        frames = frames_of(self.split.train)
+        return loader(BatchStream(self.windows, frames, self.batch_size, self.seed, self.hide))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(EpisodeBatches(self.windows, self.split.calibration))
+
+
+def fold_of_frames(split: Split, folds: int, total: int, seed: int = 0) -> NDArray[np.int64]:
+    """Fold of every global frame, (total,): training episodes are dealt out at random into 0 .. folds - 1; all other
+    frames are in fold ``folds``, which the generator trained on every training episode judges."""
+    fold = np.full(total, folds, np.int64)
+    deal = np.random.default_rng(seed).permutation(len(split.train)) % folds
+    for k, (first, length) in zip(deal, split.train, strict=True):
+        fold[first : first + length] = k
+    return fold
+
+
+def fit_generator(
+    data: RolloutData,
+    frames: NDArray[np.int64],
+    options: Mapping[str, Any],
+    steps: int,
+    description: str,
+    callbacks: Sequence[L.Callback] = (),
+) -> LearnedGenerator:
+    """Distil a generator from the windows before ``frames``.
+
+    Args:
+        data: the windows, their features and action space.
+        frames: global frames to train on.
+        options: arguments of :class:`train.modules.GeneratorModule` beside features and space.
+        steps: optimiser steps.
+        description: what the progress bar says.
+    """
+    module = GeneratorModule(data.features, data.space, **options)
+    stream = BatchStream(data.windows, frames, data.batch_size, data.seed, data.hide, batches=steps)
+    quick_fit(module, stream, description, callbacks)
+    return module.network.eval()
+
+
+def quick_fit(
+    module: L.LightningModule, stream: BatchStream, description: str, callbacks: Sequence[L.Callback] = ()
+) -> None:
+    """One pass of ``stream`` with a progress bar and nothing written to disk."""
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        gradient_clip_val=1.0,
+        callbacks=[_Progress(description, len(stream)), *callbacks],
+    )
+    trainer.fit(module, loader(stream))
+
+
+class _Progress(L.Callback):
+    """One tqdm line per training."""
+
+    def __init__(self, description: str, steps: int) -> None:
+        self.description, self.steps = description, steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar = tqdm(total=self.steps, desc=self.description, unit="step", mininterval=1.0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.bar.update()
+        if trainer.global_step % 100 == 0:
+            self.bar.set_postfix(loss=f"{float(trainer.callback_metrics['train/loss']):.4f}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.close()
+
+
+def run_now(stage: str, fit: Callable[[], LearnedGenerator]) -> LearnedGenerator:
+    """Fit without keeping the result anywhere."""
+    return fit()
+
+
+def cross_fit(
+    data: RolloutData,
+    options: Mapping[str, Any],
+    steps: int,
+    folds: int,
+    name: str,
+    run: Callable[[str, Callable[[], LearnedGenerator]], LearnedGenerator] = run_now,
+) -> tuple[list[LearnedGenerator], NDArray[np.int64]]:
+    """For each fold, a generator trained on the other folds' episodes; and every frame's fold.
+
+    ``run(stage, fit)`` may return an earlier result of the stage in place of ``fit()``.
+    """
+    fold = fold_of_frames(data.split, folds, len(data.windows), data.seed)
+    frames = frames_of(data.split.train)
+
+    def fit(k: int) -> LearnedGenerator:
+        label = f"{name} without fold {k + 1}/{folds}"
+        return fit_generator(data, frames[fold[frames] != k], options, steps, label)
+
+    return [run(f"{name}-without-{k}", lambda k=k: fit(k)) for k in range(folds)], fold  # type: ignore[misc]
+
+
+class GateData(RolloutData):
+    """Windows for :class:`train.modules.ClassifierModule`, with the generators that judge them.
+
+    Args:
+        generator: whose gate: ``ridge``, ``ridge_paper``, ``last``, or a checkpoint of ``python -m train fit``. Of a
+            checkpoint the architecture is trained anew without each fold, so that the gate learns on residuals of
+            generators that have not seen the episode.
+        folds: number of folds.
+        steps: optimiser steps of each of those trainings.
+        options: see :class:`RolloutData`.
+    """
+
+    def __init__(
+        self,
+        data: list[Path],
+        generator: str,
+        folds: int = 2,
+        steps: int = 3000,
+        history: int = 12,
+        state_dims: list[int] | None = None,
+        state_lags: list[int] = [1, 3, 6],  # noqa: B006
+        vla_output: bool = True,
+        vla_confidence: bool = False,
+        vla_features: bool = False,
+        batch_size: int = 1024,
+        hide: float = 0.5,
+        calibration_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        module = None
+        if generator not in BUILT_IN_GENERATORS:
+            module = load_generator_module(generator)
+        super().__init__(
+            data,
+            history,
+            state_dims,
+            state_lags,
+            vla_output,
+            vla_confidence,
+            vla_features,
+            module.network.config.horizon if module else 1,
+            batch_size,
+            hide,
+            calibration_fraction,
+            seed,
+        )
+        self.judges: list[ActionGenerator]
+        if module is None:
+            self.judges = [built_in_generator(generator, self.space)]
+            self.fold = np.zeros(len(self.windows), np.int64)
+        else:
+            if module.network.config.features != self.features:
+                raise InputError(f"{generator}: was trained with other features than this gate's data gives")
+            fitted, self.fold = cross_fit(self, module.options(), steps, folds, Path(generator).stem)
+            self.judges = [g.bind(self.space) for g in [*fitted, module.network]]
+
+
+def load_generator_module(checkpoint: str) -> GeneratorModule:
+    """A :class:`GeneratorModule` from its checkpoint; an :class:`InputError` names a missing or damaged file."""
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise InputError(f"{checkpoint}: no such checkpoint, nor one of {', '.join(BUILT_IN_GENERATORS)}")
+    return GeneratorModule.from_checkpoint(path)

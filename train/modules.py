@@ -1,0 +1,259 @@
+"""Lightning modules: distil an action generator, train its action-type classifier.
+
+Both learn from :class:`data.windows.Batch` streams. Inputs are what was executed, targets are the teacher's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.windows import Batch
+from spvla.actions import ActionSpace
+from spvla.errors import InputError
+from spvla.generators.base import ActionGenerator
+from spvla.generators.features import FeatureConfig, to_device
+from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.scheduling.calibration import calibrate
+from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
+
+RISKS = (0.02, 0.05, 0.1, 0.2, 0.3)
+
+
+class _Module(L.LightningModule):
+    """Optimiser and device handling that both modules share: AdamW with warm-up and cosine decay to zero."""
+
+    learning_rate: float
+    weight_decay: float
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.learning_rate, total_steps=max(steps, 2), pct_start=0.05
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        frames, b = batch
+        targets, valid = (torch.from_numpy(x).to(device) for x in (b.targets, b.valid))
+        return frames, Batch(to_device(b.window, device), targets, valid)  # type: ignore[arg-type]
+
+
+class GeneratorModule(_Module):
+    """Distils an action generator.
+
+    Args:
+        features: the generator's inputs (linked from the data).
+        space: the action space (linked from the data).
+        kind, width, depth, heads, horizon, dropout: see :class:`spvla.generators.learned.GeneratorConfig`.
+        learning_rate, weight_decay: of AdamW.
+        later_weight: loss weight of the horizon steps after the first, which alone is executed.
+        tolerance: error beyond which a step deviates, normalised units (for the metric).
+    """
+
+    def __init__(
+        self,
+        features: FeatureConfig,
+        space: ActionSpace,
+        kind: Literal["mlp", "transformer"] = "mlp",
+        width: int = 256,
+        depth: int = 3,
+        heads: int = 4,
+        horizon: int = 4,
+        dropout: float = 0.0,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 1e-2,
+        later_weight: float = 0.2,
+        tolerance: float = 0.2,
+    ) -> None:
+        super().__init__()
+        gripper = space.gripper if space.binary_gripper else ()
+        config = GeneratorConfig(kind, features, gripper, horizon, width, depth, heads, dropout)
+        self.network = LearnedGenerator(config)
+        self.space = space
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.later_weight, self.tolerance = later_weight, tolerance
+
+    def options(self) -> dict[str, Any]:
+        """The arguments, beside features and space, that make a module like this one."""
+        c = self.network.config
+        own = ("learning_rate", "weight_decay", "later_weight", "tolerance")
+        return {k: getattr(c, k) for k in ("kind", "width", "depth", "heads", "horizon", "dropout")} | {
+            k: getattr(self, k) for k in own
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put everything that :meth:`from_checkpoint` needs into the checkpoint, as plain values."""
+        checkpoint["spvla"] = {
+            "features": asdict(self.network.config.features),
+            "space": self.space.to_dict(),
+            "options": self.options(),
+        }
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> GeneratorModule:
+        """Read a checkpoint of ``python -m train fit``; an :class:`InputError` names a damaged or foreign file."""
+        values, state = read_checkpoint(path)
+        if "options" not in values:
+            raise InputError(f"{path}: not a checkpoint of a generator")
+        module = cls(FeatureConfig(**values["features"]), ActionSpace.from_dict(values["space"]), **values["options"])
+        module.load_state_dict(state)
+        return module.eval()
+
+    def loss(self, out: Tensor, batch: Batch) -> Tensor:
+        """Huber on the continuous dimensions, cross-entropy on binary grippers; scalar."""
+        targets, valid = torch.as_tensor(batch.targets), torch.as_tensor(batch.valid)
+        g = list(self.network.config.gripper)
+        c = [d for d in range(out.shape[-1]) if d not in g]
+        per_step = F.smooth_l1_loss(out[..., c], targets[..., c], beta=0.1, reduction="none").sum(-1)  # (B, H)
+        if g:
+            closed = (targets[..., g] >= 0).float()
+            per_step = per_step + 0.2 * F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none").sum(
+                -1
+            )
+        weight = valid.clone()
+        weight[:, 1:] *= self.later_weight
+        return (per_step * weight).sum() / weight.sum().clamp(min=1e-6)
+
+    def training_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> Tensor:
+        loss = self.loss(self.network(batch[1].window), batch[1])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
+        return loss
+
+    def validation_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> None:
+        b, size = batch[1], len(batch[0])
+        self.log("val/loss", self.loss(self.network(b.window), b), batch_size=size)
+        out, targets = self.network.actions(b.window).cpu().numpy(), torch.as_tensor(b.targets).cpu().numpy()
+        error = np.abs(out - targets)[..., list(self.space.continuous)].max(-1)  # (B, H)
+        valid = torch.as_tensor(b.valid).cpu().numpy() > 0
+        for h in range(error.shape[1]):
+            if valid[:, h].any():
+                self.log(f"val/error_{h + 1}", float(error[valid[:, h], h].mean()), batch_size=size)
+        if valid[:, 0].any():
+            deviates = self.space.deviation(out[valid[:, 0], 0], targets[valid[:, 0], 0], self.tolerance)
+            self.log("val/deviating", float(deviates.mean()), prog_bar=True, batch_size=size)
+
+
+class ClassifierModule(_Module):
+    """Trains the action-type classifier of one generator.
+
+    Args:
+        features: the classifier's view of the history (linked from the data).
+        judges: per fold, the generator that is judged on that fold's frames; none was trained on them (linked).
+        fold: fold of every global frame, (frames,) (linked).
+        space: the action space (linked).
+        width, depth, dropout: see :class:`spvla.scheduling.learned.ClassifierConfig`.
+        learning_rate, weight_decay: of AdamW.
+        tolerance: error beyond which a step deviates, normalised units.
+    """
+
+    def __init__(
+        self,
+        features: FeatureConfig,
+        judges: list[ActionGenerator],
+        fold: np.ndarray,
+        space: ActionSpace,
+        width: int = 128,
+        depth: int = 3,
+        dropout: float = 0.1,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 3e-2,
+        tolerance: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.network = ActionTypeClassifier(ClassifierConfig(features, width, depth, dropout))
+        self.space, self.tolerance = space, tolerance
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.judges, self.fold = judges, fold
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the classifier's config into the checkpoint, as plain values."""
+        checkpoint["spvla"] = {"classifier": asdict(self.network.config), "tolerance": self.tolerance}
+
+    @staticmethod
+    def read(path: Path) -> ActionTypeClassifier:
+        """The classifier of a checkpoint of ``python -m train fit``; an :class:`InputError` names a damaged file."""
+        values, state = read_checkpoint(path)
+        if "classifier" not in values:
+            raise InputError(f"{path}: not a checkpoint of a gate")
+        classifier = ActionTypeClassifier(ClassifierConfig(**values["classifier"]))
+        classifier.load_state_dict(
+            {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
+        )
+        return classifier.eval()
+
+    def label(self, frames: np.ndarray, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposals (B, D), whether they deviate (B,), and whether that is known (B,)."""
+        window = to_numpy(batch.window)
+        proposals = np.zeros((len(frames), self.space.dim), np.float32)
+        for k, judge in enumerate(self.judges):
+            rows = self.fold[frames] == k
+            if rows.any():
+                proposals[rows] = judge.propose_windows(select(window, rows))[:, 0]
+        targets = torch.as_tensor(batch.targets)[:, 0].cpu().numpy()
+        deviates = self.space.deviation(proposals, targets, self.tolerance)
+        known = torch.as_tensor(batch.valid)[:, 0]
+        return torch.from_numpy(proposals).to(self.device), torch.from_numpy(deviates).to(self.device), known
+
+    def training_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> Tensor:
+        frames, b = batch
+        proposals, deviates, known = self.label(frames, b)
+        logits = self.network(b.window, proposals)
+        loss = F.binary_cross_entropy_with_logits(logits, deviates.float(), reduction="none")
+        loss = (loss * known).sum() / known.sum().clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(frames))
+        return loss
+
+    def validation_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> None:
+        frames, b = batch
+        proposals, deviates, known = self.label(frames, b)
+        logits = self.network(b.window, proposals)
+        loss = F.binary_cross_entropy_with_logits(logits, deviates.float(), reduction="none")
+        self.log("val/loss", (loss * known).sum() / known.sum().clamp(min=1), batch_size=len(frames))
+        keep = known.cpu().numpy() > 0
+        p = torch.sigmoid(logits).cpu().numpy()
+        self.seen.append((p[keep], deviates.cpu().numpy()[keep]))  # a validation batch is one episode
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the risk curve: coverage at each allowed risk, conformal over the validation episodes."""
+        if not self.seen or self.trainer.sanity_checking:
+            self.seen.clear()
+            return
+        curve = calibrate([p for p, _ in self.seen], [deviates for _, deviates in self.seen])
+        self.seen.clear()
+        for risk in RISKS:
+            allowed = np.asarray(curve.risk) <= risk
+            coverage = float(np.asarray(curve.coverage)[allowed][-1]) if allowed.any() else 0.0
+            self.log(f"risk_curve/coverage_at_{risk:g}", coverage, prog_bar=risk == RISKS[1])
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Our own values and the state dict of a Lightning checkpoint, read without unpickling code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["spvla"], checkpoint["state_dict"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except (KeyError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise InputError(f"{path}: not a checkpoint of `python -m train fit` ({type(error).__name__})") from None
+
+
+def select(window: Any, rows: np.ndarray) -> Any:
+    """The windows of a batch at ``rows``."""
+    return type(window)(**{k: None if v is None else v[rows] for k, v in vars(window).items()})
+
+
+def to_numpy(window: Any) -> Any:
+    """A window of tensors as arrays."""
+    return type(window)(**{k: None if v is None else torch.as_tensor(v).cpu().numpy() for k, v in vars(window).items()})
