@@ -3,7 +3,15 @@
 import sys
 
 from eval.closed_loop import closed_loop
+from eval.data import bench_data
+from eval.latency import latency
+from eval.offline import offline
 from spvla.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run({"closed_loop": closed_loop}, "Learned against linear, measured."))
+    sys.exit(
+        run(
+            {"closed_loop": closed_loop, "offline": offline, "latency": latency, "data": bench_data},
+            "Learned against linear, measured.",
+        )
+    )

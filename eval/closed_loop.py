@@ -186,9 +186,7 @@ def measure_time(
 def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """One row per cell, paired against the VLA alone."""
     cells = list(dict.fromkeys(e["cell"] for e in episodes))
-    by_cell = {
-        c: {(e["suite"], e["task"], e["init_state"], e["seed"]): e for e in episodes if e["cell"] == c} for c in cells
-    }
+    by_cell = {c: {(e["suite"], e["task"], e["init_state"], e["seed"]): e for e in episodes if e["cell"] == c} for c in cells}
     control = by_cell.get("vla", {})
     rows = []
     for name, found in by_cell.items():
@@ -352,9 +350,7 @@ def _fingerprint(export: str | None) -> str | None:
 def _read_finished(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
     """Episodes of an earlier run with the same setting. Raises :class:`InputError` if the folder holds another's."""
     if setting_path.exists() and json.loads(setting_path.read_text()) != json.loads(json.dumps(fixed)):
-        raise InputError(
-            f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output"
-        )
+        raise InputError(f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output")
     setting_path.write_text(json.dumps(fixed, indent=1) + "\n")
     if not raw.exists():
         return []

@@ -37,10 +37,8 @@ def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **fac
     path = output / "summary.json"
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     versions = {name: version(name) for name in ("spvla", "torch", "numpy")}
-    path.write_text(
-        json.dumps({"kind": kind, "rows": list(rows), **facts, "machine": machine, "versions": versions}, indent=1)
-        + "\n"
-    )
+    summary = {"kind": kind, "rows": list(rows), **facts, "machine": machine, "versions": versions}
+    path.write_text(json.dumps(summary, indent=1) + "\n")
     return path
 
 

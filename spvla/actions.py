@@ -97,9 +97,7 @@ class ActionSpace:
 
     def clip(self, actions: ArrayLike) -> FloatArray:
         """Actions (..., D) clipped to the bounds, environment units."""
-        return np.clip(
-            np.asarray(actions, np.float32), np.asarray(self.low, np.float32), np.asarray(self.high, np.float32)
-        )
+        return np.clip(np.asarray(actions, np.float32), np.asarray(self.low, np.float32), np.asarray(self.high, np.float32))
 
     def snap_gripper(self, normalized: FloatArray) -> FloatArray:
         """Normalised actions (..., D) with binary gripper dimensions set to the nearer end, -1 or +1."""

@@ -106,9 +106,7 @@ def _vectors(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
 def _to_table(episode: Episode) -> pa.Table:
     steps = len(episode)
     columns: dict[str, pa.Array] = {
-        store: _vectors(getattr(episode, name))
-        for name, store in VECTOR_COLUMNS.items()
-        if getattr(episode, name) is not None
+        store: _vectors(getattr(episode, name)) for name, store in VECTOR_COLUMNS.items() if getattr(episode, name) is not None
     }
     sources = np.zeros(steps, np.int64) if episode.sources is None else episode.sources.astype(np.int64)
     columns["action.source"] = pa.array(sources)
@@ -164,8 +162,7 @@ class RolloutWriter:
             "action_space": self.space.to_dict(),
             "policy": self.policy,
             "episodes": [
-                {"length": len(e), "instruction": e.instruction, "success": e.success, "metadata": e.metadata}
-                for e in episodes
+                {"length": len(e), "instruction": e.instruction, "success": e.success, "metadata": e.metadata} for e in episodes
             ],
         }
         table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: json.dumps(info).encode()})
@@ -318,9 +315,7 @@ def finalize(folder: str | Path) -> Path:
         "data_files_size_in_mb": DATA_FILE_BYTES // 2**20,
     }
     _write_json(meta / "info.json", info_json)
-    _write_json(
-        meta / "spvla.json", {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})}
-    )
+    _write_json(meta / "spvla.json", {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})})
     (building / "README.md").write_text(_readme(space, rows, frames))
     for name in ("meta", "data"):  # meta goes first and comes last: a store with meta is whole
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -157,9 +157,7 @@ def save_export(export: Export, folder: str | Path) -> Path:
         for old in (folder / kind).glob("*"):
             old.unlink()
         for name, module in modules.items():
-            save_file(
-                {k: v.contiguous() for k, v in module.state_dict().items()}, folder / kind / f"{name}.safetensors"
-            )
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / kind / f"{name}.safetensors")
     config = {
         "format": FORMAT,
         "action_space": export.space.to_dict(),
@@ -199,9 +197,7 @@ def load_export(path: str | Path) -> Export:
             name: _load(ActionTypeClassifier(ClassifierConfig(**values)), folder / "gates" / f"{name}.safetensors")
             for name, values in config["gates"].items()
         }
-        calibration = {
-            k: Calibration.from_dict(v, f"{config_path}: calibration.{k}") for k, v in config["calibration"].items()
-        }
+        calibration = {k: Calibration.from_dict(v, f"{config_path}: calibration.{k}") for k, v in config["calibration"].items()}
         if missing := set(gates) - set(calibration):
             raise InputError(f"{config_path}: calibration lacks gate {sorted(missing)[0]!r}")
         return Export(

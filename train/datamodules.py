@@ -155,9 +155,7 @@ def fit_generator(
     return module.network.eval()
 
 
-def quick_fit(
-    module: L.LightningModule, stream: BatchStream, description: str, callbacks: Sequence[L.Callback] = ()
-) -> None:
+def quick_fit(module: L.LightningModule, stream: BatchStream, description: str, callbacks: Sequence[L.Callback] = ()) -> None:
     """One pass of ``stream`` with a progress bar and nothing written to disk."""
     trainer = L.Trainer(
         max_epochs=1,

@@ -104,9 +104,7 @@ def fit_gate(
 ) -> ActionTypeClassifier:
     """Train the gate of the generator that ``judges`` stand for, on the training episodes."""
     module = ClassifierModule(data.features, judges, fold, data.space, **options)
-    stream = BatchStream(
-        data.windows, frames_of(data.split.train), data.batch_size, data.seed, data.hide, batches=steps
-    )
+    stream = BatchStream(data.windows, frames_of(data.split.train), data.batch_size, data.seed, data.hide, batches=steps)
     quick_fit(module, stream, f"gate of {name}")
     return module.network.eval()
 
@@ -139,9 +137,7 @@ def provenance(data: RolloutData) -> dict[str, Any]:
                 "labels": "teacher" if store.labelled_by_teacher else "demonstrations",
             }
         )
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     demonstrations = any(s["labels"] == "demonstrations" for s in stores)
     return {
         "teacher": "demonstrations" if demonstrations else ", ".join(sorted(teachers)),

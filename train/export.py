@@ -134,9 +134,7 @@ def export_onnx(export: Export, windows: Windows, frames: np.ndarray, output: Pa
         _write_onnx(_FlatGenerator(network, list(used)), used, output / "generators" / f"{name}.onnx")
         gate = export.gates[name]
         used = _used(inputs, gate.config.features)
-        _write_onnx(
-            _FlatGate(gate, list(used)), {**used, "proposal": proposals.clone()}, output / "gates" / f"{name}.onnx"
-        )
+        _write_onnx(_FlatGate(gate, list(used)), {**used, "proposal": proposals.clone()}, output / "gates" / f"{name}.onnx")
 
 
 def _used(inputs: dict[str, Tensor], features: Any) -> dict[str, Tensor]:

@@ -38,9 +38,7 @@ class _Module(L.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=max(steps, 2), pct_start=0.05
-        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=max(steps, 2), pct_start=0.05)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -118,9 +116,7 @@ class GeneratorModule(_Module):
         per_step = F.smooth_l1_loss(out[..., c], targets[..., c], beta=0.1, reduction="none").sum(-1)  # (B, H)
         if g:
             closed = (targets[..., g] >= 0).float()
-            per_step = per_step + 0.2 * F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none").sum(
-                -1
-            )
+            per_step = per_step + 0.2 * F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none").sum(-1)
         weight = valid.clone()
         weight[:, 1:] *= self.later_weight
         return (per_step * weight).sum() / weight.sum().clamp(min=1e-6)
@@ -188,9 +184,7 @@ class ClassifierModule(_Module):
         if "classifier" not in values:
             raise InputError(f"{path}: not a checkpoint of a gate")
         classifier = ActionTypeClassifier(ClassifierConfig(**values["classifier"]))
-        classifier.load_state_dict(
-            {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        )
+        classifier.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
         return classifier.eval()
 
     def label(self, frames: np.ndarray, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,211 @@
+"""Learned against linear on held-out rollouts, without a simulator: ``python -m eval offline``.
+
+Every step of a recorded teacher rollout is judged as the policy would in shadow mode: the history is what was executed,
+the generator's proposal is compared with the teacher's action, and the gate says whether the step would be skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.store import RolloutStore
+from data.windows import Windows
+from eval.output import table, write_csv, write_summary
+from eval.statistics import mean_and_error
+from spvla.errors import InputError
+from spvla.export import Export, load_export
+from spvla.scheduling.learned import ActionTypeClassifier
+
+QUANTILES = 101
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Every step of the held-out episodes but the first of each, N in all.
+
+    Args:
+        proposals: per generator, normalised actions (N, H, D).
+        probability: per generator with a gate, its probability of deviating (N,).
+        targets: the teacher's normalised actions (N, H, D).
+        valid: where they are known (N, H).
+        episode: index of each step's episode (N,).
+    """
+
+    proposals: dict[str, NDArray[np.float32]]
+    probability: dict[str, NDArray[np.float64]]
+    targets: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    episode: NDArray[np.int64]
+
+
+def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
+    """What the generators called ``names`` propose along the episodes, and what their gates say."""
+    space, horizon = windows.stores[0].space, windows.horizon
+    generators = {n: export.generator(n, space) for n in names}
+    proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
+    probability: dict[str, list[NDArray[np.float64]]] = {n: [] for n in names if n in export.gates}
+    targets, valid, episode = [], [], []
+    for e, (_, first, info) in enumerate(windows.episodes):
+        if info.length < 2:
+            continue
+        batch = windows.batch(np.arange(first + 1, first + info.length, dtype=np.int64))
+        for name, generator in generators.items():
+            actions = generator.propose_windows(batch.window)[:, :horizon]
+            rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
+            proposals[name].append(np.concatenate([actions, rest], axis=1))
+            if name in probability:
+                probability[name].append(gate_probability(export.gates[name], batch.window, actions[:, 0]))
+        targets.append(batch.targets)
+        valid.append(batch.valid > 0)
+        episode.append(np.full(len(batch.valid), e))
+    return Judged(
+        {k: np.concatenate(v) for k, v in proposals.items()},
+        {k: np.concatenate(v) for k, v in probability.items()},
+        np.concatenate(targets),
+        np.concatenate(valid),
+        np.concatenate(episode),
+    )
+
+
+@torch.inference_mode()
+def gate_probability(gate: ActionTypeClassifier, window: Any, proposals: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probability of deviating, (B,), for windows and proposals (B, D)."""
+    p = torch.sigmoid(gate(window, torch.from_numpy(np.ascontiguousarray(proposals))))
+    return p.numpy().astype(np.float64)
+
+
+def roc(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """False and true positive rates at :data:`QUANTILES` thresholds, and the area under the whole curve (ties averaged)."""
+    order = np.argsort(score, kind="stable")
+    ranks = np.empty(len(score))
+    _, start, counts = np.unique(score[order], return_index=True, return_counts=True)
+    ranks[order] = np.repeat(start + (counts + 1) / 2, counts)
+    n1, n0 = int(positive.sum()), int((~positive).sum())
+    area = float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else float("nan")
+    thresholds = np.quantile(score, np.linspace(1, 0, QUANTILES))
+    fpr = np.array([(score[~positive] >= t).mean() if n0 else np.nan for t in thresholds])
+    tpr = np.array([(score[positive] >= t).mean() if n1 else np.nan for t in thresholds])
+    return fpr, tpr, area
+
+
+def offline(
+    data: Path,
+    export: Path,
+    output: Path,
+    generators: list[str] | None = None,
+    risk: list[float] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3],  # noqa: B006
+    horizon: int = 4,
+) -> None:
+    """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode.
+
+    Args:
+        data: rollout store with the teacher's labels that nothing was trained or calibrated on.
+        export: exported folder.
+        output: folder for summary.json, tables and curves.
+        generators: which; by default the exported ones, ridge and last.
+        risk: allowed risks to report.
+        horizon: steps ahead at which errors are reported.
+    """
+    loaded = load_export(export)
+    store = RolloutStore(data)
+    loaded.space.require_compatible(store.space, str(data))
+    names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates, "ridge", "last"]))
+    for name in names:
+        loaded.generator(name, store.space)  # an unknown name is told first
+    features = [m.config.features for m in loaded.generators.values()] + [m.config.features for m in loaded.gates.values()]
+    windows = Windows(
+        [store],
+        history=max([6] + [f.history for f in features]),
+        horizon=horizon,
+        confidence=any(f.vla_confidence for f in features),
+        features=any(f.vla_features for f in features),
+    )
+    judged = judge(windows, loaded, names)
+    proposals, probability = judged.proposals, judged.probability
+    targets, valid, episode = judged.targets, judged.valid, judged.episode
+    known = valid[:, 0]
+    if not known.any():
+        raise InputError(f"{data}: no step has a teacher's label")
+    output.mkdir(parents=True, exist_ok=True)
+    space, continuous = store.space, list(store.space.continuous)
+    share = np.array([1.0 / e.length for e in store.episodes])[episode]  # of the episode's steps, the first one included
+    errors, rows, curves, raw = [], [], [], []
+    for name in names:
+        off = np.abs(proposals[name] - targets)
+        for h in range(horizon):
+            ok = valid[:, h]
+            errors.append(
+                {
+                    "generator": name,
+                    "horizon": h + 1,
+                    "max_abs_error": float(off[ok, h][:, continuous].max(1).mean()),
+                    **{f"error_{d}": float(off[ok, h, d].mean()) for d in range(space.dim)},
+                }
+            )
+        deviates = space.deviation(proposals[name][:, 0], targets[:, 0], loaded.tolerance)
+        base = {
+            "generator": name,
+            "max_abs_error": errors[-horizon]["max_abs_error"],
+            "deviating": float(deviates[known].mean()),
+        }
+        if name not in probability:
+            rows.append(base)
+            continue
+        p = probability[name]
+        fpr, tpr, area = roc(p[known], deviates[known])
+        curves += [
+            {"generator": name, "false_positive_rate": a, "true_positive_rate": b} for a, b in zip(fpr, tpr, strict=True)
+        ]
+        size = off[:, 0][:, continuous].max(1)
+        for q in np.linspace(0.05, 1, 20):
+            chosen = known & (p <= np.quantile(p[known], q))
+            raw.append(
+                {
+                    "generator": name,
+                    "coverage": q,
+                    "max_abs_error": size[chosen].mean(),
+                    "deviating": deviates[chosen].mean(),
+                }
+            )
+        for r in risk:
+            row = {**base, "roc_auc": area, "risk": r}
+            curve = loaded.calibration[name]
+            if r < curve.smallest_risk:
+                rows.append({**row, "note": f"smallest possible risk is {curve.smallest_risk:.4f}"})
+                continue
+            skipped = known & (p <= curve.threshold(r))
+            per_episode = np.bincount(episode, (skipped & deviates) * share, minlength=len(store.episodes))
+            mean, error = mean_and_error(per_episode)
+            rows.append(
+                {
+                    **row,
+                    "skipped": float(np.bincount(episode, skipped * share, minlength=len(store.episodes)).mean()),
+                    "measured_risk": mean,
+                    "measured_risk_standard_error": error,
+                    "within_risk": bool(mean <= r + 2 * (0.0 if np.isnan(error) else error)),
+                    "deviating_among_skipped": float(deviates[skipped].mean()) if skipped.any() else 0.0,
+                }
+            )
+    write_csv(output / "errors.csv.gz", errors)
+    write_csv(output / "coverage.csv.gz", raw)
+    write_csv(output / "roc.csv.gz", curves)
+    facts = {
+        "data": data.name,
+        "episodes": len(store.episodes),
+        "steps": int(known.sum()),
+        "tolerance": loaded.tolerance,
+    }
+    calibration = {k: c.to_dict() for k, c in loaded.calibration.items()}
+    path = write_summary(output, "offline", rows, **facts, errors=errors, roc=curves, coverage=raw, calibration=calibration)
+    columns = ["generator", "max_abs_error", "deviating", "roc_auc", "risk", "skipped", "measured_risk", "within_risk"]
+    text = table(rows, [*columns, "measured_risk_standard_error", "deviating_among_skipped"])
+    (output / "table.txt").write_text(text + "\n")
+    print(text)
+    print(f"written: {path} and, beside it, errors.csv.gz, coverage.csv.gz, roc.csv.gz, table.txt")
