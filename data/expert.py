@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.libero import LiberoObservation, PrivilegedState, Scene, axis_angle, quaternion, rotation_matrix
+from data.libero import LiberoObservation, PrivilegedState, Scene, axis_angle, quaternion, rotation_matrix, yaw_matrix
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.observation import Observation
@@ -22,41 +22,49 @@ from spvla.vlas.base import VLAOutput
 
 Float64Array = NDArray[np.float64]
 
-# The hand (metres; the Panda gripper's collision geometry, relative to the point between the fingertips).
+# The hand: the Panda gripper's collision geometry, metres, relative to the point between the fingertips.
 OPEN_GAP = 0.078  # finger gap when open
 FINGERTIP_BELOW = 0.013  # how far the fingers reach below that point
-FINGER_REACH = np.array([0.02, 0.07])  # half footprint (x, y) of the open fingers
-PALM_ABOVE = 0.035  # height of the palm above that point
-PALM_REACH = np.array([0.04, 0.105])  # half footprint (x, y) of the palm
-PAD_BAND = 0.008  # half height of the finger pads: the part of an object that decides how wide the grip is
+FINGER_REACH = np.array([0.02, 0.07])  # half footprint of the open fingers, across and along the finger axis
+PALM_ABOVE = 0.03  # height of the palm above that point
+PALM_REACH = np.array([0.035, 0.105])  # half footprint of the palm
+PAD_HALF = 0.008  # half width and half height of a finger pad
+LEVEL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand straight down, fingers along y
 
-# Motion. An action of 1 moves 12.5 mm per step in steady state.
-TAPER = 0.10  # distance over which speed falls, like constant braking
+# Motion. An action of 1 moves 12.5 mm, or turns 0.125 rad, per step in steady state.
+LATERAL_TAPER = 0.06  # metres over which the lateral speed falls, like constant braking
+VERTICAL_TAPER = 0.10
 SOFT = 0.005  # below this distance speed is proportional to it
-LEVEL_GAIN = 2.0  # rotation action per radian of tilt
-LEVEL_LIMIT = 0.3
-LEVEL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # hand straight down, fingers along y
+TURN_GAIN = 2.0  # rotation action per radian
+TURN_LIMIT = 0.4
 
 # Reaching.
-ABOVE_BOTTOM = 0.012  # grasp at least this far above the object's bottom: the fingertips must not touch the table ...
+WIDEST = 0.070  # widest thing to grasp: leaves 4 mm on both sides
+ABOVE_BOTTOM = 0.012  # grasp at least this far above the object's bottom: fingertips must not touch the table ...
 BELOW_TOP = 0.032  # ... and not deeper than this below its top: the palm must not touch the object
-SLACK_X = 0.016  # across the fingers (the camera's depth direction) a grasp may be this far off
-SLACK_MARGIN = 0.004  # along the fingers: half of the free gap less this
-REACH_STEEP = 4.0  # height over lateral distance of the funnel next to the object
-REACH_FAR = (0.05, 0.8)  # height and slope of the way down from afar
+BELOW_RIM = 0.022  # the same for a hollow object's rim
+SLACK_ACROSS = 0.25  # of the object's half length: how far off a grasp may be across the finger axis ...
+SLACK_MOST = 0.016  # ... and at most, in metres
+SLACK_MARGIN = 0.004  # along the finger axis: half of the free gap less this
+STEEP = 4.0  # height over lateral distance of the funnel next to the object
+SLOPE = 0.8  # of the way down from afar
 CLEARANCE = 0.02  # above obstacles
 OBSTACLE_SLOPE = 1.5  # height over distance of the slope that leads over an obstacle
-CLOSE_BELOW = 0.008  # fingers close once this near to the grasp height
-GRIPPED = (0.008, 0.002)  # lifting ramps from 0 to 1 while the gap falls from width + the first to width + the second
+YAW_SLACK = 0.15  # radians the hand may be turned off when it goes down ...
+YAW_LENGTH = 0.05  # ... and the lateral distance that one radian more counts as
+CLOSE_LATERAL = 0.003  # fingers close this far outside the lateral slack, so that noise does not keep them open ...
+CLOSE_HEIGHT = (0.006, 0.012)  # ... and once this near to the grasp height (flat, tall objects)
+LOOSE, FIRM = 0.008, 0.002  # lifting ramps up while the gap falls from width + LOOSE to width + FIRM
+EMPTY = 0.35  # of the width: fingers closed further than this hold nothing
 
 # Placing.
 CARRY_ABOVE = 0.04  # bottom of the carried object above everything else
-RELEASE_IN = 0.03  # release with the bottom this far below a container's rim ...
-RIM_CLEARANCE = 0.008  # ... or, for tall objects, further down, until the fingertips are nearly this far above the rim
-RELEASE_ON = -0.005  # lower down to this above a surface (negative: until it touches)
-RELEASE_EARLY = 0.02  # the fingers open this far above the lowest point, on the way down
+RELEASE_IN = 0.03  # lower it until the bottom is this far below a container's rim ...
+RIM_CLEARANCE = 0.008  # ... or, if tall, further: until the fingertips are this far above the rim
+RELEASE_ON = -0.005  # lower it to this height above a surface (negative: until it touches)
+RELEASE_EARLY = 0.02  # into a container: the fingers open this far above the lowest point, on the way down
 PLACE_STEEP = 3.0  # height over lateral distance of the funnel above the place
-PLACE_SLACK = 0.012  # at least, metres of lateral tolerance when releasing
+PLACE_SLACK = 0.012  # least lateral tolerance when releasing
 RETREAT = 0.10  # height above the place after release
 
 
@@ -131,47 +139,61 @@ def expert_action(state: PrivilegedState, goal: Goal) -> Float64Array:
     item = _extent(state, goal.item)
     place = _plan_place(state, goal, item)
     if place.done:
-        up = place.surface + RETREAT - state.eef_position[2]
-        return _action(state, np.array([0.0, 0.0, _speed(up) if up > 0 else 0.0]), close=False)
-    grasp = _plan_grasp(state, goal.item, item)
-    if _between_fingers(state, grasp, item):
+        up = max(place.surface + RETREAT - state.eef_position[2], 0.0)
+        return _action(state, np.array([0.0, 0.0, _speed(up, VERTICAL_TAPER)]), 0.0, close=False)
+    held = _held(state, goal.item, item)
+    if held is not None:
         velocity, release = _carry(state, goal, item, place)
         if release:
-            return _action(state, velocity, close=False)
-        if (grip := _grip(state, grasp)) > 0:
-            return _action(state, grip * velocity, close=True)
-    velocity, close = _reach(state, goal, grasp, item)
-    return _action(state, velocity, close)
+            return _action(state, velocity, 0.0, close=False)
+        if held > 0:
+            return _action(state, held * velocity, 0.0, close=True)
+    grasp = _plan_grasp(state, goal.item, item)
+    velocity, close = _reach(state, goal, grasp, item, surrounded=held is not None)
+    return _action(state, velocity, grasp.yaw, close)
 
 
-def _action(state: PrivilegedState, velocity: Float64Array, close: bool) -> Float64Array:
-    """Velocity (3,) plus whatever levels the hand, plus the gripper's command."""
-    tilt = axis_angle(quaternion(LEVEL @ rotation_matrix(state.eef_quaternion).T))
-    level = np.clip(LEVEL_GAIN * tilt, -LEVEL_LIMIT, LEVEL_LIMIT)
-    return np.concatenate([velocity, level, [1.0 if close else -1.0]])
+def _action(state: PrivilegedState, velocity: Float64Array, yaw: float, close: bool) -> Float64Array:
+    """Velocity (3,), plus what levels the hand and turns it to ``yaw``, plus the gripper's command."""
+    error = axis_angle(quaternion(yaw_matrix(yaw) @ LEVEL @ rotation_matrix(state.eef_quaternion).T))
+    turn = np.clip(TURN_GAIN * error, -TURN_LIMIT, TURN_LIMIT)
+    return np.concatenate([velocity, turn, [1.0 if close else -1.0]])
 
 
-def _speed(distance: Float64Array | float) -> Float64Array:
-    """Signed action for signed distances: 1 beyond the taper, then like constant braking, proportional at the end."""
-    d = np.abs(distance)
-    return np.asarray(np.sign(distance) * np.minimum(1.0, d / np.sqrt(TAPER * (d + SOFT))))
+def _hand_yaw(state: PrivilegedState) -> float:
+    """How far the hand is turned about the vertical axis, radians."""
+    fingers = rotation_matrix(state.eef_quaternion)[:, 0]
+    return float(np.arctan2(-fingers[0], fingers[1]))
+
+
+def _speed(distance: float, taper: float) -> float:
+    """Signed action for a signed distance: 1 beyond the taper, then like constant braking, proportional at the end."""
+    d = abs(distance)
+    return float(np.sign(distance) * min(1.0, d / np.sqrt(taper * (d + SOFT))))
 
 
 def _towards(error: Float64Array) -> Float64Array:
     """Lateral action (2,) straight along ``error`` (2,)."""
-    distance = np.abs(error).max()
-    return error * (_speed(distance) / distance) if distance > 0 else np.zeros(2)
+    distance = float(np.abs(error).max())
+    return error * (_speed(distance, LATERAL_TAPER) / distance) if distance > 0 else np.zeros(2)
 
 
 def _beyond(error: Float64Array, slack: Float64Array) -> Float64Array:
     """``error`` shortened by ``slack`` in each dimension, 0 within it."""
-    return np.sign(error) * np.maximum(np.abs(error) - slack, 0.0)
+    return np.asarray(np.sign(error) * np.maximum(np.abs(error) - slack, 0.0))
 
 
-def _extent(state: PrivilegedState, name: str) -> Float64Array:
-    """World bounds (2, 3) of a body's collision geometry."""
-    bounds = state.bounds(name)
+def _extent(state: PrivilegedState, name: str, yaw: float = 0.0) -> Float64Array:
+    """Bounds (2, 3) of a body's collision geometry, in a frame turned by ``yaw``."""
+    bounds = state.bounds(name, yaw)
     return np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)])
+
+
+def _others(state: PrivilegedState, item: str, yaw: float = 0.0) -> Float64Array:
+    """Bounds (K, 2, 3) of all that could be in the way: other objects whole, fixtures by their geoms."""
+    scene = state.scene
+    whole = [_extent(state, name, yaw)[None] for name in scene.movable if name != item]
+    return np.concatenate([*whole, *(state.bounds(n, yaw) for n in scene.names if n not in scene.movable)])
 
 
 def _obstacle_height(extents: Float64Array, centre: Float64Array, reach: Float64Array) -> float:
@@ -181,83 +203,126 @@ def _obstacle_height(extents: Float64Array, centre: Float64Array, reach: Float64
     return float((extents[:, 1, 2] + CLEARANCE - OBSTACLE_SLOPE * distance).max(initial=-np.inf))
 
 
-def _others(state: PrivilegedState, *names: str) -> Float64Array:
-    """World bounds (K, 2, 3) of all movable objects but ``names``."""
-    return np.array([_extent(state, n) for n in state.scene.movable if n not in names]).reshape(-1, 2, 3)
-
-
 @dataclass(frozen=True)
 class _Grasp:
     point: Float64Array  # (3,) where the point between the fingertips should be
-    width: float  # of the object between the fingers, metres
-    slack: Float64Array  # (2,) lateral tolerance
+    yaw: float  # of the hand
+    width: float  # of what is between the fingers, metres
+    slack: Float64Array  # (2,) tolerance across and along the finger axis
+
+
+def _pieces(bounds: Float64Array, across: float, height: float) -> list[tuple[float, float]]:
+    """Intervals along the finger axis that closing pads would meet: one of a solid object, two walls of a bowl."""
+    low, high = bounds[:, 0], bounds[:, 1]
+    met = (np.abs(np.clip(across, low[:, 0], high[:, 0]) - across) <= PAD_HALF) & (
+        np.abs(np.clip(height, low[:, 2], high[:, 2]) - height) <= PAD_HALF
+    )
+    pieces: list[tuple[float, float]] = []
+    for near, far in sorted(zip(low[met, 1].tolist(), high[met, 1].tolist(), strict=True)):
+        if pieces and near <= pieces[-1][1] + SLACK_MARGIN:
+            pieces[-1] = (pieces[-1][0], max(far, pieces[-1][1]))
+        else:
+            pieces.append((near, far))
+    return pieces
 
 
 def _plan_grasp(state: PrivilegedState, name: str, item: Float64Array) -> _Grasp:
-    low, high = item
-    height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_TOP)
-    bounds = state.bounds(name)
-    at_height = bounds[(bounds[:, 0, 2] <= height + PAD_BAND) & (bounds[:, 1, 2] >= height - PAD_BAND)]
-    near, far = at_height[:, 0, :2].min(0), at_height[:, 1, :2].max(0)
-    centre, width = (near + far) / 2, float(far[1] - near[1])
-    half_x = float(far[0] - near[0]) / 2
-    centre = centre + np.array([_dodge(state, name, centre, height, half_x), 0.0])
-    slack = np.array([min(SLACK_X, 0.25 * half_x), max((OPEN_GAP - width) / 2 - SLACK_MARGIN, 0.003)])
-    return _Grasp(np.array([*centre, height]), width, slack)
+    """The grasp that turns the hand least; at the rim if the object is too wide to be taken whole."""
+    turns = np.deg2rad([0, 30, -30, 60, -60, 90, -90])
+    hand = _hand_yaw(state)
+    best: _Grasp | None = None
+    for yaw in sorted(turns, key=lambda turn: (abs(turn), abs(turn - hand))):
+        bounds = state.bounds(name, yaw)
+        low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
+        middle = (low + high) / 2
+        height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_TOP)
+        pieces = _pieces(bounds, middle[0], height)
+        if len(pieces) > 1:
+            height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_RIM)
+            pieces = _pieces(bounds, middle[0], height)
+        others = _others(state, name, yaw)
+        fits = [piece for piece in pieces if piece[1] - piece[0] <= WIDEST]
+        if not fits and best is not None:
+            continue
+        near, far = max(fits or pieces, key=lambda piece: _room(others, middle[0], piece, height))
+        half = float(high[0] - low[0]) / 2 if len(pieces) == 1 else SLACK_MOST / SLACK_ACROSS / 2
+        across = middle[0] + (_dodge(others, middle[0], (near + far) / 2, height, half) if len(pieces) == 1 else 0.0)
+        point = yaw_matrix(yaw) @ np.array([across, (near + far) / 2, height])
+        slack = np.array(
+            [min(SLACK_MOST, SLACK_ACROSS * half), max((OPEN_GAP - (far - near)) / 2 - SLACK_MARGIN, SLACK_MARGIN)]
+        )
+        best = _Grasp(point, float(yaw), far - near, np.minimum(slack, SLACK_MOST))
+        if fits:
+            break
+    assert best is not None
+    return best
 
 
-def _dodge(state: PrivilegedState, name: str, centre: Float64Array, height: float, half_x: float) -> float:
-    """Shift of the grasp along x (metres) that keeps the palm off taller neighbours, within the object's length."""
-    others = _others(state, name)
-    tall = others[others[:, 1, 2] > height + PALM_ABOVE - CLEARANCE]
-    beside = tall[(tall[:, 0, 1] < centre[1] + PALM_REACH[1]) & (tall[:, 1, 1] > centre[1] - PALM_REACH[1])]
-    ahead = beside[beside[:, :, 0].mean(1) > centre[0]]
-    behind = beside[beside[:, :, 0].mean(1) <= centre[0]]
-    most = (ahead[:, 0, 0] - PALM_REACH[0]).min(initial=np.inf) - centre[0]
-    least = (behind[:, 1, 0] + PALM_REACH[0]).max(initial=-np.inf) - centre[0]
-    shift = np.clip(0.0, least, most) if least <= most else (least + most) / 2
-    room = max(half_x - 0.012, 0.0)
+def _room(others: Float64Array, across: float, piece: tuple[float, float], height: float) -> tuple[float, float]:
+    """How good a place to grasp ``piece`` is: free space for the fingers up to 3 cm, then nearness to the middle."""
+    middle = (piece[0] + piece[1]) / 2
+    tall = others[others[:, 1, 2] > height - FINGERTIP_BELOW]
+    centre = np.array([across, middle])
+    gap = np.maximum(tall[:, 0, :2] - (centre + FINGER_REACH), (centre - FINGER_REACH) - tall[:, 1, :2])
+    return min(float(gap.max(1).min(initial=np.inf)), 0.03), -abs(middle)
+
+
+def _dodge(others: Float64Array, across: float, along: float, height: float, half: float) -> float:
+    """Shift of a grasp across the finger axis that keeps the palm off taller neighbours, within the object's length."""
+    tall = others[others[:, 1, 2] > height + PALM_ABOVE - SLACK_MARGIN]
+    beside = tall[(tall[:, 0, 1] < along + PALM_REACH[1]) & (tall[:, 1, 1] > along - PALM_REACH[1])]
+    ahead = beside[beside[:, :, 0].mean(1) > across]
+    behind = beside[beside[:, :, 0].mean(1) <= across]
+    most = float((ahead[:, 0, 0] - PALM_REACH[0]).min(initial=np.inf)) - across
+    least = float((behind[:, 1, 0] + PALM_REACH[0]).max(initial=-np.inf)) - across
+    shift = float(np.clip(0.0, least, most)) if least <= most else (least + most) / 2
+    room = max(half - 2 * PAD_HALF, 0.0)
     return float(np.clip(shift, -room, room))
 
 
-def _between_fingers(state: PrivilegedState, grasp: _Grasp, item: Float64Array) -> bool:
-    """Whether the object is between the fingers, held or not."""
-    eef, (low, high) = state.eef_position, item
-    return bool(
-        low[0] + 0.003 < eef[0] < high[0] - 0.003
-        and low[2] - 0.005 < eef[2] < high[2] + 0.003
-        and abs(eef[1] - grasp.point[1]) < state.finger_gap / 2
-    )
+def _held(state: PrivilegedState, name: str, item: Float64Array) -> float | None:
+    """How firmly the object is held, 0 not yet to 1 firmly; None if it is not between the fingers at all."""
+    yaw = _hand_yaw(state)
+    bounds = state.bounds(name, yaw)
+    across, along, height = state.eef_position @ yaw_matrix(yaw)
+    low, high = item
+    if not low[2] - 0.005 < height < high[2] + 0.003:
+        return None
+    for near, far in _pieces(bounds, across, height):
+        if abs(along - (near + far) / 2) < state.finger_gap / 2 and state.finger_gap > EMPTY * (far - near):
+            return float(np.clip((far - near + LOOSE - state.finger_gap) / (LOOSE - FIRM), 0.0, 1.0))
+    return None
 
 
-def _grip(state: PrivilegedState, grasp: _Grasp) -> float:
-    """How firmly an object between the fingers is held: 0 not at all, 1 firmly."""
-    start, full = grasp.width + GRIPPED[0], grasp.width + GRIPPED[1]
-    return float(np.clip((start - state.finger_gap) / (start - full), 0.0, 1.0))
+def _reach(
+    state: PrivilegedState, goal: Goal, grasp: _Grasp, item: Float64Array, surrounded: bool
+) -> tuple[Float64Array, bool]:
+    """Velocity (3,) towards the grasp, and whether to close the fingers.
 
-
-def _reach(state: PrivilegedState, goal: Goal, grasp: _Grasp, item: Float64Array) -> tuple[Float64Array, bool]:
-    """Velocity (3,) towards the grasp, and whether to close the fingers."""
-    eef, gap = state.eef_position, state.finger_gap
-    error = grasp.point[:2] - eef[:2]
-    off = float(np.linalg.norm(_beyond(error, grasp.slack)))
-    if off == 0.0 and abs(eef[2] - grasp.point[2]) < CLOSE_BELOW:
-        return np.zeros(3), True
+    ``surrounded``: the object is between the fingers, so that lateral errors are small and the way down is free.
+    """
+    eef, gap, frame = state.eef_position, state.finger_gap, yaw_matrix(grasp.yaw)[:2, :2]
+    error = (grasp.point[:2] - eef[:2]) @ frame
+    turned = max(abs(_hand_yaw(state) - grasp.yaw) - YAW_SLACK, 0.0)
+    off = float(np.linalg.norm(_beyond(error, grasp.slack))) + YAW_LENGTH * turned
+    depth = float(item[1, 2]) - grasp.point[2]
+    over = depth + FINGERTIP_BELOW + CLEARANCE  # height above the grasp at which the fingers pass over the object
+    near = float(np.clip(depth / 2, *CLOSE_HEIGHT))
+    closing = surrounded and gap < grasp.width + (OPEN_GAP - grasp.width) / 2
+    close = closing or (off <= CLOSE_LATERAL and abs(eef[2] - grasp.point[2]) < near)
     # Fingers that are not open cannot go down over the object.
-    shut = np.clip((grasp.width + 0.01 - gap) / 0.01, 0.0, 1.0)
-    over = float(item[1, 2]) + FINGERTIP_BELOW + CLEARANCE - grasp.point[2]
-    steep = REACH_STEEP * off + shut * over
-    far = min(REACH_STEEP * off, REACH_FAR[0] + REACH_FAR[1] * off)
+    shut = 0.0 if surrounded else float(np.clip((grasp.width + 0.01 - gap) / 0.01, 0.0, 1.0)) * over
+    funnel = max(min(STEEP * off, over), shut) + SLOPE * max(off - over / STEEP, 0.0)
     others = _others(state, goal.item)
     clear = max(
         _obstacle_height(others, eef[:2], FINGER_REACH) + FINGERTIP_BELOW,
         _obstacle_height(others, eef[:2], PALM_REACH) - PALM_ABOVE,
     )
-    height = grasp.point[2] + float(np.clip(clear - grasp.point[2], far, max(steep, far)))
+    height = grasp.point[2] + float(np.clip(clear - grasp.point[2], funnel, max(STEEP * off, funnel)))
     rise = height - eef[2]
-    free = float(np.clip(1.0 - (rise - 0.01) / 0.05, 0.0, 1.0))
-    lateral = free * _towards(_beyond(error, grasp.slack / 2))
-    return np.array([*lateral, _speed(rise)]), False
+    free = 1.0 if surrounded else float(np.clip(1.0 - (rise - 0.01) / 0.05, 0.0, 1.0))
+    lateral = free * (frame @ _towards(_beyond(error, grasp.slack / 2)))
+    return np.array([*lateral, _speed(rise, VERTICAL_TAPER)]), close
 
 
 @dataclass(frozen=True)
@@ -278,14 +343,14 @@ def _plan_place(state: PrivilegedState, goal: Goal, item: Float64Array) -> _Plac
         centre, size = state.region(goal.place)
     else:
         centre, size = state.position(goal.place), np.zeros(3)
-    surface = float(_extent(state, body)[1, 2]) if body is not None else float(centre[2])
     if goal.inside:
+        surface = float(_extent(state, body)[1, 2]) if body is not None else float(centre[2])
         slack = np.maximum(size[:2] - half - 0.01, PLACE_SLACK)
         done = bool((np.abs(position - centre) < size).all())
         return _Place(centre[:2], surface, surface - RELEASE_IN, slack, done)
-    off = float(np.linalg.norm((position - centre)[:2]))
-    done = off < 0.025 and item[0, 2] < surface + RELEASE_ON
-    return _Place(centre[:2], surface, surface + RELEASE_ON, np.full(2, PLACE_SLACK), done)
+    surface = float(_extent(state, goal.place)[1, 2]) if region is None else float(centre[2])
+    settled = bool(item[0, 2] < surface + 0.005 and np.linalg.norm((position - centre)[:2]) < 0.025)
+    return _Place(centre[:2], surface, surface + RELEASE_ON, np.full(2, PLACE_SLACK), settled)
 
 
 def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place) -> tuple[Float64Array, bool]:
@@ -294,20 +359,14 @@ def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place
     centre, half, bottom = (low + high)[:2] / 2, (high - low)[:2] / 2, float(low[2])
     error = place.centre - centre
     off = float(np.linalg.norm(_beyond(error, place.slack)))
-    others = _others(state, goal.item)
-    carry = max(float(others[:, 1, 2].max(initial=0.0)), place.surface) + CARRY_ABOVE
     hanging = state.eef_position[2] - FINGERTIP_BELOW - bottom
     lowest = min(place.bottom, place.surface + RIM_CLEARANCE - hanging) if goal.inside else place.bottom
+    others = _others(state, goal.item)
+    carry = max(float(others[:, 1, 2].max()) if len(others) else 0.0, place.surface) + CARRY_ABOVE
     height = min(lowest + PLACE_STEEP * off, carry)
     needed = min(_obstacle_height(others, centre, half), height)
     free = float(np.clip(1.0 - (needed - bottom) / 0.04, 0.0, 1.0))
     lateral = free * _towards(_beyond(error, place.slack / 2))
-    release = off == 0.0 and bottom < lowest + RELEASE_EARLY
-    return np.array([*lateral, _speed(height - bottom)]), release
-
-
-def load(checkpoint: str | None = None) -> Expert:
-    """The expert by its built-in name ``expert``; it has no checkpoint."""
-    if checkpoint is not None:
-        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
-    return Expert()
+    early = RELEASE_EARLY if goal.inside else CLOSE_LATERAL - RELEASE_ON
+    release = off == 0.0 and bottom < lowest + early
+    return np.array([*lateral, _speed(height - bottom, VERTICAL_TAPER)]), release

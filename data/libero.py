@@ -227,9 +227,14 @@ class PrivilegedState:
         """Rotation matrix (3, 3) of the body ``name``."""
         return rotation_matrix(self.quaternions[self.scene.names.index(name)])
 
-    def bounds(self, name: str) -> Float64Array:
-        """World axis-aligned bounds (G, 2, 3), low and high corner of each collision geom of the body ``name``."""
+    def bounds(self, name: str, yaw: float = 0.0) -> Float64Array:
+        """Axis-aligned bounds (G, 2, 3), low and high corner of each collision geom of the body ``name``.
+
+        They are in the world's frame, or in one turned by ``yaw`` radians about the world's vertical axis.
+        """
         corners = self.scene.boxes[self.scene.names.index(name)] @ self.rotation(name).T + self.position(name)
+        if yaw:
+            corners = corners @ yaw_matrix(yaw)
         return np.stack([corners.min(1), corners.max(1)], axis=1)
 
     def region(self, name: str) -> tuple[Float64Array, Float64Array]:
@@ -514,6 +519,12 @@ def rotation_matrix(xyzw: Float64Array) -> Float64Array:
             [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
         ]
     )
+
+
+def yaw_matrix(yaw: float) -> Float64Array:
+    """Rotation (3, 3) by ``yaw`` radians about the vertical axis."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
 def quaternion(matrix: Float64Array) -> Float64Array:

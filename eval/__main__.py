@@ -6,12 +6,10 @@ from eval.closed_loop import closed_loop
 from eval.data import bench_data
 from eval.latency import latency
 from eval.offline import offline
+from eval.report import report
 from spvla.cli import run
 
+COMMANDS = {"closed_loop": closed_loop, "offline": offline, "latency": latency, "data": bench_data, "report": report}
+
 if __name__ == "__main__":
-    sys.exit(
-        run(
-            {"closed_loop": closed_loop, "offline": offline, "latency": latency, "data": bench_data},
-            "Learned against linear, measured.",
-        )
-    )
+    sys.exit(run(COMMANDS, "Learned against linear, measured."))

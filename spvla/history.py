@@ -118,7 +118,8 @@ class ActionHistory:
         self.vla_age += self.vla_age > 0
         self.generated_run = self.generated_run + 1 if source == Source.GENERATOR else 0
         if source == Source.VLA:
-            self.vla_action = normalized
+            # The VLA's own words, also where something else was executed (noise while collecting).
+            self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
             self.vla_age = 1
             if self.states is not None:
                 self.vla_state = self.states[-1].copy()

@@ -6,7 +6,9 @@ holds it to that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,7 @@ def feature_names(config: FeatureConfig) -> list[str]:
 
 MOTION_GAIN = 5.0  # state differences over a few steps span a fraction of the range: bring them to order one
 AGE_SCALE = 10.0  # steps
+MAX_AGE = 50.0  # steps
 
 
 def to_device(window: Window, device: torch.device | str) -> Window:
@@ -79,10 +82,16 @@ def to_device(window: Window, device: torch.device | str) -> Window:
     return Window(**{k: convert(v) for k, v in vars(window).items()})  # type: ignore[arg-type]
 
 
-class HistoryFeatures(nn.Module):
-    """A window, of arrays or tensors, to one row of features (B, len(feature_names(config))), all of order one.
+def _cat(parts: Sequence[Any], axis: int) -> Any:
+    return torch.cat(list(parts), axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
 
-    Also gives the same content as a sequence, for models that read it step by step: :meth:`tokens`.
+
+class HistoryFeatures(nn.Module):
+    """A window to one row of features (B, len(feature_names(config))), all of order one.
+
+    Works on windows of tensors (training, ONNX) and of arrays: on a robot numpy is several times cheaper than torch for
+    rows this small, and the result is handed over as a tensor. :meth:`tokens` gives the same content as a sequence, for
+    models that read it step by step.
     """
 
     state_offset: Tensor
@@ -91,56 +100,49 @@ class HistoryFeatures(nn.Module):
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.config = config
-        q01, q99 = torch.tensor(config.state_q01), torch.tensor(config.state_q99)
+        q01, q99 = np.asarray(config.state_q01, np.float32), np.asarray(config.state_q99, np.float32)
+        self.offset = (q01 + q99) / 2
+        self.scale = np.where(q99 - q01 > 2e-6, (q99 - q01) / 2, np.float32(1))
+        self.register_buffer("state_offset", torch.from_numpy(self.offset), persistent=False)
+        self.register_buffer("state_scale", torch.from_numpy(self.scale), persistent=False)
         self.state_dims = list(config.state_dims)
         self.lag_steps = [config.history - lag for lag in config.state_lags]
-        self.register_buffer("state_offset", (q01 + q99) / 2, persistent=False)
-        half = (q99 - q01) / 2
-        self.register_buffer("state_scale", torch.where(half > 1e-6, half, torch.ones_like(half)), persistent=False)
+        self.size = len(feature_names(config))
+        self.token_size = config.action_dim + 2 + len(self.state_dims)  # action, source, exists, state
+        self.global_size = (config.action_dim + 1 + len(self.state_dims)) if config.vla_output else 0
+        self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
 
-    @property
-    def size(self) -> int:
-        """Number of features."""
-        return len(feature_names(self.config))
+    def _states(self, states: Any) -> Any:
+        if isinstance(states, Tensor):
+            return (states[..., self.state_dims] - self.state_offset) / self.state_scale
+        return (states[..., self.state_dims] - self.offset) / self.scale
 
-    @property
-    def token_size(self) -> int:
-        """Entries of one step's token: action, source, exists, state."""
-        return self.config.action_dim + 2 + len(self.state_dims)
-
-    def _states(self, states: Tensor) -> Tensor:
-        return (states[..., self.state_dims] - self.state_offset) / self.state_scale
-
-    def _crop(self, x: Tensor, keep: int) -> Tensor:
+    def _crop(self, x: Any, keep: int) -> Any:
         if x.shape[1] < keep:
             raise InputError(f"features: window holds {x.shape[1]} steps, the model looks back {keep}")
         return x[:, x.shape[1] - keep :]
 
-    def _last_vla(self, w: Window, now: Tensor) -> list[Tensor]:
-        parts: list[Tensor] = []
+    def _last_vla(self, w: Window, now: Any) -> list[Any]:
+        parts: list[Any] = []
         if self.config.vla_output:
-            age = torch.as_tensor(w.vla_age)[:, None]
-            parts += [torch.as_tensor(w.vla_action), age.clamp(max=50.0) / AGE_SCALE]
-            parts += [(now - self._states(torch.as_tensor(w.vla_state))) * MOTION_GAIN]
-        if self.config.vla_confidence:
-            if w.vla_confidence is None:
-                raise InputError("features: the model needs vla_confidence, which this VLA or data set does not report")
-            parts.append(torch.as_tensor(w.vla_confidence))
-        if self.config.vla_features:
-            if w.vla_features is None:
-                raise InputError("features: the model needs vla_features, which this VLA or data set does not report")
-            parts.append(torch.as_tensor(w.vla_features))
+            parts += [w.vla_action, w.vla_age[:, None].clip(0.0, MAX_AGE) / AGE_SCALE]
+            parts += [(now - self._states(w.vla_state)) * MOTION_GAIN]
+        for wanted, name in ((self.config.vla_confidence, "vla_confidence"), (self.config.vla_features, "vla_features")):
+            if wanted:
+                value = getattr(w, name)
+                if value is None:
+                    raise InputError(f"features: the model needs {name}, which this VLA or data set does not report")
+                parts.append(value)
         return parts
 
     def forward(self, w: Window) -> Tensor:
         n = self.config.history
-        actions = self._crop(torch.as_tensor(w.actions), n)  # (B, n, D)
-        sources, mask = self._crop(torch.as_tensor(w.sources), n), self._crop(torch.as_tensor(w.mask), n)
-        parts = [actions.flatten(1), sources, mask]
-        states = self._states(self._crop(torch.as_tensor(w.states), n + 1))  # (B, n + 1, S)
+        states = self._states(self._crop(w.states, n + 1))  # (B, n + 1, S)
         now = states[:, -1]
-        parts += [now, ((now[:, None] - states[:, self.lag_steps]) * MOTION_GAIN).flatten(1)]
-        return torch.cat(parts + self._last_vla(w, now), dim=1)
+        motion = (now[:, None] - states[:, self.lag_steps]) * MOTION_GAIN  # (B, lags, S)
+        parts = [self._crop(w.actions, n).reshape(len(now), -1), self._crop(w.sources, n), self._crop(w.mask, n)]
+        out = _cat([*parts, now, motion.reshape(len(now), -1), *self._last_vla(w, now)], 1)
+        return out if isinstance(out, Tensor) else torch.from_numpy(out)
 
     def tokens(self, w: Window) -> tuple[Tensor, Tensor]:
         """The window as n + 1 tokens (B, n + 1, token_size) and the global features (B, G) of the VLA's last output.
@@ -149,20 +151,12 @@ class HistoryFeatures(nn.Module):
         token is now: its action is still open (zeros) and its state is absolute.
         """
         n = self.config.history
-        actions = self._crop(torch.as_tensor(w.actions), n)
-        sources, mask = self._crop(torch.as_tensor(w.sources), n), self._crop(torch.as_tensor(w.mask), n)
-        states = self._states(self._crop(torch.as_tensor(w.states), n + 1))
+        states = self._states(self._crop(w.states, n + 1))
         now = states[:, -1]
         motion = (states[:, :-1] - now[:, None]) * MOTION_GAIN
-        steps = torch.cat([actions, sources[..., None], mask[..., None], motion], dim=-1)  # (B, n, token)
-        last = torch.zeros_like(steps[:, :1])
-        last[:, 0, steps.shape[-1] - now.shape[-1] :] = now
-        rest = self._last_vla(w, now)
-        return torch.cat([steps, last], dim=1), torch.cat(rest, dim=1) if rest else now[:, :0]
-
-    @property
-    def global_size(self) -> int:
-        """Entries of the global features that :meth:`tokens` returns."""
-        c = self.config
-        out = (c.action_dim + 1 + len(c.state_dims)) if c.vla_output else 0
-        return out + (c.action_dim if c.vla_confidence else 0) + c.vla_features
+        flags = [self._crop(x, n)[..., None] for x in (w.sources, w.mask)]
+        steps = _cat([self._crop(w.actions, n), *flags, motion], 2)  # (B, n, token_size)
+        last = _cat([steps[:, 0, : self.token_size - len(self.state_dims)] * 0, now], 1)
+        tokens = _cat([steps, last[:, None]], 1)
+        rest = _cat([now[:, :0], *self._last_vla(w, now)], 1)
+        return (tokens, rest) if isinstance(tokens, Tensor) else (torch.from_numpy(tokens), torch.from_numpy(rest))

@@ -7,9 +7,9 @@ their cost is paid at every control step.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,13 +93,12 @@ class LearnedGenerator(
     PyTorchModelHubMixin,
     library_name="spvla",
     tags=["robotics", "action-generator"],
-    coders={GeneratorConfig: (asdict, lambda values: GeneratorConfig(**values))},
 ):
     """A small network that continues the motion. ``forward`` is the network, :meth:`propose` the generator."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig | dict[str, Any]) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = GeneratorConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
         self.features = HistoryFeatures(config.features)
         self.out = config.horizon * config.features.action_dim
         w = config.width
@@ -157,10 +156,12 @@ class BoundGenerator:
     space: ActionSpace
     low: FloatArray = field(init=False, repr=False, compare=False)  # the bounds, normalised
     high: FloatArray = field(init=False, repr=False, compare=False)
+    gripper: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "low", self.space.normalize(self.space.low))
         object.__setattr__(self, "high", self.space.normalize(self.space.high))
+        object.__setattr__(self, "gripper", list(self.network.config.gripper))
 
     @property
     def history_length(self) -> int:
@@ -174,4 +175,7 @@ class BoundGenerator:
     @torch.inference_mode()
     def propose_windows(self, window: Window) -> FloatArray:
         """The network's H actions after B windows, within the space's bounds: normalised (B, H, D)."""
-        return np.clip(self.network.actions(window).numpy(), self.low, self.high)
+        out: FloatArray = self.network(window).numpy()
+        if self.gripper:
+            out[..., self.gripper] = np.where(out[..., self.gripper] >= 0, 1.0, -1.0)
+        return np.clip(out, self.low, self.high)

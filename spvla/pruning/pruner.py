@@ -112,8 +112,7 @@ class TokenPruner:
         if len(space.translation) < needed:
             what = "a vertical translation (translation[2])" if self.speed == "release" else "a translation"
             raise InputError(
-                f"pruner: speed {self.speed!r} needs {what}, which action space {space.name!r} lacks; "
-                "use speed 'constant'"
+                f"pruner: speed {self.speed!r} needs {what}, which action space {space.name!r} lacks; use speed 'constant'"
             )
 
     def keep_mass(self, history: ActionHistory) -> float:

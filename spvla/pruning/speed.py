@@ -7,8 +7,8 @@ environment units per control step.
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.typing import ArrayLike
-from numpy import asarray, float64, linalg
 
 from spvla.errors import InputError
 
@@ -35,5 +35,5 @@ def readme_keep_mass(translation: ArrayLike, z_threshold: float, z_min: float) -
 
     With v = min(norm, 1): 1 if v >= z_threshold, else 1 - (z_threshold - v) z_min / z_threshold. In [1 - z_min, 1].
     """
-    v = min(float(linalg.norm(asarray(translation, float64))), 1.0)
+    v = min(float(np.linalg.norm(np.asarray(translation, np.float64))), 1.0)
     return 1.0 if v >= z_threshold else 1.0 - (z_threshold - v) * z_min / z_threshold

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -42,21 +43,20 @@ class ActionTypeClassifier(
     PyTorchModelHubMixin,
     library_name="spvla",
     tags=["robotics", "action-type-classifier"],
-    coders={ClassifierConfig: (asdict, lambda values: ClassifierConfig(**values))},
 ):
     """Probability that a proposed action deviates from the VLA's. It sees the proposal itself, its change against the
     last executed action and against the VLA's own last action, beside the history's features."""
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    def __init__(self, config: ClassifierConfig | dict[str, Any]) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = ClassifierConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
         self.features = HistoryFeatures(config.features)
         size = self.features.size + 3 * config.features.action_dim
         self.net = mlp([size, *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
         """A window of tensors and normalised proposals (B, D) to logits (B,): positive means deliberative."""
-        last, vla = torch.as_tensor(window.actions)[:, -1], torch.as_tensor(window.vla_action)
+        last, vla = torch.as_tensor(window.actions[:, -1]), torch.as_tensor(window.vla_action)
         x = torch.cat([self.features(window), proposal, proposal - last, proposal - vla], dim=1)
         return self.net(x)[:, 0]
 

@@ -24,9 +24,7 @@ def load_vla(name: str, checkpoint: str | None = None) -> VLA:
         target = name
     if target is None:
         known = sorted({*BUILT_IN, *(e.name for e in entry_points(group=GROUP))})
-        raise InputError(
-            f"policy {name!r} is unknown; there are: {', '.join(known)}, or name a 'package.module:factory'"
-        )
+        raise InputError(f"policy {name!r} is unknown; there are: {', '.join(known)}, or name a 'package.module:factory'")
     module, _, attribute = target.partition(":")
     try:
         factory = getattr(import_module(module), attribute)

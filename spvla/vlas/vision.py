@@ -100,9 +100,7 @@ def _dinov2(embed_dim: int, depth: int, num_heads: int, reg_tokens: int) -> ViTC
     )
 
 
-def _siglip(
-    patch_size: int, img_size: int, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0
-) -> ViTConfig:
+def _siglip(patch_size: int, img_size: int, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> ViTConfig:
     return ViTConfig(
         patch_size,
         img_size,
@@ -130,7 +128,7 @@ ENCODERS: Mapping[str, ViTConfig] = {
     "vit_large_patch16_siglip_256": _siglip(16, 256, 1024, 24, 16),
     "vit_large_patch16_siglip_384": _siglip(16, 384, 1024, 24, 16),
     "vit_so400m_patch14_siglip_224": _siglip(14, 224, 1152, 27, 16, 3.7362),
-    "vit_so400m_patch14_siglip_384": _siglip(14, 384, 1152, 27, 16, 3.7362),
+    "vit_so400m_patch14_siglip_378": _siglip(14, 378, 1152, 27, 16, 3.7362),
 }
 """Known architectures by timm name, without the tag of pretrained weights (``.lvd142m``)."""
 
@@ -196,7 +194,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, config.embed_dim, rest, stride=rest)
 
     def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.proj(self.stem(images))  # (B, C, grid, grid)
+        x: Tensor = self.proj(self.stem(images.to(self.proj.weight.dtype)))  # (B, C, grid, grid)
         return x.flatten(2).transpose(1, 2)  # (B, N, C)
 
 
@@ -297,7 +295,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), normalised, to the first block's input (B, prefix + N, C)."""
-        x = self.patch_embed(images)  # (B, N, C)
+        x = self.patch_embed(images).to(self.pos_embed.dtype)  # (B, N, C)
         prefix = [self.cls_token] if self.config.class_token else []
         prefix += [self.reg_token] if self.config.reg_tokens else []
         tokens = [p.expand(len(x), -1, -1) for p in prefix]

@@ -1,0 +1,59 @@
+# Everything sets itself up on a fresh Debian/Ubuntu machine with Python 3.11 or newer.
+#   make demo    collect, distil, evaluate and report on real LIBERO physics
+#   make test    all checks and tests
+# PIP_ARGS is passed to pip, for example to choose a CPU build of torch:
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_ARGS ?=
+RUNS ?= runs
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SYSTEM_LIBRARIES := libegl1 libgl1 libgles2 libopengl0
+
+export MUJOCO_GL ?= egl
+export PYOPENGL_PLATFORM ?= egl
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup system demo test lint clean
+
+setup: system $(READY)
+
+# Rendering needs Mesa's EGL, OpenCV needs libgl1. Installed where that is allowed, otherwise named.
+system:
+	@missing=""; for p in $(SYSTEM_LIBRARIES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "Not a Debian/Ubuntu machine: make sure that EGL and OpenGL ES are installed."; exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then SUDO=""; elif sudo -n true 2>/dev/null; then SUDO="sudo"; else \
+		echo "Please install the system libraries first:  sudo apt-get install$$missing"; exit 1; fi; \
+	echo "installing$$missing"; $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq $$missing >/dev/null
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) torch
+	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,dev]"
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/python -m data collect --config configs/data/demo_teacher.yaml --output $(RUNS)/demo/rollouts
+	$(BIN)/python -m data collect --config configs/data/demo_calibration.yaml --output $(RUNS)/demo/rollouts
+	$(BIN)/python -m train distill --config configs/distill/demo.yaml --data $(RUNS)/demo/rollouts --output $(RUNS)/demo/first_export
+	$(BIN)/python -m data collect --config configs/data/demo_on_policy.yaml --export $(RUNS)/demo/first_export --output $(RUNS)/demo/on_policy
+	$(BIN)/python -m train distill --config configs/distill/demo.yaml --data $(RUNS)/demo/rollouts $(RUNS)/demo/on_policy --output $(RUNS)/demo/export
+	$(BIN)/python -m eval closed_loop --config configs/eval/demo.yaml --export $(RUNS)/demo/export --output $(RUNS)/demo/results/closed_loop
+	$(BIN)/python -m eval report --results $(RUNS)/demo/results --output $(RUNS)/demo/report.html
+
+test: setup lint
+	$(BIN)/python -m pytest -q -m "slow or not slow" --durations=10
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) $(RUNS)

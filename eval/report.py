@@ -1,0 +1,346 @@
+"""One self-contained HTML page from raw results: ``python -m eval report``.
+
+Reads every ``summary.json`` below a folder (and the raw files beside it) and draws what it finds: the table, calls against
+success, the risk knob, offline errors, run lengths, action traces coloured by who acted, latency. Pictures are SVG that
+takes the page's own text colour, so that the page reads in light, in dark and on paper.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import html
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spvla.errors import InputError
+
+COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
+VLA_COLOUR, GENERATOR_COLOUR = "#4c78a8", "#f58518"
+TRACES = 6
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --faint: #8884; --accent: #2f6db5; --good: #2e7d32; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --paper: #14191f; --accent: #7fb2ea; --good: #81c784; } }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1080px;
+  padding: 1.5rem }
+h1 { font-size: 1.7rem; margin: 0 } h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
+p { max-width: 46rem } .note { opacity: .75; font-size: .87rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; width: 100% }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
+tr.best td { color: var(--good); font-weight: 600 }
+figure { margin: .5rem 0 1rem } figure svg { width: 100%; height: auto; color: var(--ink) }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 1rem }
+.headline { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
+.headline div { border: 1px solid var(--faint); border-radius: 8px; padding: .6rem 1rem; min-width: 9rem }
+.headline b { display: block; font-size: 1.5rem; color: var(--accent) }
+@media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid } }
+"""
+
+
+def svg(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.4) -> str:
+    """Draw on a matplotlib figure and return it as inline SVG in the page's text colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ink = "#010203"  # a colour nothing else uses, replaced by currentColor below
+    style: dict[str, Any] = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.15,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+        "svg.hashsalt": "spvla",
+    }
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), ink)
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=(width, height))
+        draw(figure)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(ink, "currentColor")
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[\d.]+pt"', r"\1", text, count=2)
+
+
+def figure(picture: str, caption: str) -> str:
+    """A picture with its caption."""
+    return f"<figure>{picture}<figcaption class=note>{html.escape(caption)}</figcaption></figure>"
+
+
+def cell_name(row: dict[str, Any]) -> str:
+    """A cell as people read it."""
+    if row["generator"] == "none":
+        return "VLA alone"
+    risk = f", risk {row['risk']:g}" if row.get("risk") is not None else ""
+    return f"{row['generator']} + {row['scheduler']}{risk}"
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
+    """A table; row ``best`` stands out."""
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    body = "".join(
+        f"<tr{' class=best' if i == best else ''}>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
+        for i, row in enumerate(rows)
+    )
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The row with the fewest calls among those that lose at most one point."""
+    fit = [i for i, r in enumerate(rows) if r["generator"] != "none" and (r.get("paired_delta") or 0) >= -0.0100001]
+    return min(fit, key=lambda i: rows[i]["vla_calls_per_episode"]) if fit else None
+
+
+def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
+    """Headline figures, table, calls against success, risk, run lengths and traces of one closed-loop evaluation."""
+    rows = summary["rows"]
+    best = best_row(rows)
+    parts = [f"<h2>Closed loop: {html.escape(summary['suite'])}</h2>"]
+    tasks, states = len(summary["tasks"]), summary["init_states"]
+    kind = "seeded resets" if summary.get("random_resets") else f"initial states {states}"
+    parts.append(
+        f"<p>Policy <b>{html.escape(summary['policy'])}</b>, {tasks} tasks, {html.escape(kind)}, paired by task, initial state "
+        "and seed. Calls of failed episodes count up to the step limit.</p>"
+    )
+    if best is not None:
+        r, low = rows[best], 100 * rows[best]["paired_delta_ci95"][0]
+        high = 100 * r["paired_delta_ci95"][1]
+        boxes = [
+            (f"{r['vla_calls_ratio']:.2f}×", "fewer VLA calls an episode"),
+            (f"{percent(r['skipped'])} %", "of the steps skip the VLA"),
+            (f"{percent(r['success_rate'])} %", "success"),
+            (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
+        ]
+        inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
+        parts.append(
+            f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
+        )
+    header = (
+        "cell|episodes|success %|95 %|paired Δ|95 %|McNemar p|calls/episode|skipped %|steps|deviating %|run|fallbacks|ms p50"
+    )
+    body = []
+    for r in rows:
+        ci, delta = r["success_ci95"], r.get("paired_delta_ci95")
+        body.append(
+            [
+                cell_name(r),
+                str(r["episodes"]),
+                percent(r["success_rate"]),
+                f"{percent(ci[0])}–{percent(ci[1])}",
+                percent(r.get("paired_delta"), True),
+                f"{percent(delta[0], True)} to {percent(delta[1], True)}" if delta else "–",
+                f"{r['mcnemar_p']:.2g}" if "mcnemar_p" in r else "–",
+                f"{r['vla_calls_per_episode']:.1f}",
+                percent(r["skipped"]),
+                f"{r['steps_per_episode']:.1f}",
+                percent(r.get("deviation_rate")),
+                f"{r['generated_run_length_mean']:.1f}",
+                str(r["fallbacks"]),
+                f"{r['policy_ms_per_step_p50']:.2f}" if "policy_ms_per_step_p50" in r else "–",
+            ]
+        )
+    parts.append(html_table(header.split("|"), body, best))
+
+    def calls_against_success(f: Any) -> None:
+        axis = f.add_subplot()
+        names = list(dict.fromkeys((r["generator"], r["scheduler"]) for r in rows))
+        for k, name in enumerate(names):
+            mine = sorted(
+                (r for r in rows if (r["generator"], r["scheduler"]) == name), key=lambda r: r["vla_calls_per_episode"]
+            )
+            x, y = [r["vla_calls_per_episode"] for r in mine], np.array([100 * r["success_rate"] for r in mine])
+            ci = 100 * np.array([r["success_ci95"] for r in mine]).T
+            label = "VLA alone" if name[0] == "none" else " + ".join(name)
+            axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=label)
+        axis.set(xlabel="VLA calls per episode", ylabel="success %", xlim=(0, None))
+        axis.legend(fontsize=8)
+
+    pictures = [figure(svg(calls_against_success), "Calls against success; bars are 95 % Wilson intervals.")]
+    knob = [r for r in rows if r.get("risk") is not None]
+    if len(knob) > 1:
+
+        def risk_knob(f: Any) -> None:
+            axis = f.add_subplot()
+            for k, name in enumerate(dict.fromkeys(r["generator"] for r in knob)):
+                mine = sorted((r for r in knob if r["generator"] == name), key=lambda r: r["risk"])
+                x = [r["risk"] for r in mine]
+                axis.plot(x, [100 * r["skipped"] for r in mine], "o-", color=COLOURS[k], label=f"{name}: skipped")
+                if all("deviation_rate" in r for r in mine):
+                    y, e = (np.array([100 * r[c] for r in mine]) for c in ("deviation_rate", "deviation_rate_standard_error"))
+                    axis.errorbar(x, y, 2 * e, fmt="s--", color=COLOURS[k], ms=4, label=f"{name}: generated and deviating")
+            limit = max(r["risk"] for r in knob)
+            axis.plot([0, limit], [0, 100 * limit], color="#888888", lw=0.8, label="allowed risk")
+            axis.set(xlabel="allowed risk", ylabel="% of steps")
+            axis.legend(fontsize=7)
+
+        pictures.append(figure(svg(risk_knob), "The risk knob in closed loop; bars are two standard errors."))
+    episodes = folder / "episodes.csv.gz"
+    if episodes.exists():
+        with gzip.open(episodes, "rt") as stream:
+            runs: dict[str, list[int]] = {}
+            for line in csv.DictReader(stream):
+                runs.setdefault(line["cell"], []).extend(json.loads(line["generated_run_lengths"]))
+        shown = {k: v for k, v in runs.items() if v}
+        if shown:
+
+            def run_histogram(f: Any) -> None:
+                axis = f.add_subplot()
+                top = max(max(v) for v in shown.values())
+                for k, (name, values) in enumerate(shown.items()):
+                    counts = np.bincount(values, minlength=top + 1)[1:]
+                    axis.plot(range(1, top + 1), 100 * counts / counts.sum(), ".-", color=COLOURS[k % 7], lw=1, label=name)
+                axis.set(xlabel="generated steps in a row", ylabel="% of runs")
+                axis.legend(fontsize=7)
+
+            pictures.append(figure(svg(run_histogram), "How long the generator acts before the VLA takes over."))
+    parts.append(f"<div class=pair>{''.join(pictures)}</div>")
+    traces = folder / "traces.json.gz"
+    if traces.exists() and best is not None:
+        parts.append(trace_section(json.loads(gzip.decompress(traces.read_bytes())), rows[best]))
+    return "".join(parts)
+
+
+def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
+    """Action traces of the best cell, coloured by who acted, with the gate's probability."""
+    name = f"{row['generator']}+{row['scheduler']}" + (f"@{row['risk']:g}" if row.get("risk") is not None else "")
+    mine = [t for t in traces if t["cell"] == name][:TRACES]
+    parts = [f"<h3>Who acted: {html.escape(cell_name(row))}</h3>"]
+    for t in mine:
+        actions, generated = np.array(t["trace"]["actions"]), np.array(t["trace"]["generated"], bool)
+        p = np.array([np.nan if v is None else v for v in t["trace"]["probability"]])
+
+        def draw(f: Any, actions: np.ndarray = actions, generated: np.ndarray = generated, p: np.ndarray = p) -> None:
+            axis, bar = f.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+            steps = np.arange(len(actions))
+            for d in range(actions.shape[1]):
+                if np.ptp(actions[:, d]) > 0.05:
+                    axis.plot(steps, actions[:, d], lw=1, color=COLOURS[d % 7], label=str(d))
+            axis.legend(ncols=7, fontsize=7, loc="upper right", title="action dimension", title_fontsize=7)
+            axis.set(ylabel="action", ylim=(-1.15, 1.6))
+            bar.bar(steps, 1, width=1, color=np.where(generated, GENERATOR_COLOUR, VLA_COLOUR))
+            bar.plot(steps, p, color="#010203", lw=0.7)
+            bar.set(yticks=[], xlabel="control step", xlim=(-0.5, len(actions) - 0.5))
+            bar.grid(False)
+
+        outcome = "success" if t["success"] else "failure"
+        caption = (
+            f"{t['task_name'].replace('_', ' ')}, initial state {t['init_state']}: {outcome}. Blue: the VLA acted; orange: "
+        )
+        parts.append(figure(svg(draw, 9, 2.3), caption + "the generator. Line in the bar: probability of deviating (0 to 1)."))
+    return "".join(parts)
+
+
+def offline_section(folder: Path, summary: dict[str, Any]) -> str:
+    """Errors by horizon, coverage against error, ROC and the risk table of one offline evaluation."""
+    parts = [f"<h2>Offline: {summary['episodes']} held-out episodes</h2>"]
+    header = "generator|max error|deviating %|ROC area|risk|skipped %|measured risk %|± SE|deviating among skipped %"
+    body = [
+        [
+            r["generator"],
+            f"{r['max_abs_error']:.3f}",
+            percent(r["deviating"]),
+            f"{r['roc_auc']:.3f}" if "roc_auc" in r else "–",
+            f"{r['risk']:g}" if "risk" in r else "–",
+            percent(r.get("skipped")) if "note" not in r else r["note"],
+            percent(r.get("measured_risk")),
+            percent(r.get("measured_risk_standard_error")),
+            percent(r.get("deviating_among_skipped")),
+        ]
+        for r in summary["rows"]
+    ]
+    parts.append(html_table(header.split("|"), body))
+
+    def lines(rows: Sequence[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str) -> str:
+        def draw(f: Any) -> None:
+            axis = f.add_subplot()
+            for k, name in enumerate(dict.fromkeys(r["generator"] for r in rows)):
+                mine = [r for r in rows if r["generator"] == name]
+                axis.plot([r[x] for r in mine], [r[y] for r in mine], ".-", lw=1.2, ms=4, color=COLOURS[k % 7], label=name)
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+            axis.legend(fontsize=8)
+
+        return svg(draw)
+
+    calibration = [
+        {"generator": k, "risk": r, "coverage": c}
+        for k, curve in summary["calibration"].items()
+        for r, c in zip(curve["risk"], curve["coverage"], strict=True)
+    ]
+    pictures = [
+        figure(
+            lines(calibration, "risk", "coverage", "risk bound", "share called intuitive"), "Calibrated risk against coverage."
+        ),
+        figure(lines(summary["errors"], "horizon", "max_abs_error", "steps ahead", "mean max-abs error"), "Error by horizon."),
+        figure(
+            lines(summary["coverage"], "coverage", "max_abs_error", "share kept", "mean max-abs error"), "Coverage and error."
+        ),
+        figure(
+            lines(summary["roc"], "false_positive_rate", "true_positive_rate", "false positive rate", "true positive rate"),
+            "ROC of each gate: does it find the steps that deviate?",
+        ),
+    ]
+    return "".join(parts) + f"<div class=pair>{''.join(pictures)}</div>"
+
+
+def plain_section(folder: Path, summary: dict[str, Any]) -> str:
+    """A results file as its table."""
+    rows = summary["rows"]
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    body = [[f"{v:.3g}" if isinstance(v := r.get(c, "–"), float) else str(v) for c in columns] for r in rows]
+    return f"<h2>{html.escape(summary['kind'].capitalize())}</h2>" + html_table([c.replace("_", " ") for c in columns], body)
+
+
+SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section}
+
+
+def report(results: Path, output: Path, title: str = "SP-VLA: learned against linear") -> None:
+    """Draw one self-contained HTML page from the raw files of earlier evaluations.
+
+    Args:
+        results: folder that holds results (each with a summary.json), at any depth.
+        output: the page to write.
+        title: its title.
+    """
+    found = []
+    for path in sorted(results.rglob("summary.json")):
+        try:
+            found.append((path.parent, json.loads(path.read_text())))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not found:
+        raise InputError(f"{results}: no summary.json below it; run an evaluation with --output there first")
+    order = ["closed_loop", "offline", "latency", "data"]
+    found.sort(key=lambda x: order.index(x[1]["kind"]) if x[1].get("kind") in order else len(order))
+    body = "".join(SECTIONS.get(summary["kind"], plain_section)(folder, summary) for folder, summary in found)
+    sources = ", ".join(str((folder / "summary.json").relative_to(results)) for folder, _ in found)
+    machine = found[0][1].get("machine", {})
+    page = (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}"
+        f"<p class=note>Drawn from {html.escape(sources)}. Python {machine.get('python')}, {machine.get('processor')}.</p>"
+        "</body></html>\n"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page)
+    print(f"written: {output}")

@@ -1,0 +1,112 @@
+"""Reading a model folder: JSON, tokenizer and safetensors, from disk or the Hugging Face hub. Never pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spvla.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of a long list."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "none"
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A local folder, or the downloaded copy of a hub repository (JSON and safetensors only)."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"checkpoint {str(path)!r}: no such folder, and not found on the hub ({reason})") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises :class:`InputError` naming the file."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object")
+    return content
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """``tokenizer.json``, read as it is: nothing rebuilds its normaliser, nothing truncates a long prompt."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise InputError(f"{file}: missing (the fast tokenizer's form is the one in use)")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise InputError(f"{file}: no tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or several shards."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: no weight_map")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.exists():
+                raise InputError(f"{file}: missing, though {index.name} names it")
+        return files
+    if single.exists():
+        return [single]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise InputError(
+            f"{folder}: the weights are pickles ({some(pickles)}), which can run code when loaded; convert them to safetensors"
+        )
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors. Raises :class:`InputError` if it is no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a safetensors file ({error})") from None
+
+
+def read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One tensor, on ``device`` and as ``dtype``.
+
+    The file is opened for this tensor alone and the tensor is a copy: nothing stays mapped, so the pages read for earlier
+    tensors leave memory, and the file may be overwritten later.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device=str(device)) as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor.to(dtype, copy=device.type == "cpu")

@@ -1,0 +1,116 @@
+"""What lies between an environment and the data a VLA was trained on: image steps and gripper sign, as data.
+
+The LIBERO steps are those of OpenVLA's published evaluation. They were written for TensorFlow; here Pillow and numpy do
+them. Measured against TensorFlow's arrays: lanczos3 within 0.14 grey levels on average, centre crop within 1e-4, JPEG
+within 1.1 (same quality and chroma sampling, another integer DCT).
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from spvla.actions import FloatArray
+from spvla.errors import InputError
+
+UInt8Array = NDArray[np.uint8]
+
+JPEG_QUALITY = 95  # tf.image.encode_jpeg's default, with 4:2:0 chroma
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How an environment's images and actions differ from the training data's.
+
+    Args:
+        rotate_180: turn the image upside down (LIBERO renders it so).
+        jpeg: JPEG round trip, as the training images went through.
+        lanczos: resize to the encoder's size with lanczos3 before anything else does.
+        center_crop: share of the image's area to keep, resized back; for checkpoints trained with random crops. 1: off.
+        signed_gripper: the data's gripper (0 close, 1 open) becomes the environment's (+1 close, -1 open).
+        control_rate: control steps per second of the environment, or None where unknown.
+        bound: all actions lie within +-bound in environment units, or None: the data's own range bounds them.
+    """
+
+    rotate_180: bool = False
+    jpeg: bool = False
+    lanczos: bool = False
+    center_crop: float = 1.0
+    signed_gripper: bool = False
+    control_rate: float | None = None
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.center_crop <= 1:
+            raise InputError(f"conventions: center_crop must lie in (0, 1], got {self.center_crop}")
+
+    def apply_image(self, image: UInt8Array, size: int) -> UInt8Array:
+        """An environment's image, uint8 (H, W, 3), as the training data would show it; (size, size, 3) if resized."""
+        if self.rotate_180:
+            image = np.ascontiguousarray(image[::-1, ::-1])
+        if self.jpeg:
+            image = jpeg_round_trip(image)
+        if self.lanczos:
+            image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+        return center_crop(image, self.center_crop) if self.center_crop < 1 else image
+
+    def to_environment(self, actions: FloatArray, gripper: tuple[int, ...]) -> FloatArray:
+        """Actions (..., D) in the data's units to environment units."""
+        if not self.signed_gripper:
+            return actions
+        out = actions.copy()
+        out[..., list(gripper)] = -np.sign(2 * out[..., list(gripper)] - 1)
+        return out
+
+
+CONVENTIONS = {
+    "libero": Conventions(
+        rotate_180=True,
+        jpeg=True,
+        lanczos=True,
+        center_crop=0.9,
+        signed_gripper=True,
+        control_rate=20.0,
+        bound=1.0,
+    )
+}
+"""Conventions by name. ``libero``: the published, fine-tuned checkpoints in LIBERO."""
+
+
+def conventions_by_name(conventions: Conventions | str | None) -> Conventions:
+    """``conventions`` itself, the one of that name, or for None the identity. Unknown names: :class:`InputError`."""
+    if conventions is None:
+        return Conventions()
+    if isinstance(conventions, str):
+        if conventions not in CONVENTIONS:
+            raise InputError(f"conventions {conventions!r} are unknown; there are: {', '.join(CONVENTIONS)}")
+        return CONVENTIONS[conventions]
+    return conventions
+
+
+def jpeg_round_trip(image: UInt8Array) -> UInt8Array:
+    """``image`` (H, W, 3) encoded as JPEG and decoded again."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def center_crop(image: UInt8Array, area: float) -> UInt8Array:
+    """The central ``area`` (0..1) of ``image`` (H, W, 3), resized back bilinearly, corner pixels aligned."""
+
+    def axis(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+        side = np.sqrt(area)
+        at = ((1 - side) / 2 + np.linspace(0, side, size)) * (size - 1)  # where each output pixel samples
+        low = np.floor(at).astype(np.intp)
+        return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+
+    x = image.astype(np.float32)
+    low, high, w = axis(image.shape[0])
+    x = x[low] + (x[high] - x[low]) * w[:, None, None]
+    low, high, w = axis(image.shape[1])
+    x = x[:, low] + (x[:, high] - x[:, low]) * w[None, :, None]
+    return (x * np.float32(255.5 / 255)).astype(np.uint8)  # TensorFlow's float-to-uint8 conversion truncates so

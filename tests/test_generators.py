@@ -1,0 +1,134 @@
+"""Generators: the linear one against its closed forms and scikit-learn, the learned ones against their contracts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from spvla.actions import LIBERO, ActionSpace
+from spvla.errors import InputError
+from spvla.generators.features import FeatureConfig, HistoryFeatures, feature_names, to_device
+from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.ridge import LastActionGenerator, RidgeGenerator, extrapolate, ridge_filter, validity_clip
+from spvla.history import ActionHistory, Source
+from spvla.vlas.base import VLAOutput
+
+XYZ = np.array(
+    [(0.10, 0.50, 0), (0.14, 0.52, 0.01), (0.20, 0.55, 0.01), (0.24, 0.60, 0.02), (0.30, 0.62, 0.02), (0.35, 0.66, 0.03)],
+    np.float32,
+)
+FEATURES = FeatureConfig(7, 12, (0, 1, 2), (-1, -1, -1), (1, 1, 1))
+
+
+def filled(n: int, seed: int = 0, space: ActionSpace = LIBERO, length: int = 12) -> ActionHistory:
+    g = np.random.default_rng(seed)
+    history = ActionHistory(space, length)
+    for i in range(n):
+        history.observe(g.normal(size=5))
+        action = g.uniform(-1, 1, space.dim).astype(np.float32)
+        source = Source.VLA if i % 3 == 0 else Source.GENERATOR
+        history.act(action, source, VLAOutput(action[None]) if source == Source.VLA else None)
+    history.observe(g.normal(size=5))
+    return history
+
+
+def test_ridge_check_vector_and_filters():
+    np.testing.assert_allclose(extrapolate(XYZ)[0], (0.398669, 0.690016, 0.034000), atol=2e-6)
+    np.testing.assert_allclose(ridge_filter(6)[0], (-0.3333, -0.1333, 0.0667, 0.2667, 0.4667, 0.6667), atol=1e-4)
+    np.testing.assert_allclose(ridge_filter(5)[0], (-0.4, -0.1, 0.2, 0.5, 0.8), atol=1e-4)
+    np.testing.assert_allclose(ridge_filter(4)[0], (-0.5, 0, 0.5, 1), atol=1e-4)
+
+
+@given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-1, 1, width=32)))
+def test_ridge_agrees_with_scikit_learn(y):
+    from sklearn.linear_model import Ridge
+
+    t = np.arange(6)
+    model = Ridge(alpha=1e-4, fit_intercept=False).fit(np.stack([t, np.ones(6)], 1), y.astype(np.float64))
+    np.testing.assert_allclose(extrapolate(y, horizon=2), model.predict([[6, 1], [7, 1]]), atol=1e-4)
+
+
+@given(hnp.arrays(np.float32, (6, 3), elements=st.floats(-1, 1, width=32)))
+def test_validity_clip_bounds_value_and_change(y):
+    out = validity_clip(extrapolate(y), y)[0]
+    step = np.abs(np.diff(y, axis=0)).max(0)
+    assert (np.abs(out - y[-1]) <= step + 1e-6).all()
+
+
+def test_release_form_copies_rotation_and_gripper_paper_form_only_the_gripper():
+    history = filled(8)
+    last = history.last_action
+    release = RidgeGenerator(LIBERO).propose(history).actions[0]
+    paper = RidgeGenerator(LIBERO, form="paper").propose(history).actions[0]
+    np.testing.assert_array_equal(release[3:], last[3:])
+    np.testing.assert_allclose(paper[:6], extrapolate(history.recent(6))[0, :6], atol=1e-6)
+    assert paper[6] == last[6] and not np.allclose(paper[3:6], last[3:6])
+
+
+def test_release_form_needs_translation():
+    joints = ActionSpace("arm", "joint_velocity", 10, (-1,) * 7, (1,) * 7, (-1,) * 7, (1,) * 7, gripper=(6,))
+    with pytest.raises(InputError, match="translation"):
+        RidgeGenerator(joints)
+    RidgeGenerator(joints, form="paper").propose(filled(6, space=joints))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
+def test_windows_and_histories_give_the_same_proposals(steps):
+    history = filled(steps)
+    torch.manual_seed(0)
+    learned = LearnedGenerator(GeneratorConfig("mlp", FEATURES, gripper=(6,))).bind(LIBERO)
+    for generator in (RidgeGenerator(LIBERO), RidgeGenerator(LIBERO, "paper"), LastActionGenerator(LIBERO), learned):
+        batched = LIBERO.denormalize(generator.propose_windows(history.window()))[0]
+        np.testing.assert_allclose(generator.propose(history).actions, batched, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_learned_generators(kind, tmp_path):
+    torch.manual_seed(0)
+    network = LearnedGenerator(GeneratorConfig(kind, FEATURES, gripper=(6,), horizon=3, width=32, depth=2)).eval()
+    window = filled(20).window()
+    proposal = network.bind(LIBERO).propose(filled(20))
+    assert proposal.actions.shape == (3, 7) and set(np.abs(proposal.actions[:, 6])) == {1.0}
+    with torch.inference_mode():  # arrays and tensors take different routes to the same features
+        torch.testing.assert_close(network(window), network(to_device(window, "cpu")))
+    network.save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json", ".md"}
+    again = LearnedGenerator.from_pretrained(tmp_path).eval()
+    assert again.config == network.config
+    with torch.inference_mode():
+        torch.testing.assert_close(again(window), network(window), rtol=0, atol=0)
+
+
+def test_transformer_does_not_see_padding_order_or_future():
+    """Causal attention: a step's representation cannot change the ones before it, so cropping older context is allowed."""
+    torch.manual_seed(0)
+    network = LearnedGenerator(GeneratorConfig("transformer", FEATURES, width=32, depth=2)).eval()
+    block = network.blocks[0]
+    x = torch.randn(1, 6, 32)
+    y = x.clone()
+    y[:, -1] += 1
+    torch.testing.assert_close(block(x)[:, :-1], block(y)[:, :-1])
+
+
+def test_features_are_exactly_what_the_design_allows():
+    config = FeatureConfig(2, 3, (0, 4), (-1, 0), (1, 2), state_lags=(1, 2), vla_confidence=True, vla_features=2)
+    assert feature_names(config) == [
+        *("action[t-3][0]", "action[t-3][1]", "action[t-2][0]", "action[t-2][1]", "action[t-1][0]", "action[t-1][1]"),
+        *("source[t-3]", "source[t-2]", "source[t-1]", "exists[t-3]", "exists[t-2]", "exists[t-1]"),
+        *("state[t][0]", "state[t][4]"),
+        *("state[t]-state[t-1][0]", "state[t]-state[t-1][4]", "state[t]-state[t-2][0]", "state[t]-state[t-2][4]"),
+        *("vla_action[0]", "vla_action[1]", "vla_age", "state[t]-state[vla][0]", "state[t]-state[vla][4]"),
+        *("vla_confidence[0]", "vla_confidence[1]", "vla_features[0]", "vla_features[1]"),
+    ]
+    assert HistoryFeatures(FEATURES)(filled(5).window()).shape == (1, len(feature_names(FEATURES)))
+
+
+def test_a_generator_of_another_robot_is_refused():
+    network = LearnedGenerator(GeneratorConfig("mlp", FeatureConfig(4, 12)))
+    with pytest.raises(InputError, match="4 action dimensions"):
+        network.bind(LIBERO)
+    lacking = LearnedGenerator(GeneratorConfig("mlp", FeatureConfig(7, 12, vla_features=8))).bind(LIBERO)
+    with pytest.raises(InputError, match="vla_features"):
+        lacking.propose(filled(3))

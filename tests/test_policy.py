@@ -1,0 +1,171 @@
+"""The control loop: who acts, what is recorded, and that the VLA is untouched when everything is off."""
+
+import numpy as np
+import pytest
+
+from data.store import RolloutStore
+from spvla import InputError, Observation, SPVLAPolicy, accelerate
+from spvla.actions import LIBERO
+from spvla.generators.base import Proposal
+from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
+from spvla.history import Source
+from spvla.policy import run_lengths
+from spvla.scheduling.base import Decision
+from spvla.scheduling.rules import ReleaseRule
+from tests.conftest import ScriptedVLA
+
+
+class Always:
+    """A scheduler that calls every step intuitive."""
+
+    history_length = 1
+
+    def decide(self, history, proposal):
+        return Decision(True, "always", 0.25)
+
+
+class Fixed:
+    """A generator that proposes one action."""
+
+    history_length = 1
+
+    def __init__(self, action):
+        self.action = np.asarray(action, np.float32)
+
+    def propose(self, history):
+        return Proposal(self.action[None])
+
+
+def actions(steps=50, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, 7)).astype(np.float32)
+
+
+def run(policy, steps, state=True):
+    policy.reset("do it")
+    g = np.random.default_rng(1)
+    return np.array([policy.select_action(Observation(state=g.normal(size=8) if state else None)) for _ in range(steps)])
+
+
+def sources(policy):
+    return "".join("VG"[s.source] for s in policy.steps)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_everything_off_is_the_vla_bit_for_bit(chunk):
+    vla = ScriptedVLA(actions(48), chunk=chunk)
+    np.testing.assert_array_equal(run(SPVLAPolicy(vla), 48), vla.actions)
+    assert vla.calls == 48 // chunk
+
+
+def test_shadow_mode_is_the_vla_bit_for_bit_and_tells_what_it_would_do():
+    vla = ScriptedVLA(np.tile(actions(1), (30, 1)))
+    policy = SPVLAPolicy(vla, LastActionGenerator(LIBERO), Always(), shadow=True)
+    np.testing.assert_array_equal(run(policy, 30), vla.actions)
+    stats = policy.stats()
+    assert (stats["vla_calls"], stats["generated"], stats["would_skip"], stats["would_deviate"]) == (30, 0, 29, 0)
+    noisy = SPVLAPolicy(ScriptedVLA(actions(30)), LastActionGenerator(LIBERO), Always(), shadow=True)
+    out = run(noisy, 30)
+    expected = LIBERO.deviation(out[:-1], out[1:], 0.2).sum()
+    assert noisy.stats()["would_deviate"] == expected > 20
+
+
+def test_the_vla_acts_first_and_after_a_full_run():
+    policy = SPVLAPolicy(ScriptedVLA(actions()), LastActionGenerator(LIBERO), Always(), max_generated_run=3)
+    run(policy, 12)
+    assert sources(policy) == "VGGG" * 3
+    assert [s.reason for s in policy.steps[:5]] == ["first step", "always", "always", "always", "run limit"]
+    stats = policy.stats()
+    assert (stats["vla_calls"], stats["generated"], stats["switches"]) == (3, 9, 5)
+    assert stats["generated_run_length_mean"] == 3
+
+
+@pytest.mark.parametrize("bad", [np.full(7, np.nan), np.full(7, np.inf), np.full(7, 1.5)])
+def test_an_inadmissible_proposal_falls_through_to_the_vla_in_the_same_step(bad):
+    vla = ScriptedVLA(actions())
+    policy = SPVLAPolicy(vla, Fixed(bad), Always())
+    np.testing.assert_array_equal(run(policy, 10), vla.actions[:10])
+    assert policy.stats()["fallbacks"] == 9 and all(s.reason == "refused" for s in policy.steps[1:])
+
+
+def test_a_larger_jump_than_seen_is_refused():
+    still = np.zeros((20, 7), np.float32)
+    policy = SPVLAPolicy(ScriptedVLA(still), Fixed(np.full(7, 0.5)), Always(), space=LIBERO.with_max_jump(np.full(7, 0.4)))
+    np.testing.assert_array_equal(run(policy, 5), still[:5])
+    assert policy.stats()["fallbacks"] == 4
+
+
+def test_no_image_is_captured_on_intuitive_steps():
+    captured = []
+
+    def camera():
+        captured.append(1)
+        return Observation(np.zeros((4, 4, 3), np.uint8))
+
+    policy = SPVLAPolicy(ScriptedVLA(actions()), LastActionGenerator(LIBERO), Always(), max_generated_run=4)
+    policy.reset("look")
+    for _ in range(10):
+        policy.select_action(camera, state=np.zeros(8))
+    assert len(captured) == 2
+
+
+def test_chunks_are_played_out_before_anyone_decides():
+    policy = SPVLAPolicy(ScriptedVLA(actions(), chunk=3), LastActionGenerator(LIBERO), Always(), max_generated_run=2)
+    run(policy, 10)
+    assert sources(policy) == "VVVGGVVVGG"
+    assert policy.stats()["vla_calls"] == 2
+
+
+def test_executed_tells_the_history_what_really_happened():
+    policy = SPVLAPolicy(ScriptedVLA(actions()), LastActionGenerator(LIBERO), Always())
+    policy.reset("be safe")
+    policy.select_action(Observation())
+    policy.executed(np.full(7, 0.125, np.float32))
+    np.testing.assert_array_equal(policy.select_action(Observation()), np.full(7, 0.125, np.float32))
+
+
+def test_the_release_cap_holds_in_the_loop():
+    straight = np.tile(np.float32([0.5, 0.2, 0, 0, 0, 0, 1]), (70, 1))
+    policy = SPVLAPolicy(ScriptedVLA(straight), RidgeGenerator(LIBERO), ReleaseRule(LIBERO))
+    run(policy, 70)
+    assert sources(policy) == "VVVVGGG" * 10
+    assert policy.stats()["vla_calls"] == 40
+
+
+def test_misuse_is_told():
+    with pytest.raises(InputError, match="give both or neither"):
+        SPVLAPolicy(ScriptedVLA(actions()), generator=LastActionGenerator(LIBERO))
+    with pytest.raises(InputError, match="reset"):
+        SPVLAPolicy(ScriptedVLA(actions())).select_action(Observation())
+    policy = SPVLAPolicy(ScriptedVLA(np.full((3, 7), np.nan)))
+    policy.reset("x")
+    with pytest.raises(InputError, match="NaN"):
+        policy.select_action(Observation())
+    policy = SPVLAPolicy(ScriptedVLA(actions()))
+    policy.reset("x")
+    policy.select_action(Observation(state=np.zeros(8)))
+    with pytest.raises(InputError, match="8"):
+        policy.select_action(Observation(state=np.zeros(7)))
+    with pytest.raises(InputError, match="NaN"):
+        policy.select_action(Observation(state=np.full(8, np.nan)))
+    with pytest.raises(InputError, match="needs an export"):
+        accelerate(ScriptedVLA(actions()), scheduler="learned")
+    with pytest.raises(InputError, match="z_xy"):
+        accelerate(ScriptedVLA(actions()), scheduler="release", rule={"z_xy": 1})
+
+
+def test_recorded_episodes_are_a_store_that_training_reads(tmp_path):
+    policy = accelerate(ScriptedVLA(actions()), generator="last", scheduler="release", record=tmp_path / "rec")
+    for success in (True, False):
+        run(policy, 20)
+        policy.finish(success=success, site="lab 3")
+    policy.close()
+    store = RolloutStore(tmp_path / "rec")
+    assert [e.success for e in store.episodes] == [True, False] and store.episodes[0].metadata["site"] == "lab 3"
+    assert store.frames == 40
+    generated = store.arrays["sources"] == Source.GENERATOR
+    assert np.isnan(store.arrays["targets"][generated]).all() and not np.isnan(store.arrays["targets"][~generated]).any()
+
+
+def test_run_lengths():
+    assert run_lengths(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 1], bool)).tolist() == [2, 1, 3]
+    assert run_lengths(np.zeros(0, bool)).tolist() == []

@@ -1,0 +1,190 @@
+"""The rollout store, and that training windows are what a policy's history holds."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from data.store import RolloutStore, last_vla_frame
+from data.windows import BatchStream, Windows, frames_of, split_episodes
+from spvla.actions import LIBERO
+from spvla.episodes import Episode, RolloutWriter, read_episodes
+from spvla.errors import InputError
+from spvla.history import ActionHistory, Source
+from spvla.vlas.base import VLAOutput
+from tests.conftest import smooth_episode, write_store
+
+
+def test_windows_are_what_a_history_holds(store_folder):
+    """Replays two recorded episodes through an ActionHistory and compares every window with the gathered one."""
+    store = RolloutStore(store_folder)
+    windows = Windows([store], history=8, horizon=3)
+    for which in (3, 41):
+        info, episode = store.episodes[which], list(read_episodes(store_folder))[which]
+        batch = windows.batch(np.arange(info.start, info.start + info.length))
+        history = ActionHistory(LIBERO, 8)
+        for t in range(len(episode)):
+            history.observe(episode.states[t])
+            online = history.window()
+            for name, value in vars(online).items():
+                if value is not None:
+                    assert_allclose(getattr(batch.window, name)[t], value[0], atol=1e-6, err_msg=f"{name} at step {t}")
+            known = min(3, len(episode) - t)
+            assert_allclose(batch.targets[t, :known], LIBERO.normalize(episode.vla_actions[t : t + known]), atol=1e-6)
+            assert batch.valid[t].tolist() == [1.0] * known + [0.0] * (3 - known)
+            source = Source(int(episode.sources[t]))
+            output = VLAOutput(episode.vla_actions[t][None]) if source == Source.VLA else None
+            history.act(episode.actions[t], source, output)
+
+
+def test_hiding_the_vla_moves_its_last_output_back(store_folder):
+    store = RolloutStore(store_folder)
+    windows = Windows([store], history=8)
+    first = store.episodes[2].start
+    frames = np.arange(first + 5, first + 45)
+    plain, hidden = windows.batch(frames), windows.batch(frames, np.full(40, 4))
+    assert (hidden.window.sources[:, -4:] == 1).all()
+    assert_array_equal(hidden.window.actions, plain.window.actions)
+    assert (hidden.window.vla_age >= 5).all() and (hidden.window.vla_age >= plain.window.vla_age).all()
+    at_start = windows.batch(np.array([first + 1]), np.array([8]))
+    assert at_start.window.vla_age[0] == 1  # the first step of an episode is always the VLA's
+
+
+def test_several_stores_are_gathered_in_order(tmp_path, store_folder):
+    a, b = RolloutStore(store_folder), RolloutStore(write_store(tmp_path / "more", range(60, 64)))
+    windows = Windows([a, b], history=4)
+    frames = np.random.default_rng(0).permutation(len(windows))[:500]
+    batch = windows.batch(frames)
+    for i in range(0, 500, 50):
+        alone = windows.batch(frames[i : i + 1])
+        assert_array_equal(batch.targets[i], alone.targets[0])
+        assert_array_equal(batch.window.states[i], alone.window.states[0])
+
+
+def test_one_writer_or_many_in_any_order_give_the_same_store(tmp_path):
+    write_store(tmp_path / "one", range(6))
+    for seed in (5, 0, 3, 1, 4, 2, 3):  # two writers taking turns, one job written twice
+        RolloutWriter(tmp_path / "many", LIBERO, policy="synthetic").write(f"job-{seed:03d}", [smooth_episode(seed)])
+    RolloutWriter(tmp_path / "many", LIBERO).finalize()
+    for path in sorted((tmp_path / "one").rglob("*")):
+        if path.is_file() and ".shards" not in path.parts:
+            assert path.read_bytes() == (tmp_path / "many" / path.relative_to(tmp_path / "one")).read_bytes(), path.name
+
+
+def test_the_folder_is_a_lerobot_v3_data_set(store_folder):
+    info = json.loads((store_folder / "meta" / "info.json").read_text())
+    assert info["codebase_version"] == "v3.0" and info["total_episodes"] == 60 and info["fps"] == 20
+    data = pq.read_table(store_folder / info["data_path"].format(chunk_index=0, file_index=0))
+    assert set(data.column_names) == set(info["features"])
+    assert data["index"].to_pylist() == list(range(info["total_frames"]))
+    episodes = pq.read_table(store_folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet").to_pylist()
+    assert [e["dataset_to_index"] - e["dataset_from_index"] for e in episodes] == [e["length"] for e in episodes]
+    stats = json.loads((store_folder / "meta" / "stats.json").read_text())["action"]
+    actions = np.array(data["action"].to_pylist())
+    assert_allclose(stats["mean"], actions.mean(0), atol=1e-5)
+    assert_allclose(stats["std"], actions.std(0), atol=1e-5)
+    tasks = pq.read_table(store_folder / "meta" / "tasks.parquet").to_pandas()
+    assert tasks.loc["task 1", "task_index"] == 1
+
+
+def test_hugging_face_datasets_reads_it(store_folder):
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    loaded = datasets.load_dataset(str(store_folder), split="train", cache_dir=str(store_folder.parent / "hf"))
+    assert loaded.num_rows == RolloutStore(store_folder).frames
+    assert "vla_action" in loaded.column_names
+
+
+def test_images_travel_encoded(tmp_path):
+    episode = smooth_episode(0, steps=3)
+    episode.images = {"main": [b"one", b"two", b"three"]}
+    writer = RolloutWriter(tmp_path / "s", LIBERO)
+    writer.write("a", [episode])
+    assert next(read_episodes(writer.finalize())).images["main"] == [b"one", b"two", b"three"]
+
+
+def test_bad_episodes_and_stores_are_named(tmp_path, store_folder):
+    writer = RolloutWriter(tmp_path / "s", LIBERO)
+    bad = smooth_episode(0)
+    bad.states[7, 1] = np.nan
+    with pytest.raises(InputError, match=r"job j, episode 0: states contains NaN or infinity at step 7"):
+        writer.write("j", [bad])
+    with pytest.raises(InputError, match="no finished shards"):
+        writer.finalize()
+    writer.write("a", [smooth_episode(1)])
+    with pytest.raises(InputError, match="not finalised"):
+        list(read_episodes(tmp_path / "s"))
+    other = smooth_episode(2)
+    other.vla_actions = None
+    writer.write("b", [other])
+    with pytest.raises(InputError, match=r"b\.parquet: features differ .* vla_action"):
+        writer.finalize()
+    (tmp_path / "s" / ".shards" / "b.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(InputError, match=r"b\.parquet: not a whole shard"):
+        writer.finalize()
+    with pytest.raises(InputError, match="job id"):
+        writer.write("../escape", [smooth_episode(1)])
+    with pytest.raises(InputError, match="not a finalised rollout store"):
+        RolloutStore(tmp_path)
+
+
+def test_nan_in_a_store_is_found_with_field_episode_and_step(tmp_path):
+    folder = write_store(tmp_path / "s", range(3))
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    column = np.array(table["action"].to_pylist(), np.float32)
+    column[60 + 17, 2] = np.nan
+    import pyarrow as pa
+
+    values = pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), 7)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", values), path)
+    with pytest.raises(InputError, match="action contains NaN or infinity in episode 1 at step 17"):
+        RolloutStore(folder)
+
+
+def test_splits_are_by_initial_state_and_evaluation_is_refused(tmp_path, store_folder):
+    windows = Windows([RolloutStore(store_folder)], history=4)
+    split = split_episodes(windows)
+    assert len(split.train) == 40 and len(split.calibration) == 20
+    assert not set(frames_of(split.train)) & set(frames_of(split.calibration))
+    writer = RolloutWriter(tmp_path / "eval", LIBERO)
+    episode = smooth_episode(0)
+    episode.metadata["init_state"] = 31
+    writer.write("a", [episode])
+    with pytest.raises(InputError, match="30-49 are for evaluation only"):
+        split_episodes(Windows([RolloutStore(writer.finalize())], history=4))
+
+
+def test_random_splits_depend_on_the_seed_alone(tmp_path):
+    writer = RolloutWriter(tmp_path / "s", LIBERO)
+    for seed in range(20):
+        episode = smooth_episode(seed)
+        episode.metadata = {}
+        writer.write(f"{seed:02d}", [episode])
+    windows = Windows([RolloutStore(writer.finalize())], history=4)
+    assert split_episodes(windows, 0.25, 1) == split_episodes(windows, 0.25, 1)
+    assert split_episodes(windows, 0.25, 1) != split_episodes(windows, 0.25, 2)
+    assert len(split_episodes(windows, 0.25).calibration) == 5
+    with pytest.raises(InputError, match="no calibration episodes"):
+        split_episodes(windows, 0.0)
+
+
+def test_last_vla_frame():
+    sources, start = np.array([0, 1, 1, 0, 1, 0, 1], np.uint8), np.array([0, 0, 0, 0, 0, 5, 5])
+    assert last_vla_frame(sources, start).tolist() == [-1, 0, 0, 0, 3, -1, 5]
+
+
+def test_streams_visit_every_frame_once_a_pass(store_folder):
+    windows = Windows([RolloutStore(store_folder)], history=4)
+    frames = np.arange(640)
+    stream = BatchStream(windows, frames, batch_size=64, seed=3)
+    one, two = (np.concatenate([f for f, _ in stream]) for _ in range(2))
+    assert sorted(one) == sorted(two) == frames.tolist() and one.tolist() != two.tolist()
+    again = BatchStream(windows, frames, batch_size=64, seed=3)
+    assert_array_equal(np.concatenate([f for f, _ in again]), one)
+
+
+def test_an_episode_without_steps_is_refused():
+    with pytest.raises(InputError, match="no steps"):
+        Episode(np.zeros((0, 7), np.float32), "x", np.zeros(0)).check(LIBERO, "here")
