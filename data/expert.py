@@ -92,9 +92,7 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
             if len(scene.goal) == 1 and predicate[0] in ("in", "on") and predicate[1] in scene.movable:
                 return Goal(predicate[1], predicate[2], predicate[0] == "in")
         raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not one pick and place")
-    match = re.fullmatch(
-        r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text
-    )
+    match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
     if match is None:
         raise InputError(f"the expert cannot do {instruction!r}: it knows 'pick up the X and place it in the Y'")
     item, preposition, place = match[1], match[2], match[3]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from data.libero import LiberoEnv, LiberoObservation
 from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode
+from spvla.errors import InputError
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
 from spvla.vlas.base import VLA, VLAOutput
@@ -124,8 +125,17 @@ def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArra
     """Per step (T,): generated, and off the teacher's label by more than the tolerance (False where unlabelled)."""
     if episode.vla_actions is None or episode.sources is None:
         return np.zeros(len(episode), bool)
-    labelled = np.isfinite(episode.vla_actions).all(1)
+    labelled = np.all(np.isfinite(episode.vla_actions), axis=1)
     reference = np.where(labelled[:, None], episode.vla_actions, episode.actions)
     off: NDArray[np.bool_] = space.deviation(space.normalize(episode.actions), space.normalize(reference), tolerance)
     out: NDArray[np.bool_] = off & labelled & (episode.sources == Source.GENERATOR)
     return out
+
+
+def load_expert(checkpoint: str | None = None) -> VLA:
+    """The scripted expert by its built-in name ``expert``; it has no checkpoint."""
+    from data.expert import Expert
+
+    if checkpoint is not None:
+        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
+    return Expert()

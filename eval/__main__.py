@@ -1,6 +1,7 @@
 """``python -m eval closed_loop | offline | latency | data | report``."""
 
 import sys
+from collections.abc import Callable
 
 from eval.closed_loop import closed_loop
 from eval.data import bench_data
@@ -9,7 +10,13 @@ from eval.offline import offline
 from eval.report import report
 from spvla.cli import run
 
-COMMANDS = {"closed_loop": closed_loop, "offline": offline, "latency": latency, "data": bench_data, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "closed_loop": closed_loop,
+    "offline": offline,
+    "latency": latency,
+    "data": bench_data,
+    "report": report,
+}
 
 if __name__ == "__main__":
     sys.exit(run(COMMANDS, "Learned against linear, measured."))

@@ -31,9 +31,12 @@ STYLE = """
 * { box-sizing: border-box }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1080px;
   padding: 1.5rem }
-h1 { font-size: 1.7rem; margin: 0 } h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
+h1 { font-size: 1.7rem; margin: 0 }
+h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 p { max-width: 46rem } .note { opacity: .75; font-size: .87rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; width: 100% }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; width: 100% }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 tr.best td { color: var(--good); font-weight: 600 }
@@ -67,7 +70,7 @@ def svg(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.4) ->
         "svg.hashsalt": "spvla",
     }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), ink)
-    with plt.rc_context(style):
+    with plt.rc_context(style):  # type: ignore[arg-type]
         figure = plt.figure(figsize=(width, height))
         draw(figure)
         stream = io.StringIO()

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 
 from spvla.cli import guard, run
 from train.distill import distill
@@ -23,11 +24,14 @@ def fit(arguments: list[str]) -> None:
     CLI(subclass_mode_model=True, subclass_mode_data=True, seed_everything_default=0, args=["fit", *arguments])
 
 
+COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "distill": distill, "export": export}
+
+
 def main() -> int:
     """Dispatch: ``fit`` is Lightning's, the others are plain functions."""
     if sys.argv[1:2] == ["fit"]:
         return guard(lambda: fit(sys.argv[2:]))
-    return run({"fit": fit, "distill": distill, "export": export}, "Distil generators and gates, export them.")
+    return run(COMMANDS, "Distil generators and gates, export them.")
 
 
 if __name__ == "__main__":

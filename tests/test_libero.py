@@ -1,0 +1,168 @@
+"""LIBERO's real physics: protocol, determinism, privileged state, errors, rendering, and the scripted expert."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from data.expert import Expert, parse_goal
+from data.libero import LiberoEnv, LiberoObservation, PrivilegedState, Task, load_tasks
+from spvla.errors import InputError
+from spvla.observation import Observation
+from spvla.vlas.base import VLA
+
+if importlib.util.find_spec("libero") is None:
+    pytest.skip("LIBERO is not installed: pip install -e .[libero]", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_tasks("libero_object", [0])[0]
+
+
+@pytest.fixture(scope="module")
+def env(task: Task) -> Iterator[LiberoEnv]:
+    with LiberoEnv(task) as env:
+        yield env
+
+
+def positions(env: LiberoEnv, init_state: int | None, actions: np.ndarray, seed: int = 0) -> np.ndarray:
+    """End effector positions and every pose along an episode of given actions."""
+    env.reset(init_state, seed)
+    vectors = []
+    for action in actions:
+        env.step(action)
+        vectors.append(np.concatenate([env.state(), env.privileged().to_vector()]))
+    return np.array(vectors)
+
+
+def rollout(env: LiberoEnv, instruction: str, init_state: int) -> list[np.ndarray]:
+    """The expert's actions until success or the step limit."""
+    expert = Expert()
+    expert.reset(instruction)
+    observation, actions = env.reset(init_state), []
+    while not env.success and env.steps < env.task.max_steps:
+        actions.append(expert.predict(observation).actions[0])
+        env.step(actions[-1])
+        observation = env.observe()
+    return actions
+
+
+def test_tasks_have_the_published_limits_and_instructions(task: Task) -> None:
+    assert task.instruction == "pick up the alphabet soup and place it in the basket"
+    assert task.max_steps == 280 and task.init_states().shape == (50, 110) and task.init_states().dtype == np.float64
+    assert [t.index for t in load_tasks("libero_object", ["7", task.name])] == [7, 0]
+    limits = {"libero_spatial": 220, "libero_goal_swap": 300, "libero_10": 520, "libero_90": 400}
+    assert {suite: load_tasks(suite, [0])[0].max_steps for suite in limits} == limits
+    assert load_tasks("libero_object_lan", [task.name])[0].instruction == "grab alphabet soup and put it into basket"
+
+
+def test_unknown_names_are_listed(task: Task, env: LiberoEnv) -> None:
+    with pytest.raises(InputError, match=r"unknown LIBERO suite 'libero_objects'; known: .*libero_object,"):
+        load_tasks("libero_objects")
+    for unknown in (10, "pick_up_the_moon"):
+        with pytest.raises(InputError, match=rf"unknown task '?{unknown}'? of suite libero_object; known: 0 pick_up"):
+            load_tasks("libero_object", [unknown])
+    with pytest.raises(InputError, match="initial states 0-49, got 50"):
+        env.reset(50)
+    with pytest.raises(InputError, match="7 finite action values"):
+        env.step(np.full(7, np.nan))
+
+
+def test_state_layout(env: LiberoEnv) -> None:
+    observation = env.reset(0)
+    state, privileged = observation.state, observation.privileged
+    assert state is not None and state.shape == (8,) and state.dtype == np.float32 and observation.image is None
+    np.testing.assert_allclose(state[:3], privileged.eef_position, atol=1e-6)
+    assert 3.0 < np.linalg.norm(state[3:6]) < 3.3, "the hand points down: half a turn from the base's frame"
+    assert state[6] - state[7] == pytest.approx(privileged.finger_gap, abs=1e-6) and privileged.finger_gap > 0.07
+    vector = privileged.to_vector()
+    assert vector.shape == (len(env.scene.fields),) and env.scene.fields[8] == f"{env.scene.names[0]}.x"
+    again = PrivilegedState.from_vector(vector, env.scene)
+    np.testing.assert_allclose(again.position("milk_1"), privileged.position("milk_1"), atol=1e-6)
+    with pytest.raises(InputError, match="values for this scene"):
+        PrivilegedState.from_vector(vector[:-1], env.scene)
+    low, high = privileged.bounds("alphabet_soup_1")[:, 0].min(0), privileged.bounds("alphabet_soup_1")[:, 1].max(0)
+    np.testing.assert_allclose(high - low, [0.063, 0.063, 0.076], atol=2e-3)
+    np.testing.assert_allclose(low[2], 0.0, atol=1e-3)
+
+
+def test_an_episode_depends_on_nothing_before_it(task: Task, env: LiberoEnv) -> None:
+    rng = np.random.default_rng(0)
+    first, other = rng.uniform(-1, 1, (2, 25, 7))
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    reference = positions(env, 3, first)
+    positions(env, 8, other)
+    np.testing.assert_array_equal(positions(env, 3, first), reference)
+    with LiberoEnv(task) as fresh:
+        np.testing.assert_array_equal(positions(fresh, 3, first), reference)
+    np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_a_seed_places_the_objects(env: LiberoEnv) -> None:
+    first, again, other = (env.reset(None, seed).privileged.positions for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("init_state", [30, 41])
+def test_expert_succeeds(env: LiberoEnv, init_state: int) -> None:
+    actions = np.array(rollout(env, env.task.instruction, init_state))
+    assert env.success and len(actions) < 110
+    assert actions.dtype == np.float32 and np.abs(actions).max() <= 1.0
+    assert np.abs(np.diff(actions[:, :3], axis=0)).mean() < 0.07, "labels change slowly"
+
+
+def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
+    actions = rollout(env, "pick up the milk and place it in the basket", 30)
+    milk, soup = (env.privileged().position(name) for name in ("milk_1", "alphabet_soup_1"))
+    centre, half = env.privileged().region("basket_1_contain_region")
+    assert len(actions) == env.task.max_steps and not env.success, "the task itself asks for the soup"
+    assert (np.abs(milk - centre) < half).all() and not (np.abs(soup - centre) < half).all()
+
+
+def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:
+    expert = Expert()
+    expert.reset(env.task.instruction)
+    observation, dropped = env.reset(31), 0
+    while not env.success and env.steps < env.task.max_steps:
+        action = expert.predict(observation).actions[0].copy()
+        if env.lifted("alphabet_soup_1") > 0.05 and dropped < 12:
+            action[6], dropped = -1.0, dropped + 1
+        env.step(action)
+        observation = env.observe()
+    assert dropped == 12 and env.success
+
+
+def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:
+    expert = Expert()
+    assert isinstance(expert, VLA) and isinstance(env.observe(), LiberoObservation)
+    with pytest.raises(InputError, match="LiberoObservation"):
+        expert.predict(Observation())
+    for instruction in ("open the drawer", "pick up the ketchup and place it in the basket"):
+        with pytest.raises(InputError, match="the expert cannot do"):
+            parse_goal(instruction, env.scene)
+
+
+@pytest.mark.slow
+def test_rendering_is_robosuites_and_fast_rendering_nearly_so(task: Task) -> None:
+    from libero.libero.envs.env_wrapper import ControlEnv
+
+    with LiberoEnv(task, render="full", image_size=128, wrist_camera=True) as full:
+        observation = full.reset(0)
+        image = observation.require_image()
+        assert image.shape == (128, 128, 3) and 20 < image.std() < 70 and observation.wrist_image is not None
+    # A second environment after closing the first: robosuite's own renders noise here.
+    with LiberoEnv(task, render="fast", image_size=128) as fast:
+        assert (np.abs(fast.reset(0).require_image().astype(int) - image).max(-1) > 8).mean() < 0.02
+    control = ControlEnv(bddl_file_name=str(task.bddl_file), camera_heights=128, camera_widths=128)
+    control.seed(0)
+    control.reset()
+    observed = control.set_init_state(task.init_states()[0])
+    for _ in range(10):
+        observed, *_ = control.step([0.0] * 6 + [-1.0])
+    np.testing.assert_allclose(observed["agentview_image"], image, atol=1)
+    control.close()

@@ -1,0 +1,491 @@
+"""OpenVLA: the published implementation's numbers, pruning, adapters, batches, and bad checkpoints."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from spvla import VLA, InputError, Observation
+from spvla.pruning import TokenPruner
+from spvla.vlas.conventions import CONVENTIONS, Conventions, center_crop, jpeg_round_trip
+from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
+from spvla.vlas.vision import vit_config
+
+SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
+REFERENCE = SHARED / "openvla_tiny_reference"
+PREPROCESS = SHARED / "openvla_preprocess_reference" / "reference.npz"
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=f"the golden checkpoint is not at {REFERENCE}")
+needs_frames = pytest.mark.skipif(not PREPROCESS.exists(), reason=f"the reference frames are not at {PREPROCESS}")
+
+STATS = {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}
+
+
+def tiny_config(**changes) -> OpenVLAConfig:
+    """Two encoders on a 4 x 4 grid, a 2-layer Llama, 200 words and 64 padding ids."""
+    config = OpenVLAConfig(
+        timm_model_ids=("vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"),
+        image_sizes=(56, 56),
+        timm_model_kwargs=(
+            {"embed_dim": 32, "depth": 3, "num_heads": 2, "init_values": 1.0},
+            {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 14},
+        ),
+        text_config={
+            "vocab_size": 264 + 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        norm_stats={"toy": {"action": STATS}},
+        append_space_token=False,
+        n_action_bins=64,
+    )
+    return replace(config, **changes)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    words = ["<unk>", "<s>", "</s>", *"in what action should the robot take to out pick up a red blue mug : ?".split(" ")]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def tiny_model(seed: int = 0, pruner: TokenPruner | None = None, **changes) -> OpenVLA:
+    torch.manual_seed(seed)
+    model = OpenVLA(tiny_config(**changes), tokenizer=tiny_tokenizer(), pruner=pruner).eval()
+    with torch.no_grad():  # initial weights are so small that every image gives the same action
+        for p in model.parameters():
+            p.mul_(4 if p.ndim > 1 else 1)
+    return model
+
+
+def picture(seed: int, size: int = 70) -> Observation:
+    rng = np.random.default_rng(seed)
+    image = np.kron(rng.integers(0, 256, (7, 7, 3)), np.ones((size // 7, size // 7, 1))).astype(np.uint8)
+    return Observation(image=image)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((REFERENCE / "golden.json").read_text())["cases"], np.load(REFERENCE / "golden.npz")
+
+
+@pytest.fixture(scope="module")
+def reference_model():
+    return OpenVLA.from_pretrained(REFERENCE, unnorm_key="bridge_orig", pruner=TokenPruner())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ------------------------------------------------------------------------------ the published implementation's numbers
+
+
+@needs_reference
+def test_golden_float32(golden, reference_model):
+    cases, arrays = golden
+    model = reference_model
+    for i, case in enumerate(cases):
+        image = arrays[f"image/{case['image']}"]
+        model.use_statistics(case["unnorm_key"])
+        ids = model.tokenize(case["instruction"])
+        assert ids == case["input_ids"]
+        model.reset(case["instruction"])
+        output = model.predict(Observation(image=image))
+        assert output.tokens.tolist() == [case["tokens"]]
+        np.testing.assert_allclose(output.actions[0], case["action"], rtol=0, atol=1e-6)
+        assert output.visual_tokens == (256, 256)
+        pixels = pixel_values(image, model.config)[None]
+        with torch.inference_mode():
+            logits = model(pixels, torch.tensor([ids + case["tokens"]]))[0]
+        scores = logits[len(ids) - 1 : -1, 32000 - 256 : 32000]
+        np.testing.assert_allclose(scores, arrays[f"case{i}/scores_action_tokens"], rtol=0, atol=1e-3)
+        confidence = logits[len(ids) - 1 : -1].softmax(-1).max(-1).values
+        np.testing.assert_allclose(output.confidence, confidence, atol=1e-5)
+        if f"case{i}/pixel_values" in arrays:
+            np.testing.assert_allclose(pixels[0], arrays[f"case{i}/pixel_values"], rtol=0, atol=1e-5)
+            with torch.inference_mode():
+                features = model.vision_backbone(pixels)[0][0].numpy()
+            expected = arrays[f"case{i}/patch_features"]
+            assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 1e-4
+
+
+@needs_reference
+def test_golden_bfloat16(golden):
+    cases, arrays = golden
+    model = OpenVLA.from_pretrained(REFERENCE, dtype=torch.bfloat16, unnorm_key="bridge_orig")
+    same = 0
+    for case in cases:
+        model.reset(case["instruction"])
+        output = model.predict(Observation(image=arrays[f"image/{case['image']}"]))
+        same += output.tokens.tolist() == [case["tokens"]]
+    assert same >= 0.9 * len(cases)
+
+
+@needs_reference
+def test_golden_batch_equals_single(golden, reference_model):
+    cases, arrays = golden
+    reference_model.use_statistics("libero_spatial")  # also found without its suffix
+    chosen = [c for c in cases if c["unnorm_key"] == "libero_spatial_no_noops"][:6]  # instructions of several lengths
+    observations = [Observation(image=arrays[f"image/{c['image']}"]) for c in chosen]
+    for output, case in zip(
+        reference_model.predict_batch(observations, [c["instruction"] for c in chosen]), chosen, strict=True
+    ):
+        assert output.tokens.tolist() == [case["tokens"]]
+        np.testing.assert_allclose(output.actions[0], case["action"], rtol=0, atol=1e-6)
+
+
+@needs_frames
+@pytest.mark.parametrize("camera", ["libero_agentview_256", "libero_wrist_256"])
+def test_libero_image_steps(camera):
+    frames = np.load(PREPROCESS)
+    raw, jpeg, small, cropped = (
+        frames[f"{camera}/{step}"] for step in ("raw", "jpeg_roundtrip", "resized_224", "center_cropped_224")
+    )
+
+    def off(a, b):
+        return np.abs(a.astype(int) - b.astype(int)).mean()
+
+    assert off(jpeg_round_trip(np.ascontiguousarray(raw[::-1, ::-1])), jpeg) < 1.1
+    assert off(Conventions(lanczos=True).apply_image(jpeg, 224), small) < 0.15
+    assert off(center_crop(small, 0.9), cropped) < 1e-3
+    assert off(CONVENTIONS["libero"].apply_image(raw, 224), cropped) < 1.1
+    assert off(replace(CONVENTIONS["libero"], center_crop=1.0).apply_image(raw, 224), small) < 1.1
+
+
+# ------------------------------------------------------------------------------------------------------ the policy
+
+
+def test_is_a_vla_with_documented_outputs():
+    model = tiny_model()
+    assert isinstance(model, VLA)
+    model.reset("pick up the red mug")
+    output = model.predict(picture(0))
+    assert output.actions.shape == (1, 7)
+    assert output.actions.dtype == np.float32
+    assert output.confidence.shape == (7,)
+    assert ((output.confidence > 0) & (output.confidence <= 1)).all()
+    assert output.features.shape == (64,)
+    assert list(output.timings) == ["preprocess", "vision", "pruning", "projector", "prefill", "decode"]
+    assert any((model.predict(picture(i)).tokens != output.tokens).any() for i in range(1, 5)), "blind to the image"
+
+
+def test_action_spaces():
+    space = tiny_model().action_space
+    assert (space.translation, space.rotation, space.gripper) == ((0, 1, 2), (3, 4, 5), (6,))
+    assert space.control_rate == 5.0
+    assert (space.q01[0], space.q99[6]) == (-0.5, 1.0)
+    libero = OpenVLA(tiny_config(), conventions="libero").action_space
+    assert (libero.control_rate, libero.low[0], libero.high[0]) == (20.0, -1.0, 1.0)
+    assert (libero.q01[6], libero.q99[6]) == (-1.0, 1.0)
+    assert OpenVLA(tiny_config(), control_rate=10).action_space.control_rate == 10
+
+
+def test_libero_gripper_sign():
+    actions = CONVENTIONS["libero"].to_environment(np.float32([[0.3, 0.0], [0.3, 1.0], [0.3, 0.6]]), (1,))
+    np.testing.assert_array_equal(actions, np.float32([[0.3, 1.0], [0.3, -1.0], [0.3, -1.0]]))  # 0 closes, LIBERO: +1
+
+
+def test_number_of_tokens_follows_the_statistics():
+    stats = {"joints": {"action": {"q01": [-1.0] * 4, "q99": [1.0] * 4}}}
+    model = tiny_model(norm_stats=stats)
+    model.reset("pick up the mug")
+    output = model.predict(picture(0))
+    assert output.actions.shape == (1, 4)
+    assert model.action_space.translation == ()
+
+
+def test_one_encoder_and_a_convolutional_stem():
+    config = tiny_config(
+        timm_model_ids=("vit_base_patch16_siglip_224",),
+        image_sizes=(64,),
+        timm_model_kwargs=({"embed_dim": 32, "depth": 2, "num_heads": 2, "stem": "conv", "score_block": -2},),
+        use_fused_vision_backbone=False,
+    )
+    model = OpenVLA(config, tokenizer=tiny_tokenizer(), pruner=TokenPruner(contours=False)).eval()
+    model.reset("pick up the mug")
+    assert model.predict(picture(0), 0.5).visual_tokens[1] == 16
+
+
+def test_training_forward_gives_gradients_and_agrees_with_prediction():
+    model = tiny_model(pruner=TokenPruner(speed="constant", contours=False))
+    for positions in ("packed", "original"):
+        model.pruner = replace(model.pruner, positions=positions)
+        model.reset("pick up the red mug")
+        image = picture(3)
+        output = model.predict(image, 0.5)
+        pixels = pixel_values(image.image, model.config)[None]
+        with torch.no_grad():
+            attention = model.vision_backbone.attention(model.vision_backbone(pixels)[1])[0].numpy()
+        keep = model.pruner.select(attention, image.image, 0.5)
+        assert output.visual_tokens == (len(keep), 16)
+        prompt = model.tokenize("pick up the red mug")
+        ids = torch.tensor([prompt + output.tokens[0].tolist()])
+        logits = model(pixels, ids, torch.from_numpy(keep)[None], positions)
+        assert logits.shape == (1, ids.shape[1], 328)
+        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == output.tokens[0].tolist()
+    torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    untrained = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert untrained == []
+
+
+def test_padding_at_the_end_changes_nothing_before_it():
+    model = tiny_model()
+    pixels = pixel_values(picture(0).image, model.config)[None]
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        plain, padded = model(pixels, ids), model(pixels, torch.nn.functional.pad(ids, (0, 3)))
+    torch.testing.assert_close(plain, padded[:, :4])
+
+
+# --------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_pruning_off_is_bit_identical():
+    plain, pruned = tiny_model(), tiny_model(pruner=TokenPruner())
+    for model in (plain, pruned):
+        model.reset("pick up the red mug")
+    a, b = plain.predict(picture(1)), pruned.predict(picture(1), keep_mass=1.0)
+    for name in ("actions", "tokens", "confidence", "features"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert b.visual_tokens == (16, 16)
+
+
+@pytest.mark.parametrize("positions", ["packed", "original"])
+def test_exactly_k_tokens_reach_the_decoder_in_order(positions):
+    model = tiny_model(pruner=TokenPruner(speed="constant", measure="ratio", contours=False, positions=positions))
+    model.reset("pick up the red mug")
+    calls = []
+    model.language_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((kwargs["inputs_embeds"].shape[1], kwargs["position_ids"])),
+        with_kwargs=True,
+    )
+    text = len(model.tokenize("pick up the red mug"))
+    for ratio, k in ((0.25, 4), (0.5, 8), (0.9, 15)):
+        calls.clear()
+        assert model.predict(picture(2), ratio).visual_tokens == (k, 16)
+        assert [length for length, _ in calls] == [text + k] + [1] * 6
+        ids = calls[0][1][0]
+        assert (ids.diff() > 0).all()
+        assert ids[-1] == text - 1 + (16 if positions == "original" else k)
+        assert calls[-1][1].item() == ids[-1] + 6
+
+
+def test_pruned_batch_equals_single():
+    model = tiny_model(pruner=TokenPruner(speed="constant", contours=False))
+    observations = [picture(i) for i in range(3)]
+    instructions = ["pick up the red mug", "take the mug", "pick up a mug"]
+    batch = model.predict_batch(observations, instructions, 0.4)
+    assert len({o.visual_tokens for o in batch}) > 1, "rows of one length test no padding"
+    for observation, instruction, output in zip(observations, instructions, batch, strict=True):
+        model.reset(instruction)
+        single = model.predict(observation, 0.4)
+        assert single.visual_tokens == output.visual_tokens
+        np.testing.assert_array_equal(single.tokens, output.tokens)
+        np.testing.assert_allclose(single.confidence, output.confidence, rtol=1e-4)
+        np.testing.assert_allclose(single.features, output.features, atol=1e-4)
+
+
+def test_pruning_is_never_silently_inactive():
+    model = tiny_model()
+    model.reset("pick up the mug")
+    with pytest.raises(InputError, match="given no pruner"):
+        model.predict(picture(0), 0.5)
+    with pytest.raises(InputError, match="keep_mass must lie"):
+        model.predict(picture(0), 0.0)
+
+
+# -------------------------------------------------------------------------------------- checkpoints and adapters
+
+
+def test_save_and_load_round_trip(checkpoint):
+    original, loaded = tiny_model(), OpenVLA.from_pretrained(checkpoint)
+    for model in (original, loaded):
+        model.reset("pick up the red mug")
+    a, b = original.predict(picture(0)), loaded.predict(picture(0))
+    np.testing.assert_array_equal(a.features, b.features)
+    np.testing.assert_array_equal(a.actions, b.actions)
+    assert loaded.config.norm_stats == original.config.norm_stats
+
+
+def test_shards_load_as_one(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {n: f"part-{i % 2}.safetensors" for i, n in enumerate(names)}
+    for part in ("part-0.safetensors", "part-1.safetensors"):
+        save_file({n: tensors[n] for n in names if weight_map[n] == part}, checkpoint / part)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    loaded = OpenVLA.from_pretrained(checkpoint)
+    for name, p in loaded.named_parameters():
+        torch.testing.assert_close(p, tensors[name], rtol=0, atol=0)
+    (checkpoint / "part-1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"part-1.safetensors: missing"):
+        OpenVLA.from_pretrained(checkpoint)
+
+
+def test_dataset_statistics_replace_norm_stats(checkpoint):
+    other = {"mine": {"action": {**STATS, "q99": [2.0] * 7}}, "other_no_noops": {"action": STATS}}
+    (checkpoint / "dataset_statistics.json").write_text(json.dumps(other))
+    assert OpenVLA.from_pretrained(checkpoint, unnorm_key="mine").action_space.q99[0] == 2.0
+    assert OpenVLA.from_pretrained(checkpoint, unnorm_key="other").action_space.name == "other_no_noops"
+    for key in (None, "toy"):
+        with pytest.raises(InputError, match="mine, other_no_noops"):
+            OpenVLA.from_pretrained(checkpoint, unnorm_key=key)
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_bad_tensors_are_named(checkpoint):
+    def refused(change, message):
+        bad = checkpoint.parent / "bad"
+        shutil.copytree(checkpoint, bad)
+        edit_tensors(bad, change)
+        with pytest.raises(InputError, match=message):
+            OpenVLA.from_pretrained(bad)
+        shutil.rmtree(bad)
+
+    refused(lambda t: t.pop("projector.fc2.bias"), r"missing from the weights: projector\.fc2\.bias")
+    refused(lambda t: t.update({"projector.fc9.bias": torch.zeros(3)}), r"projector\.fc9\.bias \(model\.safetensors\)")
+    refused(
+        lambda t: t.update({"projector.fc1.bias": torch.zeros(3)}),
+        r"model\.safetensors: tensor projector\.fc1\.bias has shape \(3,\), config\.json asks for \(320,\)",
+    )
+    head = {n: torch.zeros(s) for n, s in tiny_model().unused_tensors().items()}
+    some_head = dict(list(head.items())[:-1])
+    refused(lambda t: t.update(some_head), r"missing from the weights: .*attn_pool\.mlp\.fc2\.bias")
+    edit_tensors(checkpoint, lambda t: t.update(head))  # SigLIP's pooling head is part of the published form
+    OpenVLA.from_pretrained(checkpoint)
+
+
+def test_bad_configs_are_named(checkpoint):
+    for changes, message in [
+        ({"model_type": "llava"}, "model_type is 'llava'"),
+        ({"timm_model_ids": ["resnet50", "vit_base_patch16_siglip_224"]}, "'resnet50' is unknown; known are: .*dinov2"),
+        ({"timm_model_ids": ["vit_base_patch16_siglip_224"]}, "has 1 encoders, expected 2"),
+        ({"timm_model_kwargs": [{"width": 3}, None]}, "'width' is unknown"),
+        ({"image_resize_strategy": "letterbox"}, "letterbox"),
+        ({"image_sizes": [56, 112]}, "different grids"),
+        ({"append_space_token": True}, "append_space_token"),
+        ({"text_config": {"hidden_size": "wide"}, "append_space_token": True}, "text_config"),
+        ({"norm_stats": {}}, "there are: none"),
+        ({"norm_stats": {"toy": {"action": {"q01": [0.0], "q99": [1.0, 2.0]}}}}, r"norm_stats\['toy'\]"),
+    ]:
+        before = (checkpoint / "config.json").read_text()
+        edit_config(checkpoint, **changes)
+        with pytest.raises(InputError, match=message):
+            OpenVLA.from_pretrained(checkpoint)
+        (checkpoint / "config.json").write_text(before)
+
+
+def test_pickles_and_missing_files_are_refused(checkpoint):
+    (checkpoint / "tokenizer.json").rename(checkpoint / "t.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json: missing"):
+        OpenVLA.from_pretrained(checkpoint)
+    (checkpoint / "t.json").rename(checkpoint / "tokenizer.json")
+    torch.save({}, checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        OpenVLA.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickles \(pytorch_model\.bin\).*safetensors"):
+        OpenVLA.from_pretrained(checkpoint)
+    (checkpoint / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        OpenVLA.from_pretrained(checkpoint)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+        OpenVLA.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), None]
+)
+def test_bad_images_are_refused(image):
+    model = tiny_model()
+    model.reset("pick up the mug")
+    with pytest.raises(InputError, match=r"observation\.image"):
+        model.predict(Observation(image=image))
+
+
+def test_bad_instructions_are_refused():
+    model = tiny_model()
+    with pytest.raises(InputError, match="reset"):
+        model.predict(picture(0))
+    for empty in ("", "  \n"):
+        with pytest.raises(InputError, match="empty"):
+            model.reset(empty)
+    with pytest.raises(InputError, match=r"leaves room for 2025"):
+        model.reset("mug " * 2100)
+    with pytest.raises(InputError, match="1 observations for 2"):
+        model.predict_batch([picture(0)], ["pick", "up"])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "qkv", "fc1"]])
+def test_lora_adapters_merged_and_not(checkpoint, targets):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    tuned = peft.get_peft_model(OpenVLA.from_pretrained(checkpoint), config)
+    folder = checkpoint.parent / "adapter"
+    tuned.save_pretrained(folder)
+    plain = OpenVLA.from_pretrained(checkpoint)
+    beside = OpenVLA.from_pretrained(checkpoint, adapter=folder)
+    merged = OpenVLA.from_pretrained(checkpoint, adapter=folder, merge_adapter=True)
+    models = [plain, tuned.base_model.model.eval(), beside, merged]
+    for model in models:
+        model.pruner = TokenPruner(speed="constant")
+        model.reset("pick up the red mug")
+    outputs = [[model.predict(picture(i), keep) for i in range(3) for keep in (1.0, 0.5)] for model in models]
+    assert any((a.tokens != b.tokens).any() for a, b in zip(outputs[0], outputs[1], strict=True)), "no effect"
+    for other in outputs[2:]:
+        for a, b in zip(outputs[1], other, strict=True):
+            np.testing.assert_array_equal(a.actions, b.actions)
+            np.testing.assert_allclose(a.features, b.features, atol=1e-3)
+    names = {n for n, _ in plain.named_parameters()}
+    assert {n for n, _ in merged.named_parameters()} == names
+
+
+def test_bad_adapters_are_refused(checkpoint):
+    peft = pytest.importorskip("peft")
+    folder = checkpoint.parent / "adapter"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.PeftModel(OpenVLA.from_pretrained(checkpoint), config).save_pretrained(folder)
+    OpenVLA.from_pretrained(checkpoint, adapter=folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    save_file({n: t for n, t in weights.items() if n != name}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"layers without adapter tensors: .*lora_A"):
+        OpenVLA.from_pretrained(checkpoint, adapter=folder)
+    save_file(weights | {name: torch.zeros(4, 3)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="does not fit"):
+        OpenVLA.from_pretrained(checkpoint, adapter=folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
+        OpenVLA.from_pretrained(checkpoint, adapter=folder)
+
+
+def test_known_architectures_have_the_published_sizes():
+    dino = vit_config("vit_large_patch14_reg4_dinov2.lvd142m", 224)
+    siglip = vit_config("vit_so400m_patch14_siglip_224")
+    assert (dino.embed_dim, dino.depth, dino.num_heads, dino.prefix_tokens, dino.grid) == (1024, 24, 16, 5, 16)
+    assert (siglip.embed_dim, siglip.depth, siglip.num_heads, siglip.prefix_tokens, siglip.grid) == (1152, 27, 16, 0, 16)
+    assert int(siglip.embed_dim * siglip.mlp_ratio) == 4304
