@@ -27,10 +27,11 @@ def parse_range(text: str) -> list[int]:
     """``"0-19"``, ``"3"`` or ``"0-4,10,12-14"`` to a list of numbers. Raises :class:`InputError` for anything else."""
     out: list[int] = []
     for part in str(text).split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or (last and int(last) < int(first)):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise InputError(f"init_states {text!r}: expected numbers and ranges such as 0-19 or 0-4,10")
-        out += range(int(first), int(last or first) + 1)
+        out += range(int(first), int(last) + 1)
     return out
 
 

@@ -1,9 +1,9 @@
 """A scripted expert for LIBERO's pick-and-place tasks, playing the VLA's part: a stateless function of every pose.
 
 Because it keeps no memory it can label any state that some policy visited, after recorded or noisy actions, and it
-recovers from drops, slips and pushes. Labels are made to be learnt: velocities taper over ten centimetres, heights
-follow continuous funnels, and each gripper decision has slack on both sides (sudden switches taught a distilled policy
-to hop between modes). Shapes come from the simulator's collision geometry, the goal from the instruction.
+recovers from drops, slips and pushes. Labels are made to be learnt: velocities taper over several centimetres,
+heights follow continuous funnels, and each gripper decision has slack (sudden switches taught a distilled policy to hop
+between modes). Shapes come from the simulator's collision geometry, the goal from the instruction.
 """
 
 from __future__ import annotations
@@ -32,33 +32,41 @@ PAD_HALF = 0.008  # half width and half height of a finger pad
 LEVEL = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand straight down, fingers along y
 
 # Motion. An action of 1 moves 12.5 mm, or turns 0.125 rad, per step in steady state.
-LATERAL_TAPER = 0.06  # metres over which the lateral speed falls, like constant braking
-VERTICAL_TAPER = 0.10
+LATERAL_TAPER = 0.045  # metres over which the lateral speed falls, like constant braking
+VERTICAL_TAPER = 0.07
 SOFT = 0.005  # below this distance speed is proportional to it
 TURN_GAIN = 2.0  # rotation action per radian
 TURN_LIMIT = 0.4
 
 # Reaching.
 WIDEST = 0.070  # widest thing to grasp: leaves 4 mm on both sides
+TURNS = tuple(float(turn) for turn in np.deg2rad([0, 30, -30, 60, -60, 90, -90]))  # ways to turn the hand
+TIGHT = -0.004  # metres of free space that do for a grasp (bounds are generous); with less the hand turns
+BASE_X, FAR = -0.63, 0.69  # the arm stands here, and loses strength this far out with the hand down low
+ROOM = 0.03  # more free space than this around the fingers does not make a grasp better
+NEARNESS = 0.01  # metres of that space that a grasp is worth which is a metre nearer to the middle
 ABOVE_BOTTOM = 0.012  # grasp at least this far above the object's bottom: fingertips must not touch the table ...
 BELOW_TOP = 0.032  # ... and not deeper than this below its top: the palm must not touch the object
 BELOW_RIM = 0.022  # the same for a hollow object's rim
-SLACK_ACROSS = 0.25  # of the object's half length: how far off a grasp may be across the finger axis ...
+SLACK_ACROSS = 0.35  # of the object's half length: how far off a grasp may be across the finger axis ...
 SLACK_MOST = 0.016  # ... and at most, in metres
+WALL_SLACK = 0.008  # the same for a wall, which is curved
 SLACK_MARGIN = 0.004  # along the finger axis: half of the free gap less this
-STEEP = 4.0  # height over lateral distance of the funnel next to the object
+STEEP = 3.0  # height over lateral distance of the funnel next to the object
 SLOPE = 0.8  # of the way down from afar
 CLEARANCE = 0.02  # above obstacles
 OBSTACLE_SLOPE = 1.5  # height over distance of the slope that leads over an obstacle
 YAW_SLACK = 0.15  # radians the hand may be turned off when it goes down ...
 YAW_LENGTH = 0.05  # ... and the lateral distance that one radian more counts as
-CLOSE_LATERAL = 0.003  # fingers close this far outside the lateral slack, so that noise does not keep them open ...
+CLOSE_LATERAL = 0.005  # fingers close this far outside the lateral slack, so that noise does not keep them open ...
 CLOSE_HEIGHT = (0.006, 0.012)  # ... and once this near to the grasp height (flat, tall objects)
 LOOSE, FIRM = 0.008, 0.002  # lifting ramps up while the gap falls from width + LOOSE to width + FIRM
 EMPTY = 0.35  # of the width: fingers closed further than this hold nothing
+WALL = 0.007  # finger gap on a hollow object's wall; its collision boxes lean, so that their bounds say nothing
+WALL_DEPTH = 0.008  # fingers closed on a wall hold it if they are this far below the rim
 
 # Placing.
-CARRY_ABOVE = 0.04  # bottom of the carried object above everything else
+CARRY_ABOVE = 0.04  # bottom of the carried object above the rim or surface, on the way
 RELEASE_IN = 0.03  # lower it until the bottom is this far below a container's rim ...
 RIM_CLEARANCE = 0.008  # ... or, if tall, further: until the fingertips are this far above the rim
 RELEASE_ON = -0.005  # lower it to this height above a surface (negative: until it touches)
@@ -66,6 +74,7 @@ RELEASE_EARLY = 0.02  # into a container: the fingers open this far above the lo
 PLACE_STEEP = 3.0  # height over lateral distance of the funnel above the place
 PLACE_SLACK = 0.012  # least lateral tolerance when releasing
 RETREAT = 0.10  # height above the place after release
+LET_GO = (0.055, 0.075)  # finger gap between which the retreat starts: not with the object still in hand
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,14 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
     """
     text = " ".join(instruction.lower().split())
     if text == " ".join(scene.instruction.lower().split()):
-        for predicate in scene.goal:
-            if len(scene.goal) == 1 and predicate[0] in ("in", "on") and predicate[1] in scene.movable:
-                return Goal(predicate[1], predicate[2], predicate[0] == "in")
+        if len(scene.goal) == 1 and len(scene.goal[0]) == 3:
+            predicate, item, place = scene.goal[0]
+            region = scene.regions.get(place)
+            parent = place if region is None else region.parent
+            # Not into drawers (they would have to be opened) and not onto the bare table (that is pushing).
+            supports = scene.movable if predicate == "in" else scene.names
+            if predicate in ("in", "on") and item in scene.movable and parent in supports:
+                return Goal(item, place, predicate == "in")
         raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not one pick and place")
     match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
     if match is None:
@@ -137,8 +151,9 @@ def expert_action(state: PrivilegedState, goal: Goal) -> Float64Array:
     item = _extent(state, goal.item)
     place = _plan_place(state, goal, item)
     if place.done:
-        up = max(place.surface + RETREAT - state.eef_position[2], 0.0)
-        return _action(state, np.array([0.0, 0.0, _speed(up, VERTICAL_TAPER)]), 0.0, close=False)
+        up = _speed(max(place.surface + RETREAT - state.eef_position[2], 0.0), VERTICAL_TAPER)
+        free = float(np.clip((state.finger_gap - LET_GO[0]) / (LET_GO[1] - LET_GO[0]), 0.0, 1.0))
+        return _action(state, np.array([0.0, 0.0, free * up]), 0.0, close=False)
     held = _held(state, goal.item, item)
     if held is not None:
         velocity, release = _carry(state, goal, item, place)
@@ -146,7 +161,7 @@ def expert_action(state: PrivilegedState, goal: Goal) -> Float64Array:
             return _action(state, velocity, 0.0, close=False)
         if held > 0:
             return _action(state, held * velocity, 0.0, close=True)
-    grasp = _plan_grasp(state, goal.item, item)
+    grasp = _plan_grasp(state, goal, place)
     velocity, close = _reach(state, goal, grasp, item, surrounded=held is not None)
     return _action(state, velocity, grasp.yaw, close)
 
@@ -187,11 +202,12 @@ def _extent(state: PrivilegedState, name: str, yaw: float = 0.0) -> Float64Array
     return np.stack([bounds[:, 0].min(0), bounds[:, 1].max(0)])
 
 
-def _others(state: PrivilegedState, item: str, yaw: float = 0.0) -> Float64Array:
+def _others(state: PrivilegedState, item: str, yaw: float = 0.0, support: str | None = None) -> Float64Array:
     """Bounds (K, 2, 3) of all that could be in the way: other objects whole, fixtures by their geoms."""
-    scene = state.scene
-    whole = [_extent(state, name, yaw)[None] for name in scene.movable if name != item]
-    return np.concatenate([*whole, *(state.bounds(n, yaw) for n in scene.names if n not in scene.movable)])
+    movable = state.scene.movable
+    names = [name for name in state.scene.names if name not in (item, support)]
+    parts = [_extent(state, name, yaw)[None] if name in movable else state.bounds(name, yaw) for name in names]
+    return np.concatenate([np.empty((0, 2, 3)), *parts])
 
 
 def _obstacle_height(extents: Float64Array, centre: Float64Array, reach: Float64Array) -> float:
@@ -224,45 +240,61 @@ def _pieces(bounds: Float64Array, across: float, height: float) -> list[tuple[fl
     return pieces
 
 
-def _plan_grasp(state: PrivilegedState, name: str, item: Float64Array) -> _Grasp:
-    """The grasp that turns the hand least; at the rim if the object is too wide to be taken whole."""
-    turns = np.deg2rad([0, 30, -30, 60, -60, 90, -90])
+def _plan_grasp(state: PrivilegedState, goal: Goal, place: _Place) -> _Grasp:
+    """The grasp with room for the hand that turns it least; if there is none, the one with the most room."""
     hand = _hand_yaw(state)
-    best: _Grasp | None = None
-    for yaw in sorted(turns, key=lambda turn: (abs(turn), abs(turn - hand))):
-        bounds = state.bounds(name, yaw)
-        low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
-        middle = (low + high) / 2
-        height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_TOP)
-        pieces = _pieces(bounds, middle[0], height)
-        if len(pieces) > 1:
-            height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_RIM)
-            pieces = _pieces(bounds, middle[0], height)
-        others = _others(state, name, yaw)
-        fits = [piece for piece in pieces if piece[1] - piece[0] <= WIDEST]
-        if not fits and best is not None:
-            continue
-        near, far = max(fits or pieces, key=lambda piece: _room(others, middle[0], piece, height))
-        half = float(high[0] - low[0]) / 2 if len(pieces) == 1 else SLACK_MOST / SLACK_ACROSS / 2
-        across = middle[0] + (_dodge(others, middle[0], (near + far) / 2, height, half) if len(pieces) == 1 else 0.0)
-        point = yaw_matrix(yaw) @ np.array([across, (near + far) / 2, height])
-        slack = np.array(
-            [min(SLACK_MOST, SLACK_ACROSS * half), max((OPEN_GAP - (far - near)) / 2 - SLACK_MARGIN, SLACK_MARGIN)]
-        )
-        best = _Grasp(point, float(yaw), far - near, np.minimum(slack, SLACK_MOST))
-        if fits:
+    options: list[tuple[tuple[bool, float], _Grasp]] = []
+    for yaw in sorted(TURNS, key=lambda turn: (abs(turn), abs(turn - hand))):
+        options += _grasps(state, goal, place, yaw)
+        fits, room = max(rank for rank, _ in options)
+        if fits and room > TIGHT:
             break
-    assert best is not None
-    return best
+    return max(options, key=lambda option: option[0])[1]
 
 
-def _room(others: Float64Array, across: float, piece: tuple[float, float], height: float) -> tuple[float, float]:
-    """How good a place to grasp ``piece`` is: free space for the fingers up to 3 cm, then nearness to the middle."""
-    middle = (piece[0] + piece[1]) / 2
-    tall = others[others[:, 1, 2] > height - FINGERTIP_BELOW]
-    centre = np.array([across, middle])
-    gap = np.maximum(tall[:, 0, :2] - (centre + FINGER_REACH), (centre - FINGER_REACH) - tall[:, 1, :2])
-    return min(float(gap.max(1).min(initial=np.inf)), 0.03), -abs(middle)
+def _grasps(state: PrivilegedState, goal: Goal, place: _Place, yaw: float) -> list[tuple[tuple[bool, float], _Grasp]]:
+    """The grasps of a hand turned by ``yaw``, one or one for each wall; each with its rank: it fits, and its room."""
+    turn = yaw_matrix(yaw)
+    bounds, others = state.bounds(goal.item, yaw), _others(state, goal.item, yaw)
+    low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
+    middle = (low + high) / 2
+    height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_TOP)
+    pieces = _pieces(bounds, middle[0], height)
+    hollow = len(pieces) > 1
+    if hollow:
+        height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_RIM)
+        pieces = _pieces(bounds, middle[0], height)
+    grasps = []
+    for near, far in pieces or [(float(low[1]), float(high[1]))]:
+        width, along = far - near, (near + far) / 2
+        half = float(high[0] - low[0]) / 2
+        across = middle[0] + (0.0 if hollow else _dodge(others, middle[0], along, height, half))
+        point = turn @ np.array([across, along, height])
+        room = _room(others, np.array([across, along]), height)
+        if hollow:  # which wall: the hand must also fit where the object goes
+            there = place.centre @ turn[:2, :2] + np.array([across, along]) - middle[:2]
+            beyond = _others(state, goal.item, yaw, place.body)
+            room = min(room, _room(beyond, there, place.bottom + height - low[2]))
+        strain = max(float(np.hypot(point[0] - BASE_X, point[1])) - FAR, 0.0)
+        slack = np.array(
+            [
+                WALL_SLACK if hollow else min(SLACK_ACROSS * half, SLACK_MOST),
+                np.clip((OPEN_GAP - width) / 2 - SLACK_MARGIN, SLACK_MARGIN, SLACK_MOST),
+            ]
+        )
+        rank = (width <= WIDEST, room - strain - NEARNESS * abs(along))
+        grasps.append((rank, _Grasp(point, yaw, width, slack)))
+    return grasps
+
+
+def _room(others: Float64Array, centre: Float64Array, height: float) -> float:
+    """Metres of free space around open fingers and palm at ``centre`` (2,), negative if they would meet something."""
+    rooms = [ROOM]
+    for reach, lowest in ((FINGER_REACH, height - FINGERTIP_BELOW), (PALM_REACH, height + PALM_ABOVE)):
+        tall = others[others[:, 1, 2] > lowest]
+        gap = np.maximum(tall[:, 0, :2] - (centre + reach), (centre - reach) - tall[:, 1, :2])
+        rooms.append(float(gap.max(1).min(initial=np.inf)))
+    return min(rooms)
 
 
 def _dodge(others: Float64Array, across: float, along: float, height: float, half: float) -> float:
@@ -271,8 +303,9 @@ def _dodge(others: Float64Array, across: float, along: float, height: float, hal
     beside = tall[(tall[:, 0, 1] < along + PALM_REACH[1]) & (tall[:, 1, 1] > along - PALM_REACH[1])]
     ahead = beside[beside[:, :, 0].mean(1) > across]
     behind = beside[beside[:, :, 0].mean(1) <= across]
-    most = float((ahead[:, 0, 0] - PALM_REACH[0]).min(initial=np.inf)) - across
-    least = float((behind[:, 1, 0] + PALM_REACH[0]).max(initial=-np.inf)) - across
+    reach = PALM_REACH[0] + SLACK_MARGIN
+    most = float((ahead[:, 0, 0] - reach).min(initial=np.inf)) - across
+    least = float((behind[:, 1, 0] + reach).max(initial=-np.inf)) - across
     shift = float(np.clip(0.0, least, most)) if least <= most else (least + most) / 2
     room = max(half - 2 * PAD_HALF, 0.0)
     return float(np.clip(shift, -room, room))
@@ -280,15 +313,17 @@ def _dodge(others: Float64Array, across: float, along: float, height: float, hal
 
 def _held(state: PrivilegedState, name: str, item: Float64Array) -> float | None:
     """How firmly the object is held, 0 not yet to 1 firmly; None if it is not between the fingers at all."""
-    yaw = _hand_yaw(state)
-    bounds = state.bounds(name, yaw)
+    yaw, gap = _hand_yaw(state), state.finger_gap
     across, along, height = state.eef_position @ yaw_matrix(yaw)
+    pieces = _pieces(state.bounds(name, yaw), across, height)
+    hollow = len(pieces) > 1
     low, high = item
-    if not low[2] - 0.005 < height < high[2] + 0.003:
+    if not low[2] - 0.005 < height < high[2] + (-WALL_DEPTH if hollow else 0.003):
         return None
-    for near, far in _pieces(bounds, across, height):
-        if abs(along - (near + far) / 2) < state.finger_gap / 2 and state.finger_gap > EMPTY * (far - near):
-            return float(np.clip((far - near + LOOSE - state.finger_gap) / (LOOSE - FIRM), 0.0, 1.0))
+    for near, far in pieces:
+        width = WALL if hollow else far - near
+        if abs(along - (near + far) / 2) < max(gap, far - near) / 2 and (hollow or gap > EMPTY * width):
+            return float(np.clip((width + LOOSE - gap) / (LOOSE - FIRM), 0.0, 1.0))
     return None
 
 
@@ -307,9 +342,9 @@ def _reach(
     over = depth + FINGERTIP_BELOW + CLEARANCE  # height above the grasp at which the fingers pass over the object
     near = float(np.clip(depth / 2, *CLOSE_HEIGHT))
     closing = surrounded and gap < grasp.width + (OPEN_GAP - grasp.width) / 2
-    close = closing or (off <= CLOSE_LATERAL and abs(eef[2] - grasp.point[2]) < near)
     # Fingers that are not open cannot go down over the object.
     shut = 0.0 if surrounded else float(np.clip((grasp.width + 0.01 - gap) / 0.01, 0.0, 1.0)) * over
+    close = closing or (not shut and off <= CLOSE_LATERAL and abs(eef[2] - grasp.point[2]) < near)
     funnel = max(min(STEEP * off, over), shut) + SLOPE * max(off - over / STEEP, 0.0)
     others = _others(state, goal.item)
     clear = max(
@@ -320,6 +355,7 @@ def _reach(
     rise = height - eef[2]
     free = 1.0 if surrounded else float(np.clip(1.0 - (rise - 0.01) / 0.05, 0.0, 1.0))
     lateral = free * (frame @ _towards(_beyond(error, grasp.slack / 2)))
+    lateral /= max(1.0, float(np.abs(lateral).max()))
     return np.array([*lateral, _speed(rise, VERTICAL_TAPER)]), close
 
 
@@ -329,6 +365,7 @@ class _Place:
     surface: float  # height of the rim or the surface
     bottom: float  # height of the object's bottom when released
     slack: Float64Array  # (2,) lateral tolerance
+    body: str | None  # what it is in or on
     done: bool  # the object is where it should be
 
 
@@ -345,10 +382,10 @@ def _plan_place(state: PrivilegedState, goal: Goal, item: Float64Array) -> _Plac
         surface = float(_extent(state, body)[1, 2]) if body is not None else float(centre[2])
         slack = np.maximum(size[:2] - half - 0.01, PLACE_SLACK)
         done = bool((np.abs(position - centre) < size).all())
-        return _Place(centre[:2], surface, surface - RELEASE_IN, slack, done)
+        return _Place(centre[:2], surface, surface - RELEASE_IN, slack, body, done)
     surface = float(_extent(state, goal.place)[1, 2]) if region is None else float(centre[2])
     settled = bool(item[0, 2] < surface + 0.005 and np.linalg.norm((position - centre)[:2]) < 0.025)
-    return _Place(centre[:2], surface, surface + RELEASE_ON, np.full(2, PLACE_SLACK), settled)
+    return _Place(centre[:2], surface, surface + RELEASE_ON, np.full(2, PLACE_SLACK), body, settled)
 
 
 def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place) -> tuple[Float64Array, bool]:
@@ -360,11 +397,18 @@ def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place
     hanging = state.eef_position[2] - FINGERTIP_BELOW - bottom
     lowest = min(place.bottom, place.surface + RIM_CLEARANCE - hanging) if goal.inside else place.bottom
     others = _others(state, goal.item)
-    carry = max(float(others[:, 1, 2].max()) if len(others) else 0.0, place.surface) + CARRY_ABOVE
-    height = min(lowest + PLACE_STEEP * off, carry)
-    needed = min(_obstacle_height(others, centre, half), height)
-    free = float(np.clip(1.0 - (needed - bottom) / 0.04, 0.0, 1.0))
+    clear = _obstacle_height(others, centre, half)
+    above = max(place.surface + CARRY_ABOVE, clear)
+    height = min(lowest + PLACE_STEEP * off, above)
+    free = float(np.clip(1.0 - (min(clear, height) - bottom) / 0.04, 0.0, 1.0))
     lateral = free * _towards(_beyond(error, place.slack / 2))
     early = RELEASE_EARLY if goal.inside else CLOSE_LATERAL - RELEASE_ON
     release = off == 0.0 and bottom < lowest + early
     return np.array([*lateral, _speed(height - bottom, VERTICAL_TAPER)]), release
+
+
+def load(checkpoint: str | None = None) -> Expert:
+    """The expert by its built-in name ``expert``; it has no checkpoint."""
+    if checkpoint is not None:
+        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
+    return Expert()

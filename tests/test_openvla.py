@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +13,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from spvla import VLA, InputError, Observation
 from spvla.pruning import TokenPruner
 from spvla.vlas.conventions import CONVENTIONS, Conventions, center_crop, jpeg_round_trip
-from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
+from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.vision import vit_config
-
-SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
-REFERENCE = SHARED / "openvla_tiny_reference"
-PREPROCESS = SHARED / "openvla_preprocess_reference" / "reference.npz"
-needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=f"the golden checkpoint is not at {REFERENCE}")
-needs_frames = pytest.mark.skipif(not PREPROCESS.exists(), reason=f"the reference frames are not at {PREPROCESS}")
 
 STATS = {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}
 
 
 def tiny_config(**changes) -> OpenVLAConfig:
-    """Two encoders on a 4 x 4 grid, a 2-layer Llama, 200 words and 64 padding ids."""
+    """Two encoders on a 4 x 4 grid, a 2-layer Llama, 264 token ids and 64 of padding."""
     config = OpenVLAConfig(
         timm_model_ids=("vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"),
         image_sizes=(56, 56),
@@ -50,8 +43,10 @@ def tiny_config(**changes) -> OpenVLAConfig:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    words = ["<unk>", "<s>", "</s>", *"in what action should the robot take to out pick up a red blue mug : ?".split(" ")]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words = f"<unk> <s> </s> {PROMPT} pick up a red blue mug".format(instruction="").replace(":", " :").replace("?", " ?")
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words.lower().split()))}, unk_token="<unk>")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
@@ -73,13 +68,18 @@ def picture(seed: int, size: int = 70) -> Observation:
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return json.loads((REFERENCE / "golden.json").read_text())["cases"], np.load(REFERENCE / "golden.npz")
+def reference(shared):
+    return shared / "openvla_tiny_reference"
 
 
 @pytest.fixture(scope="module")
-def reference_model():
-    return OpenVLA.from_pretrained(REFERENCE, unnorm_key="bridge_orig", pruner=TokenPruner())
+def golden(reference):
+    return json.loads((reference / "golden.json").read_text())["cases"], np.load(reference / "golden.npz")
+
+
+@pytest.fixture(scope="module")
+def reference_model(reference):
+    return OpenVLA.from_pretrained(reference, unnorm_key="bridge_orig", pruner=TokenPruner())
 
 
 @pytest.fixture
@@ -91,7 +91,6 @@ def checkpoint(tmp_path):
 # ------------------------------------------------------------------------------ the published implementation's numbers
 
 
-@needs_reference
 def test_golden_float32(golden, reference_model):
     cases, arrays = golden
     model = reference_model
@@ -120,10 +119,9 @@ def test_golden_float32(golden, reference_model):
             assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 1e-4
 
 
-@needs_reference
-def test_golden_bfloat16(golden):
+def test_golden_bfloat16(golden, reference):
     cases, arrays = golden
-    model = OpenVLA.from_pretrained(REFERENCE, dtype=torch.bfloat16, unnorm_key="bridge_orig")
+    model = OpenVLA.from_pretrained(reference, dtype=torch.bfloat16, unnorm_key="bridge_orig")
     same = 0
     for case in cases:
         model.reset(case["instruction"])
@@ -132,7 +130,6 @@ def test_golden_bfloat16(golden):
     assert same >= 0.9 * len(cases)
 
 
-@needs_reference
 def test_golden_batch_equals_single(golden, reference_model):
     cases, arrays = golden
     reference_model.use_statistics("libero_spatial")  # also found without its suffix
@@ -145,10 +142,9 @@ def test_golden_batch_equals_single(golden, reference_model):
         np.testing.assert_allclose(output.actions[0], case["action"], rtol=0, atol=1e-6)
 
 
-@needs_frames
 @pytest.mark.parametrize("camera", ["libero_agentview_256", "libero_wrist_256"])
-def test_libero_image_steps(camera):
-    frames = np.load(PREPROCESS)
+def test_libero_image_steps(shared, camera):
+    frames = np.load(shared / "openvla_preprocess_reference" / "reference.npz")
     raw, jpeg, small, cropped = (
         frames[f"{camera}/{step}"] for step in ("raw", "jpeg_roundtrip", "resized_224", "center_cropped_224")
     )

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from spvla.errors import InputError
 from spvla.vlas.base import VLA
 
-BUILT_IN = {"expert": "data.rollout:load_expert"}
+BUILT_IN = {"expert": "data.expert:load"}
 GROUP = "spvla.vlas"
 
 

@@ -1,0 +1,110 @@
+"""Collecting on real LIBERO physics: killed, split or extended, the store holds exactly the episodes it should."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.collect import episode_seed, parse_range
+from data.parallel import chunks, run_groups
+from data.rollout import ActionNoise
+from data.store import RolloutStore
+from spvla.actions import LIBERO
+from spvla.errors import InputError
+
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+ROOT = Path(__file__).parents[1]
+COMMAND = [
+    *(sys.executable, "-m", "data", "collect", "--suite", "libero_object", "--tasks", "0", "--init_states", "0-5"),
+    *("--noise", "0.3", "--seed", "7", "--output"),
+]
+
+
+def test_ranges():
+    assert parse_range("0-2,7, 9-9") == [0, 1, 2, 7, 9]
+    for bad in ("", "a", "3-1", "-1", "1-", "1,,2"):
+        with pytest.raises(InputError, match="init_states"):
+            parse_range(bad)
+
+
+def test_chunks_cover_everything_in_order():
+    for n in range(1, 12):
+        parts = chunks(list(range(n)), 4)
+        assert [x for part in parts for x in part] == list(range(n)) and len(parts) == min(n, 4) and all(parts)
+
+
+def test_noise_is_seeded_bounded_and_gentle_when_slow():
+    noise, still = ActionNoise(0.4), np.zeros(7, np.float32)
+    fast = np.array([1, -1, 0.5, 0, 0, 0, -1], np.float32)
+
+    def draw(seed, action):
+        noise.start(LIBERO, seed)
+        return np.array([noise(action) for _ in range(50)])
+
+    np.testing.assert_array_equal(draw(3, fast), draw(3, fast))
+    assert not np.array_equal(draw(3, fast), draw(4, fast))
+    assert np.abs(draw(3, fast)).max() <= 1 and (draw(3, fast)[:, 3:] == fast[3:]).all()
+    np.testing.assert_array_equal(draw(3, still), np.tile(still, (50, 1)))
+
+
+def double(group):
+    if group == "bad":
+        raise InputError("group 'bad' is bad")
+    if group == "crash":
+        os._exit(9)
+    yield group * 2
+
+
+def test_workers_yield_everything_and_pass_errors_on():
+    assert sorted(run_groups(double, [1, 2, 3], workers=2)) == [2, 4, 6]
+    with pytest.raises(InputError, match="group 'bad' is bad"):
+        list(run_groups(double, [1, "bad"], workers=1))
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        list(run_groups(double, ["crash"], workers=1))
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".tmp"}
+
+
+@pytest.mark.slow
+def test_killed_or_split_the_store_is_the_same(tmp_path):
+    """SIGKILL at random moments and start again; two workers; one undisturbed worker: equal to the byte."""
+    pytest.importorskip("libero", reason="the libero extra is not installed")
+    whole, killed, split = (tmp_path / n for n in ("whole", "killed", "split"))
+    subprocess.run([*COMMAND, whole, "--workers", "1"], cwd=ROOT, check=True, capture_output=True)
+    rng = np.random.default_rng()
+    shards = killed / ".shards"
+    for target in (1, 3):
+        process = subprocess.Popen(
+            [*COMMAND, killed, "--workers", "1"],
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while len(list(shards.glob("[!.]*.parquet"))) < target and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))  # anywhere in the next episode, or while its shard is written
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*COMMAND, killed, "--workers", "1"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*COMMAND, split, "--workers", "2"], cwd=ROOT, check=True, capture_output=True)
+    assert contents(killed) == contents(whole) and contents(split) == contents(whole)
+    store = RolloutStore(whole)
+    assert [e.metadata["init_state"] for e in store.episodes] == list(range(6))
+    assert len({e.metadata["job"] for e in store.episodes}) == 6
+    clean = store.arrays["targets"]
+    assert not np.isnan(clean).any() and not np.array_equal(clean, store.arrays["actions"])
+    assert store.episodes[0].metadata["seed"] == episode_seed(7, _task(), 0, 0)
+
+
+def _task():
+    from data.libero import load_tasks
+
+    return load_tasks("libero_object", [0])[0]
