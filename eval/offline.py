@@ -169,9 +169,9 @@ def offline(
             raw.append(
                 {
                     "generator": name,
-                    "coverage": q,
-                    "max_abs_error": size[chosen].mean(),
-                    "deviating": deviates[chosen].mean(),
+                    "coverage": float(q),
+                    "max_abs_error": float(size[chosen].mean()),
+                    "deviating": float(deviates[chosen].mean()),
                 }
             )
         for r in risk:
