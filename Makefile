@@ -4,7 +4,8 @@
 # PIP_ARGS is passed to pip, for example to choose a CPU build of torch:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 PIP_ARGS ?=
 RUNS ?= runs
@@ -31,7 +32,7 @@ system:
 	echo "installing$$missing"; $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq $$missing >/dev/null
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) torch
 	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,dev]"
