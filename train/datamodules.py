@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def fit_generator(
     options: Mapping[str, Any],
     steps: int,
     description: str,
-    callbacks: Sequence[L.Callback] = (),
+    batch_size: int | None = None,
 ) -> LearnedGenerator:
     """Distil a generator from the windows before ``frames``.
 
@@ -148,15 +149,17 @@ def fit_generator(
         options: arguments of :class:`train.modules.GeneratorModule` beside features and space.
         steps: optimiser steps.
         description: what the progress bar says.
+        batch_size: windows per step; the data's if None.
     """
     module = GeneratorModule(data.features, data.space, **options)
-    stream = BatchStream(data.windows, frames, data.batch_size, data.seed, data.hide, batches=steps)
-    quick_fit(module, stream, description, callbacks)
+    stream = BatchStream(data.windows, frames, batch_size or data.batch_size, data.seed, data.hide, batches=steps)
+    quick_fit(module, stream, description)
     return module.network.eval()
 
 
-def quick_fit(module: L.LightningModule, stream: BatchStream, description: str, callbacks: Sequence[L.Callback] = ()) -> None:
+def quick_fit(module: L.LightningModule, stream: BatchStream, description: str) -> None:
     """One pass of ``stream`` with a progress bar and nothing written to disk."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device and tip lines before every bar
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="auto",
@@ -166,7 +169,7 @@ def quick_fit(module: L.LightningModule, stream: BatchStream, description: str, 
         enable_model_summary=False,
         enable_progress_bar=False,
         gradient_clip_val=1.0,
-        callbacks=[_Progress(description, len(stream)), *callbacks],
+        callbacks=[_Progress(description, len(stream))],
     )
     trainer.fit(module, loader(stream))
 
@@ -201,6 +204,7 @@ def cross_fit(
     folds: int,
     name: str,
     run: Callable[[str, Callable[[], LearnedGenerator]], LearnedGenerator] = run_now,
+    batch_size: int | None = None,
 ) -> tuple[list[LearnedGenerator], NDArray[np.int64]]:
     """For each fold, a generator trained on the other folds' episodes; and every frame's fold.
 
@@ -211,7 +215,7 @@ def cross_fit(
 
     def fit(k: int) -> LearnedGenerator:
         label = f"{name} without fold {k + 1}/{folds}"
-        return fit_generator(data, frames[fold[frames] != k], options, steps, label)
+        return fit_generator(data, frames[fold[frames] != k], options, steps, label, batch_size)
 
     return [run(f"{name}-without-{k}", lambda k=k: fit(k)) for k in range(folds)], fold  # type: ignore[misc]
 

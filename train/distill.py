@@ -161,7 +161,7 @@ def distill(
     vla_features: bool = False,
     horizon: int = 4,
     mlp: dict[str, Any] = {"width": 256, "depth": 3},  # noqa: B006
-    transformer: dict[str, Any] = {"width": 96, "depth": 2, "heads": 4},  # noqa: B006
+    transformer: dict[str, Any] = {"width": 64, "depth": 2, "heads": 4, "batch_size": 256},  # noqa: B006
     gate: dict[str, Any] = {"width": 128, "depth": 3},  # noqa: B006
     steps: int = 3000,
     gate_steps: int = 1500,
@@ -188,7 +188,8 @@ def distill(
         vla_confidence: use the VLA's confidence as an input.
         vla_features: use the VLA's pooled features as an input.
         horizon: teacher actions ahead that generators learn to predict.
-        mlp: width, depth, dropout, learning_rate, ... of the MLP (see train.modules.GeneratorModule).
+        mlp: width, depth, dropout, learning_rate, ... of the MLP (see train.modules.GeneratorModule), and its own
+            batch_size.
         transformer: the same for the transformer.
         gate: width, depth, dropout, learning_rate, ... of the gates (see train.modules.ClassifierModule).
         steps: optimiser steps per generator.
@@ -243,12 +244,13 @@ def distill(
         gate_key: Any = [gate, gate_steps, tolerance]
         if name in sizes:
             options = {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]}
+            batch = int(options.pop("batch_size", batch_size))
             blank_generator = partial(_blank_generator, rollouts, options)
-            keep = partial(stages.run, options=[options, steps], blank=blank_generator)
-            fitted, fold = cross_fit(rollouts, options, steps, folds, name, run=keep)
-            learned[name] = keep(name, partial(fit_generator, rollouts, frames, options, steps, name))
+            keep = partial(stages.run, options=[options, steps, batch], blank=blank_generator)
+            fitted, fold = cross_fit(rollouts, options, steps, folds, name, keep, batch)
+            learned[name] = keep(name, partial(fit_generator, rollouts, frames, options, steps, name, batch))
             judges = [g.bind(rollouts.space) for g in [*fitted, learned[name]]]
-            gate_key += [options, steps]
+            gate_key += [options, steps, batch]
         else:
             judges, fold = [built_in_generator(name, rollouts.space)], np.zeros(len(rollouts.windows), np.int64)
         gate_options = {**gate, "tolerance": tolerance}
