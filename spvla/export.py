@@ -26,7 +26,8 @@ from spvla.errors import InputError
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
-from spvla.policy import Pruner, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
+from spvla.pruning.pruner import TokenPruner, make_pruner
 from spvla.scheduling.base import Scheduler
 from spvla.scheduling.calibration import Calibration
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
@@ -49,7 +50,8 @@ class Export:
         generators: learned generators by name.
         gates: an action-type classifier per generator name (``ridge`` included).
         calibration: each gate's risk curve.
-        defaults: ``generator``, ``scheduler``, ``risk``, ``max_generated_run``.
+        defaults: ``generator``, ``scheduler``, ``risk``, ``max_generated_run``, and where the VLA is to run pruned
+            ``pruning``: what :func:`~spvla.pruning.make_pruner` takes.
         provenance: teacher, data, commit, versions.
     """
 
@@ -93,7 +95,7 @@ def accelerate(
     generator: str | None = None,
     scheduler: str | None = None,
     rule: Mapping[str, float] | None = None,
-    pruner: Pruner | None = None,
+    pruning: TokenPruner | Mapping[str, Any] | str | None = None,
     max_generated_run: int | None = None,
     shadow: bool = False,
     record: str | Path | None = None,
@@ -108,7 +110,8 @@ def accelerate(
         generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
         scheduler: ``learned``, ``release`` or ``paper``; the export's default if None.
         rule: constants of a hand-set rule.
-        pruner: token pruner for the VLA's own pass.
+        pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
+            or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
         max_generated_run: generated actions in a row; the export's default if None.
         shadow: the VLA acts on every step, what would have been skipped is recorded.
         record: folder of a rollout store for finished episodes.
@@ -120,6 +123,7 @@ def accelerate(
     generator = generator or defaults.get("generator", "ridge")
     scheduler = scheduler or defaults.get("scheduler", "release")
     space = vla.action_space
+    pruner = make_pruner(defaults.get("pruning") if pruning is None else pruning)
     options: dict[str, Any] = {
         "max_generated_run": max_generated_run or int(defaults.get("max_generated_run", 20)),
         "tolerance": loaded.tolerance if loaded else 0.2,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,9 @@ from spvla.errors import InputError
 from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
+from spvla.pruning.pruner import TokenPruner
 from spvla.scheduling.base import Decision, Scheduler
-from spvla.vlas.base import VLA, VLAOutput
-
-
-class Pruner(Protocol):
-    """The part of a token pruner that the loop needs: how much attention mass to keep at the current speed."""
-
-    def keep_mass(self, history: ActionHistory) -> float:
-        """Attention mass to keep in the VLA's next pass, in (0, 1]; 1 prunes nothing."""
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ class SPVLAPolicy:
         vla: the frozen policy.
         generator: continues the motion on intuitive steps; None switches scheduling off.
         scheduler: labels each step; None switches scheduling off.
-        pruner: asks the VLA's pass for fewer visual tokens; None switches pruning off.
+        pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy then acts through
+            ``vla.with_pruner(pruner)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
         max_generated_run: generated actions in a row before the VLA must act.
         tolerance: error beyond which a proposal counts as deviating (normalised units; shadow mode).
@@ -92,7 +87,7 @@ class SPVLAPolicy:
         vla: VLA,
         generator: ActionGenerator | None = None,
         scheduler: Scheduler | None = None,
-        pruner: Pruner | None = None,
+        pruner: TokenPruner | None = None,
         *,
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
@@ -104,6 +99,11 @@ class SPVLAPolicy:
             raise InputError("policy: a generator needs a scheduler and a scheduler a generator; give both or neither")
         if max_generated_run < 1:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
+        if pruner is not None:
+            if not isinstance(vla, PrunableVLA):
+                raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
+            pruner.require(vla.action_space)
+            vla = vla.with_pruner(pruner)
         self.vla = vla
         self.generator = generator
         self.scheduler = scheduler

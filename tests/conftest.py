@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,21 @@ class ScriptedVLA:
         self.calls += 1
         rows = np.arange(first, first + self.chunk) % len(self.actions)
         return VLAOutput(self.actions[rows])
+
+
+class PrunableVLA(ScriptedVLA):
+    """Remembers what it was asked to keep, and reports tokens accordingly."""
+
+    pruner = None
+
+    def with_pruner(self, pruner):
+        twin = PrunableVLA(self.actions, self.action_space)
+        twin.pruner, twin.asked = pruner, []
+        return twin
+
+    def predict(self, observation, keep_mass=1.0):
+        self.asked.append(keep_mass)
+        return replace(super().predict(observation), visual_tokens=(round(256 * keep_mass), 256))
 
 
 def smooth_episode(seed: int, steps: int = 60, noise: float = 0.1) -> Episode:

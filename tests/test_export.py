@@ -16,7 +16,7 @@ from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.scheduling.calibration import calibrate
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
-from tests.conftest import ScriptedVLA
+from tests.conftest import PrunableVLA, ScriptedVLA
 
 
 def make_export(dim: int = 7, **changes) -> Export:
@@ -61,6 +61,18 @@ def test_defaults_come_from_the_export_and_the_knob_overrides(folder):
     curve = load_export(folder).calibration["mlp"]
     assert policy.scheduler.threshold == curve.threshold(0.1)
     assert accelerate(ScriptedVLA(np.zeros((5, 7))), folder, 0.3).scheduler.threshold == curve.threshold(0.3)
+
+
+def test_an_export_can_ask_for_pruning(tmp_path):
+    export = make_export()
+    export = replace(export, defaults={**export.defaults, "pruning": {"speed": "constant", "keep": 0.5}})
+    folder = save_export(export, tmp_path / "pruned")
+    with pytest.raises(InputError, match="ScriptedVLA cannot run on fewer visual tokens"):
+        accelerate(ScriptedVLA(np.zeros((5, 7))), folder)
+    policy = accelerate(PrunableVLA(np.zeros((5, 7))), folder)
+    drive(policy, 3)
+    assert policy.steps[0].visual_tokens == (128, 256)
+    assert accelerate(ScriptedVLA(np.zeros((5, 7))), folder, pruning="none").pruner is None
 
 
 def test_nothing_in_the_folder_is_a_pickle(folder):

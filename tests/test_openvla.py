@@ -172,7 +172,7 @@ def test_is_a_vla_with_documented_outputs():
     assert output.confidence.shape == (7,)
     assert ((output.confidence > 0) & (output.confidence <= 1)).all()
     assert output.features.shape == (64,)
-    assert list(output.timings) == ["preprocess", "vision", "pruning", "projector", "prefill", "decode"]
+    assert list(output.timings) == ["preprocess", "vision", "projector", "prefill", "decode"]
     assert any((model.predict(picture(i)).tokens != output.tokens).any() for i in range(1, 5)), "blind to the image"
 
 

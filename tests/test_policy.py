@@ -5,14 +5,15 @@ import pytest
 
 from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
-from spvla.actions import LIBERO
+from spvla.actions import LIBERO, ActionSpace
 from spvla.generators.base import Proposal
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
 from spvla.policy import run_lengths
+from spvla.pruning import TokenPruner
 from spvla.scheduling.base import Decision
 from spvla.scheduling.rules import ReleaseRule
-from tests.conftest import ScriptedVLA
+from tests.conftest import PrunableVLA, ScriptedVLA
 
 
 class Always:
@@ -129,6 +130,33 @@ def test_the_release_cap_holds_in_the_loop():
     run(policy, 70)
     assert sources(policy) == "VVVVGGG" * 10
     assert policy.stats()["vla_calls"] == 40
+
+
+def test_pruning_reaches_the_vla_and_every_step_says_how_many_tokens():
+    vla = PrunableVLA(np.tile(np.float32([0, 0, 0.75, 0, 0, 0, 1]), (5, 1)))
+    for pruning in ("release", TokenPruner(), {"speed": "release", "z_min": 0.9}):
+        policy = accelerate(vla, generator="none", pruning=pruning)
+        run(policy, 3)
+        assert policy.vla is not vla and vla.pruner is None
+        assert policy.vla.asked == [1.0, pytest.approx(0.55), pytest.approx(0.55)]
+        assert [s.visual_tokens for s in policy.steps] == [(256, 256), (141, 256), (141, 256)]
+        assert policy.steps[1].keep_mass == pytest.approx(0.55)
+    assert accelerate(vla, generator="none", pruning="none").vla is vla
+
+
+def test_pruning_is_refused_where_it_cannot_be():
+    with pytest.raises(InputError, match=r"ScriptedVLA cannot run on fewer visual tokens"):
+        accelerate(ScriptedVLA(actions()), generator="none", pruning="release")
+    joints = ActionSpace("arm", "joint_position", 10.0, (-1.0,) * 3, (1.0,) * 3, (-1.0,) * 3, (1.0,) * 3)
+    with pytest.raises(InputError, match=r"'release' needs a vertical translation"):
+        accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="release")
+    for pruning, message in [
+        ("often", r"pruning 'often' is unknown; there are: none, release, readme"),
+        ({"ratio": 0.5}, r"field 'ratio' is unknown; there are: speed, keep,"),
+        ({"keep": "half"}, "pruning: "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            accelerate(PrunableVLA(actions()), generator="none", pruning=pruning)
 
 
 def test_misuse_is_told():

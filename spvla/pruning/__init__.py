@@ -2,13 +2,14 @@
 
 from spvla.pruning.attention import attention_received
 from spvla.pruning.contours import contour_patches
-from spvla.pruning.pruner import TokenPruner, select
+from spvla.pruning.pruner import TokenPruner, make_pruner, select
 from spvla.pruning.speed import readme_keep_mass, release_keep_mass
 
 __all__ = [
     "TokenPruner",
     "attention_received",
     "contour_patches",
+    "make_pruner",
     "readme_keep_mass",
     "release_keep_mass",
     "select",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from math import ceil, isqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +19,7 @@ from spvla.pruning.speed import check_thresholds, readme_keep_mass, release_keep
 SPEEDS = ("constant", "release", "readme")
 MEASURES = ("mass", "ratio")
 POSITIONS = ("packed", "original")
+PRESETS = ("release", "readme")  # speed responses that need no further field
 
 
 def select(
@@ -131,6 +134,22 @@ class TokenPruner:
             return release_keep_mass(translation[2], self.z_threshold, self.z_min)
         return readme_keep_mass(translation, self.z_threshold, self.z_min)
 
+    def contour_mask(self, image: NDArray[np.uint8], tokens: int) -> NDArray[np.bool_] | None:
+        """Patches to keep for their contours, bool (N,), or None if contours do not count.
+
+        Args:
+            image: what the encoder sees, uint8 (H, W, 3) RGB.
+            tokens: N = grid x grid.
+        """
+        grid = isqrt(tokens)
+        if grid * grid != tokens:
+            raise InputError(f"pruner: {tokens} tokens form no square grid")
+        return contour_patches(image, grid) if self.contours else None
+
+    def choose(self, attention: ArrayLike, contours: NDArray[np.bool_] | None, keep_mass: float) -> NDArray[np.int64]:
+        """Indices (K,) ascending of the tokens to keep, given :meth:`contour_mask`'s answer."""
+        return select(attention, contours, keep_mass, self.budget, self.measure)
+
     def select(self, attention: ArrayLike, image: NDArray[np.uint8], keep_mass: float) -> NDArray[np.int64]:
         """Indices (K,) ascending of the tokens to keep.
 
@@ -142,8 +161,33 @@ class TokenPruner:
         attention = np.asarray(attention)
         if keep_mass >= 1:
             return np.arange(attention.size)
-        grid = isqrt(attention.size)
-        if grid * grid != attention.size:
-            raise InputError(f"pruner: {attention.size} tokens form no square grid")
-        contours = contour_patches(image, grid) if self.contours else None
-        return select(attention, contours, keep_mass, self.budget, self.measure)
+        return self.choose(attention, self.contour_mask(image, attention.size), keep_mass)
+
+
+def make_pruner(pruning: TokenPruner | Mapping[str, Any] | str | None, name: str = "pruning") -> TokenPruner | None:
+    """The pruner that a configuration means.
+
+    Args:
+        pruning: a pruner; fields of one; a speed response by its name (``release``, ``readme``), constants as published
+            for LIBERO-Object; ``none`` or None for no pruning.
+        name: what the error calls it.
+
+    Raises:
+        InputError: an unknown name, or a field that does not fit; the message lists the known ones.
+    """
+    if pruning is None or pruning == "none":
+        return None
+    if isinstance(pruning, TokenPruner):
+        return pruning
+    if isinstance(pruning, str):
+        if pruning not in PRESETS:
+            raise InputError(f"{name} {pruning!r} is unknown; there are: none, {', '.join(PRESETS)}")
+        return TokenPruner(speed=pruning)
+    known = [f.name for f in fields(TokenPruner)]
+    for option in pruning:
+        if option not in known:
+            raise InputError(f"{name}: field {option!r} is unknown; there are: {', '.join(known)}")
+    try:
+        return TokenPruner(**pruning)
+    except TypeError as error:  # a text where a number belongs
+        raise InputError(f"{name}: {error}") from None

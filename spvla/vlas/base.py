@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.observation import Observation
+
+if TYPE_CHECKING:
+    from spvla.pruning.pruner import TokenPruner
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,11 @@ class VLA(Protocol):
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
         """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning)."""
+
+
+@runtime_checkable
+class PrunableVLA(VLA, Protocol):
+    """A VLA whose language model can run on fewer visual tokens."""
+
+    def with_pruner(self, pruner: TokenPruner | None) -> VLA:
+        """This policy with another pruner (None: without one): the weights are shared, the episode is its own."""

@@ -8,7 +8,9 @@ within 1.1 (same quality and chroma sampling, another integer DCT).
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +69,7 @@ class Conventions:
         return out
 
 
+IDENTITY = Conventions()
 CONVENTIONS = {
     "libero": Conventions(
         rotate_180=True,
@@ -81,22 +84,45 @@ CONVENTIONS = {
 """Conventions by name. ``libero``: the published, fine-tuned checkpoints in LIBERO."""
 
 
-def conventions_by_name(conventions: Conventions | str | None) -> Conventions:
-    """``conventions`` itself, the one of that name, or for None the identity. Unknown names: :class:`InputError`."""
+def conventions_by_name(conventions: Conventions | Mapping[str, Any] | str | None, base: Conventions = IDENTITY) -> Conventions:
+    """``conventions`` itself, the ones of that name, or ``base``: as it is for None, with the changes a mapping names.
+
+    Raises:
+        InputError: an unknown name or field; the message lists the known ones.
+    """
     if conventions is None:
-        return Conventions()
+        return base
     if isinstance(conventions, str):
         if conventions not in CONVENTIONS:
             raise InputError(f"conventions {conventions!r} are unknown; there are: {', '.join(CONVENTIONS)}")
         return CONVENTIONS[conventions]
+    if isinstance(conventions, Mapping):
+        known = [f.name for f in fields(Conventions)]
+        for name in conventions:
+            if name not in known:
+                raise InputError(f"conventions: {name!r} is unknown; there are: {', '.join(known)}")
+        try:
+            return replace(base, **conventions)
+        except TypeError as error:  # a text where a number belongs
+            raise InputError(f"conventions: {error}") from None
     return conventions
+
+
+def encode_jpeg(image: UInt8Array) -> bytes:
+    """``image`` (H, W, 3) as JPEG, with the training images' quality and chroma sampling."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def decode_image(encoded: bytes) -> UInt8Array:
+    """An encoded image as uint8 (H, W, 3) RGB."""
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
 def jpeg_round_trip(image: UInt8Array) -> UInt8Array:
     """``image`` (H, W, 3) encoded as JPEG and decoded again."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    return decode_image(encode_jpeg(image))
 
 
 def center_crop(image: UInt8Array, area: float) -> UInt8Array:

@@ -11,6 +11,7 @@ File order: configuration, image preprocessing, the model, prediction, reading a
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -32,17 +33,20 @@ from spvla.pruning.attention import attention_received
 from spvla.pruning.pruner import POSITIONS, TokenPruner
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.checkpoint import read_json, read_tensor, read_tokenizer, resolve_folder, some, tensor_shapes, weight_files
-from spvla.vlas.conventions import Conventions, UInt8Array, conventions_by_name
+from spvla.vlas.conventions import CONVENTIONS, Conventions, UInt8Array, conventions_by_name
 from spvla.vlas.vision import VisionTransformer, ViTConfig, unused_tensors, vit_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PRUNING_STAGES = ("queries_keys", "score", "contours", "selection")  # in ``timings`` where tokens are pruned
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 SPACE_TOKEN = 29871  # Llama's lone space; the published models were trained with it between prompt and action
 FLOAT32 = ".patch_embed."  # stays float32: 8-bit pixels, once normalised, do not fit bfloat16; 3 M parameters
 RESIZE = "resize-naive"  # resize to a square, ignoring the aspect ratio
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_NOOPS = "_no_noops"  # OpenVLA's LIBERO data without its no-op steps; published statistics carry it in their names
 DEFAULT_CONTROL_RATE = 5.0  # Hz; most of OpenVLA's training data (BridgeData V2)
 
 
@@ -135,6 +139,16 @@ class OpenVLAConfig:
         return int(self.text_config.get("vocab_size", 32000)) - self.pad_to_multiple_of
 
     @classmethod
+    def read(cls, folder: Path) -> OpenVLAConfig:
+        """A checkpoint's configuration; ``dataset_statistics.json``, if there is one, replaces its statistics."""
+        values = dict(read_json(folder / "config.json"))
+        statistics = folder / "dataset_statistics.json"
+        if statistics.exists():
+            values["norm_stats"] = read_json(statistics)
+        preprocessor = folder / "preprocessor_config.json"
+        return cls.from_dicts(values, read_json(preprocessor) if preprocessor.exists() else None)
+
+    @classmethod
     def from_dicts(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> OpenVLAConfig:
         """Read ``config.json``'s and ``preprocessor_config.json``'s content. Keys not listed above are ignored.
 
@@ -197,8 +211,8 @@ class ActionStatistics:
             if len(norm_stats) != 1:
                 raise InputError(f"unnorm_key: name the data set whose action statistics apply; there are: {available}")
             key = next(iter(norm_stats))
-        elif key not in norm_stats and f"{key}_no_noops" in norm_stats:
-            key = f"{key}_no_noops"
+        elif key not in norm_stats and f"{key}{NO_NOOPS}" in norm_stats:
+            key = f"{key}{NO_NOOPS}"
         if key not in norm_stats:
             raise InputError(f"unnorm_key: no statistics for {key!r}; there are: {available}")
         try:
@@ -288,9 +302,13 @@ class VisionBackbone(nn.Module):
             features.append(patches)
         return torch.cat(features, dim=-1), score_input
 
+    def queries_keys(self, score_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, nh, N, hs) of the last encoder's (SigLIP's) scoring block, for pruning."""
+        return self.encoders[-1].queries_keys(score_input)
+
     def attention(self, score_input: Tensor) -> Tensor:
-        """Attention received per patch in the last encoder (SigLIP): float32 (B, N), rows sum to 1."""
-        return attention_received(*self.encoders[-1].queries_keys(score_input))
+        """Attention received per patch in that block: float32 (B, N), rows sum to 1."""
+        return attention_received(*self.queries_keys(score_input))
 
 
 class Projector(nn.Module):
@@ -489,8 +507,8 @@ class OpenVLA(nn.Module):
             for each: ``actions`` (1, D) in environment units; ``tokens`` (1, D); ``confidence`` (D,), the softmax
             probability of each chosen token over the whole vocabulary; ``features`` (H,), the mean over the D last
             hidden states that the tokens were read from; ``visual_tokens``; ``timings`` in ms of the stages
-            preprocess, vision, pruning (score, contours, selection), projector, prefill and decode, this batch's
-            divided by B.
+            preprocess, vision, projector, prefill and decode, and where tokens are pruned ``PRUNING_STAGES``, this
+            batch's divided by B.
 
         Raises:
             InputError: bad images or instructions, counts differ, ``keep_mass`` < 1 without a pruner.
@@ -498,6 +516,31 @@ class OpenVLA(nn.Module):
         if len(observations) != len(instructions) or not observations:
             raise InputError(f"predict_batch: {len(observations)} observations for {len(instructions)} instructions")
         return self._predict(observations, [self.tokenize(i) for i in instructions], keep_mass)
+
+    def with_pruner(self, pruner: TokenPruner | None) -> OpenVLA:
+        """This model with another pruner and an episode of its own; the weights are shared, nothing is copied."""
+        twin = copy.copy(self)
+        twin.pruner = pruner
+        twin._prompt = None
+        return twin
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """``device``, ``dtype`` and ``attention`` (kernels that torch may choose from), for reports of timing."""
+        device = self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        kernels = "CPU"
+        if device.type == "cuda":
+            allowed = {
+                "flash": torch.backends.cuda.flash_sdp_enabled(),
+                "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+                "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+                "math": torch.backends.cuda.math_sdp_enabled(),
+            }
+            kernels = ", ".join(kernel for kernel, on in allowed.items() if on)
+        llama = self.language_model.config._attn_implementation
+        attention = f"encoders: torch sdpa ({kernels}); language model: transformers {llama} ({kernels})"
+        return {"device": name, "dtype": str(self.dtype).removeprefix("torch."), "attention": attention}
 
     @torch.inference_mode()
     def _predict(self, observations: Sequence[Observation], prompts: Sequence[list[int]], keep_mass: float) -> list[VLAOutput]:
@@ -507,7 +550,7 @@ class OpenVLA(nn.Module):
             raise InputError(f"keep_mass must lie in (0, 1], got {keep_mass}")
         if keep_mass < 1 and self.pruner is None:
             raise InputError(f"keep_mass is {keep_mass}, but this model was given no pruner")
-        space, statistics = self.action_space, self.statistics
+        space, statistics, pruner = self.action_space, self.statistics, self.pruner
         assert statistics is not None
         clock = Stopwatch(self.device)
         size = self.config.image_sizes[-1]
@@ -520,10 +563,10 @@ class OpenVLA(nn.Module):
         total = features.shape[1]
         everything = torch.arange(total, device=self.device)
         keep = [everything] * len(images)
-        if keep_mass < 1:
-            keep = self._select(score_input, images, keep_mass)
+        if keep_mass < 1 and pruner is not None:
+            keep = self._select(pruner, score_input, images, keep_mass, clock)
             features = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
-        clock.lap("pruning")
+            clock.lap("selection")
         visual = self.projector(features.flatten(0, -2)).split([len(k) for k in keep])  # B x (K, H)
         clock.lap("projector")
 
@@ -568,15 +611,20 @@ class OpenVLA(nn.Module):
             for i in range(len(images))
         ]
 
-    def _select(self, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float) -> list[Tensor]:
+    def _select(
+        self, pruner: TokenPruner, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float, clock: Stopwatch
+    ) -> list[Tensor]:
         """The pruner's choice for each image: B x (K,), ascending."""
-        assert self.pruner is not None
-        attention = self.vision_backbone.attention(score_input).cpu().numpy()  # (B, N)
-        keep = []
-        for scores, image in zip(attention, images, strict=True):
-            seen = resized(image, self.config, len(self.config.image_sizes) - 1)
-            keep.append(torch.from_numpy(self.pruner.select(scores, seen, keep_mass)).to(self.device))
-        return keep
+        q, k = self.vision_backbone.queries_keys(score_input)  # (B, nh, N, hs)
+        clock.lap("queries_keys")
+        attention = attention_received(q, k).cpu().numpy()  # (B, N)
+        clock.lap("score")
+        last = len(self.config.image_sizes) - 1
+        contours = [pruner.contour_mask(resized(i, self.config, last), attention.shape[1]) for i in images]  # B x (N,)
+        clock.lap("contours")
+        keep = [pruner.choose(a, c, keep_mass) for a, c in zip(attention, contours, strict=True)]
+        assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
+        return [torch.from_numpy(k).to(self.device) for k in keep]
 
     def _sequences(
         self, visual: Sequence[Tensor], prompts: Sequence[list[int]], keep: Sequence[Tensor], total: int
@@ -587,7 +635,7 @@ class OpenVLA(nn.Module):
         rows, ids = [], []
         for tokens, prompt, kept in zip(visual, prompts, keep, strict=True):
             text = embed(torch.tensor(prompt, device=self.device))  # (T, H)
-            assert len(tokens) == len(kept) and bool((kept.diff() > 0).all()), "visual tokens out of order"
+            assert len(tokens) == len(kept), f"{len(tokens)} visual tokens for {len(kept)} positions"
             rows.append(torch.cat([text[:1], tokens, text[1:]]))  # (K + T, H)
             ids.append(self._position_ids(kept[None], total, len(prompt), positions)[0])  # (K + T,)
         length = max(map(len, rows))
@@ -639,12 +687,7 @@ class OpenVLA(nn.Module):
             InputError: anything missing, unknown, extra or of the wrong shape; the message names it and its file.
         """
         folder = resolve_folder(path)
-        stats = folder / "dataset_statistics.json"
-        values = dict(read_json(folder / "config.json"))
-        if stats.exists():
-            values["norm_stats"] = read_json(stats)
-        preprocessor = folder / "preprocessor_config.json"
-        config = OpenVLAConfig.from_dicts(values, read_json(preprocessor) if preprocessor.exists() else None)
+        config = OpenVLAConfig.read(folder)
         ActionStatistics.find(config.norm_stats, unnorm_key)
         files = weight_files(folder)
         tokenizer = read_tokenizer(folder)
@@ -767,3 +810,121 @@ def llama_config(config: OpenVLAConfig) -> Any:
         return LlamaConfig(**{**values, "attn_implementation": "sdpa"})
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise InputError(f"config.json: text_config: {' '.join(str(error).split())}") from None
+
+
+# ------------------------------------------------------------------------------------------ the policies by their name
+
+
+def load(
+    checkpoint: str | None = None,
+    *,
+    suite: str | None = None,
+    unnorm_key: str | None = None,
+    conventions: Mapping[str, Any] | str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    adapter: str | None = None,
+    merge_adapter: bool = False,
+    control_rate: float | None = None,
+) -> OpenVLA:
+    """The policy ``openvla``: :meth:`OpenVLA.from_pretrained` with options as a configuration file writes them.
+
+    Args:
+        checkpoint: folder or hub id.
+        suite: LIBERO suite that it will act in: brings the conventions ``libero`` and the suite's statistics.
+        unnorm_key: data set whose statistics give actions their unit; None: the suite's, or the only ones.
+        conventions: a name, or changes such as ``{center_crop: 1.0}`` to LIBERO's (without a suite: to none).
+        device: as torch names it; None: a GPU if there is one.
+        dtype: float32, bfloat16 or float16; None: bfloat16 on a GPU, else float32.
+        adapter: PEFT LoRA folder or hub id.
+        merge_adapter: add the adapter into the weights.
+        control_rate: control steps per second (Hz); None: the conventions' own, or 5.
+
+    Raises:
+        InputError: as :meth:`OpenVLA.from_pretrained`; no checkpoint; an unknown device, type or convention.
+    """
+    if checkpoint is None:
+        raise InputError("policy 'openvla' needs a checkpoint: a folder or a hub id")
+    place, as_type = placement(device, dtype)
+    folder = resolve_folder(checkpoint)
+    if unnorm_key is None and suite is not None:
+        unnorm_key = statistics_of_suite(OpenVLAConfig.read(folder).norm_stats, suite)
+    return OpenVLA.from_pretrained(
+        folder,
+        device=place,
+        dtype=as_type,
+        unnorm_key=unnorm_key,
+        conventions=conventions_of_suite(conventions, suite),
+        adapter=adapter,
+        merge_adapter=merge_adapter,
+        control_rate=control_rate,
+    )
+
+
+def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where the weights go, and as what: a GPU if there is one, and bfloat16 there, unless told otherwise.
+
+    Raises:
+        InputError: an unknown name, or a device that is not there.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: torch finds no GPU here")
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
+    return place, DTYPES[dtype]
+
+
+def conventions_of_suite(conventions: Mapping[str, Any] | str | None, suite: str | None) -> Conventions:
+    """LIBERO's conventions for a suite, none without one; by ``conventions`` others, or these with changes."""
+    return conventions_by_name(conventions, CONVENTIONS["libero"] if suite is not None else Conventions())
+
+
+def statistics_of_suite(norm_stats: Mapping[str, Any], suite: str) -> str | None:
+    """The statistics' key that belongs to a suite, or to the one it varies (``libero_object_swap``); None: none does."""
+    keys = {key: key.removesuffix(NO_NOOPS) for key in norm_stats}
+    return max((k for k, base in keys.items() if f"{suite}_".startswith(f"{base}_")), key=lambda k: len(keys[k]), default=None)
+
+
+def untrained(
+    checkpoint: str | None = None,
+    *,
+    suite: str | None = None,
+    conventions: Mapping[str, Any] | str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    **config: Any,
+) -> OpenVLA:
+    """A model of any size with random weights, to time and to try commands with: ``spvla.vlas.openvla:untrained``.
+
+    Args:
+        checkpoint: None; there is nothing to load.
+        suite, conventions, device, dtype: as for :func:`load`.
+        seed: of the weights.
+        config: fields of :class:`OpenVLAConfig`. Without ``norm_stats`` there is one data set, ``untrained``, 7 dimensions in
+            [-1, 1].
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if checkpoint is not None:
+        raise InputError(f"policy 'spvla.vlas.openvla:untrained' takes no checkpoint, got {checkpoint!r}")
+    bounds = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    values = {"model_type": "openvla", "norm_stats": {"untrained": {"action": bounds}}, **config}
+    unknown = sorted(values.keys() - OpenVLAConfig.__dataclass_fields__.keys() - {"model_type"})
+    if unknown:
+        raise InputError(f"untrained: {unknown[0]!r} is unknown; known are: {', '.join(OpenVLAConfig.__dataclass_fields__)}")
+    place, as_type = placement(device, dtype)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    parsed = OpenVLAConfig.from_dicts(values)
+    torch.manual_seed(seed)
+    model = OpenVLA(parsed, tokenizer=tokenizer, conventions=conventions_of_suite(conventions, suite)).to(place)
+    for name, parameter in model.named_parameters():
+        if FLOAT32 not in name:
+            parameter.data = parameter.data.to(as_type)
+    return model.eval()

@@ -1,22 +1,42 @@
 """Policies by name: a built-in, an entry point of the group ``spvla.vlas``, or ``package.module:factory``.
 
-A factory takes ``checkpoint`` (a path, a hub id or None) and returns a :class:`~spvla.vlas.base.VLA`.
+A factory is called as ``factory(checkpoint, **options)`` and returns a :class:`~spvla.vlas.base.VLA`; ``checkpoint`` is a
+path, a hub id or None. One that declares a parameter ``suite`` is told which LIBERO suite it will act in, if any.
 """
 
 from __future__ import annotations
 
+import gc
+import inspect
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from spvla.errors import InputError
-from spvla.vlas.base import VLA
+from spvla.vlas.base import VLA, PrunableVLA
 
-BUILT_IN = {"expert": "data.expert:load"}
+BUILT_IN = {"expert": "data.expert:load", "openvla": "spvla.vlas.openvla:load"}
 GROUP = "spvla.vlas"
 
 
-def load_vla(name: str, checkpoint: str | None = None) -> VLA:
-    """The policy called ``name``, made from ``checkpoint``. Raises :class:`InputError` for an unknown name."""
+def load_vla(
+    name: str,
+    checkpoint: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    suite: str | None = None,
+) -> VLA:
+    """The policy called ``name``.
+
+    Args:
+        name: a built-in, an entry point, or ``package.module:factory``.
+        checkpoint: path or hub id, for the factory.
+        options: keyword arguments for the factory.
+        suite: the LIBERO suite that it will act in, for factories that ask for it.
+
+    Raises:
+        InputError: an unknown name or option; the message lists the known ones.
+    """
     target = BUILT_IN.get(name)
     if target is None:
         target = next((e.value for e in entry_points(group=GROUP) if e.name == name), None)
@@ -30,10 +50,42 @@ def load_vla(name: str, checkpoint: str | None = None) -> VLA:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"policy {name!r}: cannot import {target} ({error})") from None
-    vla = factory(checkpoint)
+    keywords = dict(options or {})
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    takes_any = len(takes) < len(parameters)
+    for option in keywords:
+        if option not in takes and not takes_any:
+            raise InputError(f"policy {name!r} takes no option {option!r}; it takes: {', '.join(takes) or 'none'}")
+    if suite is not None and "suite" in takes:
+        keywords.setdefault("suite", suite)
+    vla = factory(checkpoint, **keywords)
     if not isinstance(vla, VLA):
         raise InputError(f"policy {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
     return vla
+
+
+def second_vla(
+    vla: VLA,
+    name: str,
+    checkpoint: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    suite: str | None = None,
+) -> VLA:
+    """The same policy once more, unpruned and with an episode of its own, beside ``vla``.
+
+    A VLA that can share its weights does; another one is loaded again from the arguments that made ``vla``.
+    """
+    return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else load_vla(name, checkpoint, options, suite)
+
+
+def free_memory() -> None:
+    """Give back what deleted policies held, on a GPU too, so that worker processes find room for their own."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def needs_images(vla: VLA) -> bool:

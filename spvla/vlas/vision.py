@@ -213,6 +213,16 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(x)  # (B, N, 3 C)
         return qkv.view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, nh, N, hs)
 
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, nh, N, hs) of tokens (B, N, C), without computing the values if nothing wraps ``qkv``."""
+        if type(self.qkv) is not nn.Linear:  # a LoRA layer: its change belongs to q and k as well
+            q, k, _ = self.heads(x)
+            return q, k
+        b, n, c = x.shape
+        qk = F.linear(x, self.qkv.weight[: 2 * c], self.qkv.bias[: 2 * c])  # (B, N, 2 C)
+        q, k = qk.view(b, n, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)  # 2 x (B, nh, N, hs)
+        return q, k
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, nh, N, hs)
@@ -319,5 +329,4 @@ class VisionTransformer(nn.Module):
         """Queries and keys (B, nh, N, hs) of the scoring block for its input (B, N, C); nothing else of it runs."""
         block = self.blocks[self.config.score_block]
         assert isinstance(block, Block)
-        q, k, _ = block.attn.heads(block.norm1(score_input))
-        return q, k
+        return block.attn.queries_keys(block.norm1(score_input))
