@@ -98,14 +98,17 @@ class Task:
             return np.asarray(archive["states"], np.float64)
 
 
-def load_tasks(suite: str, tasks: Sequence[int | str] | None = None) -> list[Task]:
+def load_tasks(suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> list[Task]:
     """The tasks of a suite, all of them or those named by index or name, in the order given.
 
     The instruction is the benchmark's own; where a perturbed suite rewords a task's BDDL file, the rewording counts.
+    ``max_steps`` replaces the suite's step limit.
 
     Raises:
-        InputError: for an unknown suite, an unknown task, or a scene definition that the package lacks.
+        InputError: for an unknown suite, an unknown task, a limit below 1, or a scene definition that the package lacks.
     """
+    if max_steps is not None and max_steps < 1:
+        raise InputError(f"max_steps must be at least 1, got {max_steps}")
     with _quiet():
         from libero.libero import benchmark, get_libero_path
 
@@ -143,7 +146,7 @@ def load_tasks(suite: str, tasks: Sequence[int | str] | None = None) -> list[Tas
                 index=index,
                 name=entry.name,
                 instruction=instruction,
-                max_steps=STEP_LIMITS[base] if base else OTHER_STEP_LIMIT,
+                max_steps=max_steps or (STEP_LIMITS[base] if base else OTHER_STEP_LIMIT),
                 bddl_file=bddl_file,
                 init_states_file=(states / entry.problem_folder / f"{entry.init_states_file}.npz").resolve(),
             )

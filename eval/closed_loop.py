@@ -1,4 +1,4 @@
-"""Every cell of generator x scheduler in the simulator, paired: ``python -m eval closed_loop``.
+"""Every cell of generator x scheduler x pruning in the simulator, paired: ``python -m eval closed_loop``.
 
 All cells run the same tasks, initial states and seeds. Success is counted over workers in parallel; policy time is taken
 afterwards in one uncontended process with one thread.
@@ -26,13 +26,15 @@ from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
+from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
 from spvla.vlas.base import VLA
-from spvla.vlas.registry import load_vla, needs_images
+from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
 
 COLUMNS = (
     *(
         "generator",
         "scheduler",
+        "pruning",
         "risk",
         "episodes",
         "success_rate",
@@ -41,42 +43,57 @@ COLUMNS = (
         "vla_call_rate",
     ),
     *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
-    "policy_ms_per_step_p50",
+    *("visual_tokens_mean", "policy_ms_per_step_p50"),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the policy. ``none`` as generator is the VLA alone."""
+    """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token."""
 
     generator: str
     scheduler: str
     risk: float | None = None
+    pruning: str = "none"
 
     @property
     def name(self) -> str:
         """Readable and unique."""
-        if self.generator == "none":
-            return "vla"
-        return f"{self.generator}+{self.scheduler}" + (f"@{self.risk:g}" if self.risk is not None else "")
+        scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.scheduler}"
+        pruning = "" if self.pruning == "none" else f"+{self.pruning}"
+        return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
 
 
 def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cell]:
-    """``vla``, ``ridge+release``, ``mlp+learned`` (once per risk) or ``mlp+learned@0.05``; the VLA alone always leads."""
+    """Cells from their names; the VLA alone always leads.
+
+    ``vla``, ``ridge+release``, ``mlp+learned`` (once per risk), ``mlp+learned@0.05``; each with a pruning after it:
+    ``vla+readme``, ``ridge+release+release``, ``mlp+learned+budget@0.05``.
+    """
     out = [Cell("none", "none")]
     for text in cells:
-        if text == "vla":
-            continue
-        generator, plus, rest = text.partition("+")
-        scheduler, at, risk = rest.partition("@")
-        if not plus or not generator or not scheduler:
-            raise InputError(f"cell {text!r}: expected vla, generator+scheduler or generator+scheduler@risk")
+        parts, at, risk = text.partition("@")
+        names = parts.split("+")
+        if names[0] == "vla":
+            names = ["none", "none", *names[1:]]
+        if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
+            raise InputError(f"cell {text!r}: expected vla or generator+scheduler, then +pruning and @risk if wanted")
         try:
-            asked = [float(risk)] if at else (list(risks) if scheduler == "learned" else [None])
+            asked = [float(risk)] if at else (list(risks) if names[1] == "learned" else [None])
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
-        out += [Cell(generator, scheduler, r) for r in asked]
+        out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
     return list(dict.fromkeys(out))
+
+
+def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> TokenPruner | None:
+    """The pruner called ``name`` among the ``named`` ones; ``release`` and ``readme`` need no entry, an entry changes them."""
+    if name in named:
+        speed = {"speed": name} if name in PRESETS else {}
+        return make_pruner({**speed, **named[name]}, f"pruning {name!r}")
+    if name not in ("none", *PRESETS):
+        raise InputError(f"pruning {name!r} is unknown; there are: {', '.join(dict.fromkeys((*named, *PRESETS)))}")
+    return make_pruner(name)
 
 
 @dataclass(frozen=True)
@@ -86,9 +103,12 @@ class Setting:
     policy: str
     checkpoint: str | None
     export: str | None
-    rules: dict[str, dict[str, float]]
+    rules: dict[str, dict[str, int | float]]
     max_generated_run: int | None
     label: bool
+    policy_options: dict[str, Any] | None = None
+    pruning: dict[str, dict[str, Any]] | None = None
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,23 +121,29 @@ class Group:
 
 
 def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> SPVLAPolicy:
-    """The policy of a cell around ``vla``."""
-    return accelerate(
-        vla,
-        export,
-        cell.risk,
-        generator=cell.generator,
-        scheduler=None if cell.scheduler == "none" else cell.scheduler,
-        rule=setting.rules.get(cell.scheduler),
-        max_generated_run=setting.max_generated_run,
-    )
+    """The policy of a cell around ``vla``. Raises :class:`InputError` that names the cell if there can be none."""
+    try:
+        return accelerate(
+            vla,
+            export,
+            cell.risk,
+            generator=cell.generator,
+            scheduler=None if cell.scheduler == "none" else cell.scheduler,
+            rule=setting.rules.get(cell.scheduler),
+            pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
+            max_generated_run=setting.max_generated_run,
+        )
+    except InputError as error:
+        hint = "; learned cells need --export" if export is None and cell.scheduler == "learned" else ""
+        raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
     export = load_export(setting.export) if setting.export else None
-    vla = load_vla(setting.policy, setting.checkpoint)
-    teacher = load_vla(setting.policy, setting.checkpoint) if setting.label else None
+    source = (setting.policy, setting.checkpoint, setting.policy_options, group.task.suite)
+    vla = load_vla(*source)
+    teacher = second_vla(vla, *source) if setting.label else None
     policies: dict[Cell, SPVLAPolicy] = {}
     tolerance = export.tolerance if export else 0.2
     with LiberoEnv(group.task, render=needs_images(vla)) as env:
@@ -142,10 +168,13 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                 "deviating": None if deviating is None else int(deviating.sum()),
                 "fallbacks": int(stats["fallbacks"]),
                 "switches": int(stats["switches"]),
+                "visual_tokens_mean": stats.get("visual_tokens_mean"),
+                "visual_tokens_total": max((s.visual_tokens[1] for s in result.steps if s.visual_tokens), default=None),
                 "generated_run_lengths": run_lengths(generated).tolist(),
                 "trace": {
                     "actions": np.round(episode.actions, 3).tolist(),
                     "generated": generated.astype(int).tolist(),
+                    "visual_tokens": [s.visual_tokens and s.visual_tokens[0] for s in result.steps],
                     "probability": [None if s.probability is None else round(s.probability, 3) for s in result.steps],
                 },
             }
@@ -156,16 +185,18 @@ def measure_time(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds inside ``select_action`` per cell: one process, one thread, cells in turn on every episode.
 
-    The first episode is a warm-up and not counted.
+    Rendering is the simulator's time, not the policy's, and left out. Where the VLA reports its stages, each one's median
+    over its calls is beside them. The first episode is a warm-up and not counted.
     """
     from tqdm import tqdm
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    vla = load_vla(setting.policy, setting.checkpoint)
+    vla = load_vla(setting.policy, setting.checkpoint, setting.policy_options, jobs[0][0].suite)
     export = load_export(setting.export) if setting.export else None
     policies = {cell: make_policy(cell, vla, export, setting) for cell in cells}
     milliseconds: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
+    stages: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cells}
     for task in dict.fromkeys(task for task, _, _ in jobs):
         mine = [(init, seed) for t, init, seed in jobs if t == task]
         with LiberoEnv(task, render=needs_images(vla)) as env:
@@ -173,13 +204,18 @@ def measure_time(
                 for cell, policy in policies.items():
                     rollout(env, policy, init_state=init, seed=seed)
                     if i:
-                        milliseconds[cell].append([s.milliseconds["total"] for s in policy.steps])
+                        ms = [s.milliseconds["total"] - s.milliseconds.get("capture", 0.0) for s in policy.steps]
+                        milliseconds[cell].append(ms)
+                        for stage, took in ((k, v) for s in policy.steps for k, v in s.milliseconds.items()):
+                            if stage.startswith("vla"):
+                                stages[cell].setdefault(stage.replace("/", "_"), []).append(took)
     torch.set_num_threads(threads)
     out = {}
     for cell, episodes in milliseconds.items():
         steps = np.concatenate(episodes)
         out[cell.name] = {f"policy_ms_per_step_p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)}
         out[cell.name]["policy_seconds_per_episode"] = float(np.mean([sum(e) for e in episodes]) / 1e3)
+        out[cell.name] |= {f"{stage}_ms_p50": float(np.median(ms)) for stage, ms in stages[cell].items()}
     return out
 
 
@@ -194,7 +230,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         successes, n = sum(e["success"] for e in es), len(es)
         steps, calls = np.array([e["steps"] for e in es]), np.array([e["vla_calls"] for e in es])
         generated = np.array([e["generated"] for e in es])
-        row: dict[str, Any] = {k: es[0][k] for k in ("generator", "scheduler", "risk")}
+        row: dict[str, Any] = {k: es[0][k] for k in ("cell", "generator", "scheduler", "pruning", "risk")}
         row |= {
             "episodes": n,
             "successes": successes,
@@ -222,6 +258,11 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
             "fallbacks": int(sum(e["fallbacks"] for e in es)),
             "switches": int(sum(e["switches"] for e in es)),
         }
+        seeing = [e for e in es if e["visual_tokens_mean"] is not None]
+        if seeing:
+            weights = [e["vla_calls"] for e in seeing]
+            row["visual_tokens_mean"] = float(np.average([e["visual_tokens_mean"] for e in seeing], weights=weights))
+            row["visual_tokens_total"] = seeing[0]["visual_tokens_total"]
         labelled = [e for e in es if e["deviating"] is not None]
         if labelled:
             mean, error = mean_and_error([e["deviating"] / e["steps"] for e in labelled])
@@ -239,51 +280,65 @@ def closed_loop(
     output: Path,
     policy: str = "expert",
     checkpoint: str | None = None,
+    policy_options: dict[str, Any] = {},  # noqa: B006
     export: str | None = None,
     tasks: list[int | str] | None = None,
     init_states: str = "30-49",
     random_resets: bool = False,
     cells: list[str] = ["ridge+release", "mlp+learned"],  # noqa: B006
     risk: list[float] | None = None,
-    rules: dict[str, dict[str, float]] = {},  # noqa: B006
+    rules: dict[str, dict[str, int | float]] = {},  # noqa: B006
+    pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
     max_generated_run: int | None = None,
+    max_steps: int | None = None,
     label: bool = True,
     timing_episodes: int = 5,
     workers: int = 2,
     seed: int = 0,
 ) -> None:
-    """Evaluate cells of generator x scheduler in closed loop, paired against the VLA alone.
+    """Evaluate cells of generator x scheduler x pruning in closed loop, paired against the VLA alone.
 
     Stopped, it continues where it was when called again with the same output.
 
     Args:
         suite: LIBERO suite.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
-        policy: the VLA: expert, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: passed to the policy.
+        policy: the VLA: expert, openvla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the policy's folder or hub id.
+        policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.
         tasks: task indices or names; all if omitted.
         init_states: official initial states; 30-49 are for evaluation.
         random_resets: seeded random resets in place of official initial states; the range then counts them.
-        cells: what to compare with the VLA alone: generator+scheduler or generator+scheduler@risk.
+        cells: what to compare with the VLA alone: generator+scheduler, generator+scheduler+pruning or vla+pruning; a risk
+            of its own goes last, as in mlp+learned+half@0.05.
         risk: allowed risks at which learned schedulers are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
+        pruning: prunings by name, fields of spvla.pruning.TokenPruner; release and readme need no entry.
         max_generated_run: longest run of generated actions; the export's default if omitted.
+        max_steps: step limit of an episode; the suite's if omitted.
         label: ask the VLA for its action on generated steps too, outside the policy's time, to measure deviation.
         timing_episodes: episodes for the timing after the success cells; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
     """
     loaded = load_export(export) if export else None
-    vla = load_vla(policy, checkpoint)
+    vla = load_vla(policy, checkpoint, policy_options, suite)
     default_risk = None if loaded is None else float(loaded.defaults["risk"])
     wanted = parse_cells(cells, risk or [default_risk])
-    setting = Setting(policy, checkpoint, export, dict(rules), max_generated_run, label)
+    setting = Setting(
+        *(policy, checkpoint, export, dict(rules), max_generated_run, label),
+        policy_options=dict(policy_options) or None,
+        pruning=dict(pruning) or None,
+        max_steps=max_steps,
+    )
     for cell in wanted:
         make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
+    del vla
+    free_memory()
     output.mkdir(parents=True, exist_ok=True)
     states = parse_range(init_states)
-    chosen = load_tasks(suite, tasks)
+    chosen = load_tasks(suite, tasks, max_steps)
     jobs: dict[Task, list[tuple[int | None, int]]] = {}
     for task in chosen:
         available = None if random_resets else len(task.init_states())

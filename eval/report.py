@@ -88,10 +88,16 @@ def figure(picture: str, caption: str) -> str:
 
 def cell_name(row: dict[str, Any]) -> str:
     """A cell as people read it."""
-    if row["generator"] == "none":
-        return "VLA alone"
     risk = f", risk {row['risk']:g}" if row.get("risk") is not None else ""
-    return f"{row['generator']} + {row['scheduler']}{risk}"
+    return scheduling_name(row) + risk
+
+
+def scheduling_name(row: dict[str, Any]) -> str:
+    """A cell without its risk."""
+    pruning = "" if row["pruning"] == "none" else f", pruning {row['pruning']}"
+    if row["generator"] == "none":
+        return "VLA alone" if not pruning else f"VLA{pruning}"
+    return f"{row['generator']} + {row['scheduler']}{pruning}"
 
 
 def percent(value: float | None, signed: bool = False) -> str:
@@ -140,7 +146,8 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
         )
     header = (
-        "cell|episodes|success %|95 %|paired Δ|95 %|McNemar p|calls/episode|skipped %|steps|deviating %|run|fallbacks|ms p50"
+        "cell|episodes|success %|95 %|paired Δ|95 %|McNemar p|calls/episode|skipped %|steps|deviating %|run|fallbacks|"
+        "tokens|ms p50"
     )
     body = []
     for r in rows:
@@ -160,6 +167,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
                 percent(r.get("deviation_rate")),
                 f"{r['generated_run_length_mean']:.1f}",
                 str(r["fallbacks"]),
+                f"{r['visual_tokens_mean']:.0f} of {r['visual_tokens_total']}" if "visual_tokens_mean" in r else "–",
                 f"{r['policy_ms_per_step_p50']:.2f}" if "policy_ms_per_step_p50" in r else "–",
             ]
         )
@@ -167,15 +175,12 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
 
     def calls_against_success(f: Any) -> None:
         axis = f.add_subplot()
-        names = list(dict.fromkeys((r["generator"], r["scheduler"]) for r in rows))
+        names = list(dict.fromkeys(map(scheduling_name, rows)))
         for k, name in enumerate(names):
-            mine = sorted(
-                (r for r in rows if (r["generator"], r["scheduler"]) == name), key=lambda r: r["vla_calls_per_episode"]
-            )
+            mine = sorted((r for r in rows if scheduling_name(r) == name), key=lambda r: r["vla_calls_per_episode"])
             x, y = [r["vla_calls_per_episode"] for r in mine], np.array([100 * r["success_rate"] for r in mine])
             ci = 100 * np.array([r["success_ci95"] for r in mine]).T
-            label = "VLA alone" if name[0] == "none" else " + ".join(name)
-            axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=label)
+            axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=name)
         axis.set(xlabel="VLA calls per episode", ylabel="success %", xlim=(0, None))
         axis.legend(fontsize=8)
 
@@ -185,13 +190,13 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
 
         def risk_knob(f: Any) -> None:
             axis = f.add_subplot()
-            for k, name in enumerate(dict.fromkeys(r["generator"] for r in knob)):
-                mine = sorted((r for r in knob if r["generator"] == name), key=lambda r: r["risk"])
+            for k, name in enumerate(dict.fromkeys(map(scheduling_name, knob))):
+                mine = sorted((r for r in knob if scheduling_name(r) == name), key=lambda r: r["risk"])
                 x = [r["risk"] for r in mine]
-                axis.plot(x, [100 * r["skipped"] for r in mine], "o-", color=COLOURS[k], label=f"{name}: skipped")
+                axis.plot(x, [100 * r["skipped"] for r in mine], "o-", color=COLOURS[k % 7], label=f"{name}: skipped")
                 if all("deviation_rate" in r for r in mine):
                     y, e = (np.array([100 * r[c] for r in mine]) for c in ("deviation_rate", "deviation_rate_standard_error"))
-                    axis.errorbar(x, y, 2 * e, fmt="s--", color=COLOURS[k], ms=4, label=f"{name}: generated and deviating")
+                    axis.errorbar(x, y, 2 * e, fmt="s--", color=COLOURS[k % 7], ms=4, label=f"{name}: deviating")
             limit = max(r["risk"] for r in knob)
             axis.plot([0, limit], [0, 100 * limit], color="#888888", lw=0.8, label="allowed risk")
             axis.set(xlabel="allowed risk", ylabel="% of steps")
@@ -226,8 +231,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
 
 def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     """Action traces of the best cell, coloured by who acted, with the gate's probability."""
-    name = f"{row['generator']}+{row['scheduler']}" + (f"@{row['risk']:g}" if row.get("risk") is not None else "")
-    mine = [t for t in traces if t["cell"] == name][:TRACES]
+    mine = [t for t in traces if t["cell"] == row["cell"]][:TRACES]
     parts = [f"<h3>Who acted: {html.escape(cell_name(row))}</h3>"]
     for t in mine:
         actions, generated = np.array(t["trace"]["actions"]), np.array(t["trace"]["generated"], bool)
