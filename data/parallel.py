@@ -32,7 +32,11 @@ def _work(function: Callable[[Any], Iterator[Any]], group: Any, index: int, resu
         import torch
 
         torch.set_num_threads(1)
+        parent = mp.parent_process()
         for result in function(group):
+            if parent is not None and not parent.is_alive():  # killed: nobody reads the results
+                results.cancel_join_thread()
+                return
             results.put(("result", index, result))
         results.put(("done", index, None))
     except InputError as error:

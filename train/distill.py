@@ -63,13 +63,15 @@ class Stages:
 def calibration_curve(
     data: RolloutData, generator: ActionGenerator, gate: ActionTypeClassifier, tolerance: float
 ) -> Calibration:
-    """The gate's risk curve on the calibration episodes: teacher rollouts and accelerated rollouts are separate pools,
-    and the bound holds in the worse of them."""
-    pools: dict[bool, tuple[list[NDArray[np.float64]], list[NDArray[np.bool_]]]] = {}
-    accelerated = {first: bool(info.metadata.get("accelerated")) for _, first, info in data.windows.episodes}
+    """The gate's risk curve on the calibration episodes. Teacher rollouts and the rollouts of accelerated policies at each
+    risk are separate pools, since they visit different states, and the bound holds in the worst of them."""
+    pools: dict[tuple[Any, ...], tuple[list[NDArray[np.float64]], list[NDArray[np.bool_]]]] = {}
+    facts = {first: (store, info.metadata) for store, first, info in data.windows.episodes}
     for first, length in data.split.calibration:
         p, deviates = judge_episode(data, generator, gate, first, length, tolerance)
-        pool = pools.setdefault(accelerated[first], ([], []))
+        store, metadata = facts[first]
+        accelerated = bool(metadata.get("accelerated"))
+        pool = pools.setdefault((accelerated, store, metadata.get("risk") or 0.0) if accelerated else (False,), ([], []))
         pool[0].append(p)
         pool[1].append(deviates)
     everything = np.concatenate([p for pool in pools.values() for p in pool[0]])

@@ -79,6 +79,9 @@ class ReleaseRule:
 
     def __post_init__(self) -> None:
         _require_translation(self.space, "release", 3)
+        for name in ("step_skip", "buffer"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise InputError(f"rule 'release': {name} must be a whole number of steps, at least 1, got {value}")
 
     @property
     def history_length(self) -> int:
