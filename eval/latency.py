@@ -1,7 +1,7 @@
-"""What a step costs beside the VLA: ``python -m eval latency``.
+"""What a step costs beside the VLA, and what the VLA's own pass costs: ``python -m eval latency``.
 
-Histories are filled by replaying a recorded episode or, without data, smooth random motion; every stage is timed on the
-same histories in one process with one thread, warm-up excluded.
+For an export, histories are filled by replaying a recorded episode or, without data, smooth random motion; every stage is
+timed on the same histories in one process, warm-up excluded. A VLA's stages are :mod:`eval.vla_latency`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from eval.output import table, write_summary
+from eval.vla_latency import time_vla
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
+from spvla.vlas.registry import load_vla
 
 WARM_UP = 200
 
@@ -58,25 +60,67 @@ def smooth_motion(export: Export, steps: int, seed: int) -> tuple[FloatArray, Fl
 
 
 def latency(
-    export: Path,
     output: Path,
+    export: Path | None = None,
     generators: list[str] | None = None,
     steps: int = 3000,
+    policy: str | None = None,
+    checkpoint: str | None = None,
+    policy_options: dict[str, Any] = {},  # noqa: B006
+    suite: str | None = None,
+    keep_ratios: list[float] = [0.75, 0.5, 0.25],  # noqa: B006
+    pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
+    instruction: str = "pick up the black bowl and place it on the plate",
+    repeats: int = 20,
+    threads: int = 1,
     seed: int = 0,
 ) -> None:
-    """Time proposal, gate and bookkeeping of every generator on one core.
+    """Time either what a step costs beside the VLA (give an export), or the VLA's own pass by stage (give a policy).
 
     Args:
-        export: exported folder.
         output: folder for summary.json.
+        export: exported folder: proposal, gate and bookkeeping of its generators are timed.
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
-        seed: of the motion.
+        policy: a VLA such as openvla: its stages are timed, without pruning and with each one below.
+        checkpoint: the policy's folder or hub id.
+        policy_options: the policy's other options (see spvla.vlas.openvla.load).
+        suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
+        keep_ratios: shares of the visual tokens to keep, exactly; contours are computed and the best of the union kept.
+        pruning: further prunings by name, fields of spvla.pruning.TokenPruner with speed constant.
+        instruction: what the policy is told.
+        repeats: rounds measured, after 2 of warm-up; all prunings take turns in each.
+        threads: of torch, on the CPU.
+        seed: of the motion and the pictures.
     """
+    if (export is None) == (policy is None):
+        raise InputError("latency: give either --export (generators and gates) or --policy (a VLA's stages)")
+    torch.set_num_threads(threads)
+    if export is not None:
+        rows = _time_export(load_export(export), generators, steps, seed)
+        facts: dict[str, Any] = {"device": "cpu", "dtype": "float32", "steps": steps, "warm_up": WARM_UP}
+        columns = ["generator", "parameters", "step_ms_p50", "step_ms_p95", "step_ms_p99", "proposal_ms_p50", "gate_ms_p50"]
+        columns.append("bookkeeping_ms_p50")
+    else:
+        assert policy is not None
+        vla = load_vla(policy, checkpoint, policy_options, suite)
+        rows, stages = time_vla(vla, instruction, keep_ratios, pruning, repeats, seed)
+        facts = {"policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options), "suite": suite}
+        facts |= {"instruction": instruction, "repeats": repeats, **getattr(vla, "backend", {}), "stages": stages}
+        columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]
+        print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
+    output.mkdir(parents=True, exist_ok=True)
+    facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
+    path = write_summary(output, "latency", rows, **facts)
+    print(table(rows, columns))
+    named = ", ".join(f"{k}: {facts[k]}" for k in ("device", "dtype", "threads", "attention", "steps", "repeats") if k in facts)
+    print(f"{named}; milliseconds; written: {path}")
+
+
+def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed: int) -> list[dict[str, Any]]:
+    """One row per generator: proposal, gate and bookkeeping."""
     if steps < 10:
         raise InputError(f"steps: at least 10 are needed, got {steps}")
-    loaded = load_export(export)
-    torch.set_num_threads(1)
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates]))
     actions, states = smooth_motion(loaded, steps + WARM_UP, seed)
     rows = []
@@ -104,12 +148,7 @@ def latency(
             row |= {f"{stage}_ms_p{q}": v for q, v in zip((50, 99), _time(call, min(steps, 1000)), strict=True)}
         row["bookkeeping_ms_p50"] = max(0.0, row["step_ms_p50"] - row["proposal_ms_p50"] - row["gate_ms_p50"])
         rows.append(row)
-    output.mkdir(parents=True, exist_ok=True)
-    facts = {"device": "cpu", "threads": 1, "dtype": "float32", "steps": steps, "warm_up": WARM_UP}
-    path = write_summary(output, "latency", rows, **facts, platform=platform.platform())
-    columns = ["generator", "parameters", "step_ms_p50", "step_ms_p95", "step_ms_p99", "proposal_ms_p50", "gate_ms_p50"]
-    print(table(rows, [*columns, "bookkeeping_ms_p50"]))
-    print(f"one thread on the CPU, float32, {steps} steps after {WARM_UP} of warm-up; written: {path}")
+    return rows
 
 
 def _parameters(export: Export, name: str) -> int:

@@ -1,0 +1,154 @@
+"""What a VLA's own pass costs, stage by stage, with and without token pruning: part of ``python -m eval latency``.
+
+All prunings run in one process and take turns within every round, so that whatever else the machine does falls on all of
+them alike; ratios are taken within a round. Pruning's overhead is counted in every total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from spvla.errors import InputError
+from spvla.observation import Observation
+from spvla.pruning.pruner import TokenPruner, make_pruner
+from spvla.vlas.base import VLA, PrunableVLA
+from spvla.vlas.openvla import PRUNING_STAGES
+
+WARM_UP = 2
+FULL = "none"
+IMAGE_SIZE = 256  # pixels, as LIBERO renders
+
+
+def picture(seed: int) -> NDArray[np.uint8]:
+    """A scene of its own for each seed: boxes of several colours before a shaded wall, uint8 (256, 256, 3)."""
+    g = np.random.default_rng(seed)
+    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    image[:] = np.linspace(90, 150, IMAGE_SIZE)[:, None, None]
+    for _ in range(8):
+        (top, left), (height, width) = g.integers(0, IMAGE_SIZE - 20, 2), g.integers(12, 70, 2)
+        image[top : top + height, left : left + width] = g.integers(0, 256, 3)
+    return image
+
+
+def keep_exactly(ratio: float, tokens: int) -> TokenPruner:
+    """A pruner that runs every stage, contours included, and keeps just ceil(ratio x tokens)."""
+    if not 0 < ratio < 1:
+        raise InputError(f"keep_ratios: expected numbers between 0 and 1, got {ratio}")
+    return TokenPruner("constant", keep=ratio, measure="ratio", budget=ceil(ratio * tokens))
+
+
+def prunings_of(
+    vla: VLA, observation: Observation, keep_ratios: Sequence[float], named: Mapping[str, Mapping[str, Any]]
+) -> dict[str, TokenPruner | None]:
+    """What is to be compared: no pruning, each ratio, each named one. A VLA that cannot prune has the first alone."""
+    out: dict[str, TokenPruner | None] = {FULL: None}
+    if not isinstance(vla, PrunableVLA):
+        if named:
+            raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
+        return out
+    visual = vla.predict(observation).visual_tokens
+    if visual is None:
+        raise InputError(f"{type(vla).__name__} does not say how many visual tokens it has")
+    out |= {f"keep {ratio:g}": keep_exactly(ratio, visual[1]) for ratio in keep_ratios}
+    for name, fields in named.items():
+        pruner = make_pruner(fields, f"pruning {name!r}")
+        if pruner is None or pruner.speed != "constant":
+            raise InputError(f"pruning {name!r}: nothing moves here, so only speed 'constant' can be timed")
+        out[name] = pruner
+    return out
+
+
+def time_vla(
+    vla: VLA, instruction: str, keep_ratios: Sequence[float], named: Mapping[str, Mapping[str, Any]], repeats: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time ``repeats`` rounds after two of warm-up; every round has a picture of its own.
+
+    Returns:
+        one row per pruning (tokens, totals, ratios to the unpruned pass of the same round), and one per pruning and stage:
+        milliseconds at the 50th, 95th and 99th percentile, and the least.
+    """
+    if repeats < 3:
+        raise InputError(f"repeats: at least 3 are needed, got {repeats}")
+    observations = [Observation(image=picture(seed + i)) for i in range(repeats + WARM_UP)]
+    vla.reset(instruction)
+    prunings = prunings_of(vla, observations[0], keep_ratios, named)
+    policies = {name: _with(vla, pruner) for name, pruner in prunings.items()}
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
+    tokens: dict[str, list[int]] = {name: [] for name in policies}
+    total_tokens: int | None = None
+    for policy in policies.values():
+        policy.reset(instruction)
+    for i, observation in enumerate(tqdm(observations, desc="timing", unit="round")):
+        order = list(policies)
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            pruner = prunings[name]
+            start = perf_counter()
+            output = policies[name].predict(observation, keep_mass=1.0 if pruner is None else pruner.keep)
+            total = 1e3 * (perf_counter() - start)
+            if i >= WARM_UP:
+                overhead = sum(output.timings.get(stage, 0.0) for stage in PRUNING_STAGES)
+                given_qk = overhead - output.timings.get(PRUNING_STAGES[0], 0.0)
+                laps[name].append({**output.timings, "overhead": overhead, "overhead_given_qk": given_qk, "total": total})
+                if output.visual_tokens is not None:
+                    tokens[name].append(output.visual_tokens[0])
+                    total_tokens = output.visual_tokens[1]
+    stages = [
+        {"pruning": name, "stage": stage, **_percentiles([lap[stage] for lap in of])}
+        for name, of in laps.items()
+        for stage in dict.fromkeys(stage for lap in of for stage in lap)
+    ]
+    rows = []
+    for name, of in laps.items():
+        row: dict[str, Any] = {"pruning": name}
+        if tokens[name]:
+            row |= {"visual_tokens_mean": float(np.mean(tokens[name])), "visual_tokens_total": total_tokens}
+        row |= {f"total_ms_{k}": v for k, v in _percentiles([lap["total"] for lap in of]).items()}
+        row |= _against(of, laps[FULL])
+        row["gflop"] = _gflop(policies[name], observations[0], prunings[name])
+        rows.append(row)
+    return rows, stages
+
+
+def _with(vla: VLA, pruner: TokenPruner | None) -> VLA:
+    return vla.with_pruner(pruner) if isinstance(vla, PrunableVLA) else vla
+
+
+def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99))
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "min": float(min(milliseconds))}
+
+
+def _against(laps: Sequence[Mapping[str, float]], full: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Ratios to the unpruned pass: medians over the rounds, and of the fastest of all rounds."""
+    if "prefill" not in full[0] or "vision" not in full[0]:
+        return {"speedup": float(np.median([f["total"] / p["total"] for p, f in zip(laps, full, strict=True)]))}
+
+    def least(of: Sequence[Mapping[str, float]], *stages: str) -> float:
+        return min(sum(lap[s] for s in stages) for lap in of)
+
+    pairs = list(zip(laps, full, strict=True))
+    return {
+        "speedup": float(np.median([f["total"] / p["total"] for p, f in pairs])),
+        "prefill_ratio": float(np.median([p["prefill"] / f["prefill"] for p, f in pairs])),
+        "prefill_ratio_min": least(laps, "prefill") / least(full, "prefill"),
+        "overhead_share": float(np.median([p["overhead"] / (f["vision"] + f["prefill"]) for p, f in pairs])),
+        "overhead_share_min": least(laps, "overhead") / least(full, "vision", "prefill"),
+        "overhead_given_qk_ms_p50": float(np.median([p["overhead_given_qk"] for p in laps])),
+        "overhead_given_qk_ms_min": least(laps, "overhead_given_qk"),
+    }
+
+
+def _gflop(vla: VLA, observation: Observation, pruner: TokenPruner | None) -> float:
+    """Floating-point operations of one pass in matrix products and attention, 1e9; never a statement about time."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        vla.predict(observation, keep_mass=1.0 if pruner is None else pruner.keep)
+    return counter.get_total_flops() / 1e9

@@ -1,0 +1,97 @@
+"""Cells of generator x scheduler x pruning: their names, their policies, their rows, and the configurations that ship."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from eval.closed_loop import Cell, Setting, cell_pruner, make_policy, parse_cells, summarise
+from spvla import InputError
+from spvla.pruning import TokenPruner
+from tests.conftest import PrunableVLA, ScriptedVLA
+from tests.test_export import make_export
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml"))
+
+
+def setting(**changes) -> Setting:
+    return Setting("x", None, None, rules={}, max_generated_run=None, label=False, **changes)
+
+
+def test_cells_are_read_as_they_are_written():
+    texts = ["ridge+release", "vla+readme", "mlp+learned+half@0.05", "mlp+learned", "ridge+paper+release", "vla"]
+    cells = parse_cells(texts, [0.1, 0.2])
+    assert [c.name for c in cells] == [
+        *("vla", "ridge+release", "vla+readme", "mlp+learned+half@0.05", "mlp+learned@0.1", "mlp+learned@0.2"),
+        "ridge+paper+release",
+    ]
+    assert cells[0] == Cell("none", "none") and cells[3] == Cell("mlp", "learned", 0.05, "half")
+    for cell in cells:
+        assert parse_cells([cell.name], [None])[-1] == cell
+
+
+@pytest.mark.parametrize(
+    "text", ["mlp", "vla+", "+learned", "a+b+c+d", "vla@0.1", "vla+x@0.1", "mlp+learned@much", "mlp++x"]
+)
+def test_bad_cells_are_named(text):
+    with pytest.raises(InputError, match="cell '" + text.replace("+", r"\+")):
+        parse_cells([text], [None])
+
+
+def test_prunings_by_name():
+    named = {"half": {"speed": "constant", "measure": "ratio", "keep": 0.5}, "release": {"z_threshold": 0.3}}
+    assert cell_pruner("none", named) is None
+    assert cell_pruner("readme", named) == TokenPruner(speed="readme")
+    assert cell_pruner("release", named) == TokenPruner(speed="release", z_threshold=0.3)
+    assert cell_pruner("half", named) == TokenPruner("constant", 0.5, measure="ratio")
+    with pytest.raises(InputError, match="pruning 'third' is unknown; there are: half, release, readme"):
+        cell_pruner("third", named)
+    with pytest.raises(InputError, match="pruning 'half': field 'share' is unknown"):
+        cell_pruner("half", {"half": {"share": 0.5}})
+
+
+def test_a_cell_that_cannot_be_made_is_named():
+    still = np.zeros((5, 7))
+    with pytest.raises(InputError, match=r"cell vla\+release: pruning: ScriptedVLA cannot run on fewer visual tokens"):
+        make_policy(Cell("none", "none", None, "release"), ScriptedVLA(still), None, setting())
+    with pytest.raises(InputError, match=r"cell ridge\+learned: .*; learned cells need --export"):
+        make_policy(Cell("ridge", "learned"), ScriptedVLA(still), None, setting())
+    policy = make_policy(Cell("none", "none", None, "release"), PrunableVLA(still), None, setting())
+    assert policy.pruner == TokenPruner() and policy.generator is None
+
+
+def test_rows_weigh_tokens_by_calls():
+    def episode(cell, tokens, calls):
+        counts = {"steps": 10, "vla_calls": calls, "generated": 10 - calls, "fallbacks": 0, "switches": 0, "deviating": None}
+        where = {"suite": "s", "task": 0, "init_state": calls, "seed": 0, "success": True, "generated_run_lengths": []}
+        facts = {"generator": "none", "scheduler": "none", "pruning": "half", "risk": None}
+        return {"cell": cell, **facts, **where, **counts, "visual_tokens_mean": tokens, "visual_tokens_total": 256}
+
+    (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})
+    assert row["visual_tokens_mean"] == pytest.approx(110) and row["visual_tokens_total"] == 256
+    assert (row["cell"], row["pruning"]) == ("vla+half", "half")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_cell_can_be_made(path):
+    config = yaml.safe_load(path.read_text())
+    if "cells" not in config:
+        pytest.skip("no closed-loop configuration")
+    options = {"pruning": config.get("pruning"), "policy_options": config.get("policy_options")}
+    vla, export = PrunableVLA(np.zeros((5, 7))), make_export()
+    cells = parse_cells(config["cells"], [0.1])
+    assert len(cells) == 1 + len(config["cells"])
+    for cell in cells:
+        made = Setting("x", None, None, config["rules"], None, False, **options)
+        policy = make_policy(cell, vla, export, made)
+        assert (policy.pruner is None) == (cell.pruning == "none")
+
+
+@pytest.mark.parametrize("suite", ["spatial", "object", "goal", "10"])
+def test_openvla_configurations_use_the_published_weights_and_all_initial_states(suite):
+    path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
+    config = yaml.safe_load(path.read_text())
+    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["policy"] == "openvla"
+    assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
+    assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}

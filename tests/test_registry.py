@@ -1,0 +1,50 @@
+"""Policies by name, and their options."""
+
+import pytest
+
+from spvla import InputError
+from spvla.vlas.openvla import statistics_of_suite
+from spvla.vlas.registry import load_vla, second_vla
+from tests.conftest import PrunableVLA, ScriptedVLA
+
+HERE = "tests.test_registry"
+
+
+def scripted(checkpoint, length=3):
+    return ScriptedVLA([[0.0] * 7] * length)
+
+
+def prunable(checkpoint, *, suite=None, **options):
+    vla = PrunableVLA([[0.0] * 7])
+    vla.suite, vla.options = suite, options
+    return vla
+
+
+def test_options_are_keyword_arguments_of_the_factory():
+    assert len(load_vla(f"{HERE}:scripted", None, {"length": 5}).actions) == 5
+    assert load_vla(f"{HERE}:prunable", None, {"anything": 1}, "libero_10").suite == "libero_10"
+    assert load_vla(f"{HERE}:prunable", None, {"suite": "mine"}, "libero_10").suite == "mine"
+    assert load_vla(f"{HERE}:prunable", None, {"anything": 1}).options == {"anything": 1}
+    with pytest.raises(InputError, match=r"policy '.*:scripted' takes no option 'lenght'; it takes: length"):
+        load_vla(f"{HERE}:scripted", None, {"lenght": 5})
+    with pytest.raises(InputError, match=r"policy 'expert' takes no option 'unnorm_key'; it takes: none"):
+        load_vla("expert", None, {"unnorm_key": "x"})
+    with pytest.raises(InputError, match=r"'nobody' is unknown; there are: .*expert.*openvla"):
+        load_vla("nobody")
+    with pytest.raises(InputError, match=r"cannot import spvla\.nowhere:load"):
+        load_vla("spvla.nowhere:load")
+
+
+def test_a_second_episode_shares_the_weights_where_it_can():
+    first = load_vla(f"{HERE}:prunable")
+    assert second_vla(first, f"{HERE}:prunable").pruner is None
+    other = load_vla(f"{HERE}:scripted")
+    assert second_vla(other, f"{HERE}:scripted", None, {"length": 4}) is not other
+
+
+def test_statistics_of_a_suite():
+    published = {f"libero_{s}_no_noops": {} for s in ("spatial", "object", "goal", "10")}
+    assert statistics_of_suite(published, "libero_10") == "libero_10_no_noops"
+    assert statistics_of_suite(published, "libero_object_swap") == "libero_object_no_noops"
+    assert statistics_of_suite({"libero_object": {}, "libero_object_swap": {}}, "libero_object_swap") == "libero_object_swap"
+    assert statistics_of_suite({"bridge_orig": {}, "libero_1": {}}, "libero_10") is None
