@@ -1,0 +1,346 @@
+"""Conventions of robot data sets as data: which feature is which part of the action, its unit, sign and rate.
+
+``configs/openx/datasets.yaml`` is the table: one entry for each Open-X data set that OpenVLA and Octo train on, in the
+forms that their published statistics were computed in (translation, rotation, gripper with 0 closed and 1 open). A
+user's own data set is a YAML file with the fields of one entry. Public sources of the table: the transforms of
+https://github.com/openvla/openvla and https://github.com/octo-models/octo, control rates of the Open-X overview sheet.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.sources import Problem
+from spvla.actions import KINDS, ActionSpace, FloatArray
+from spvla.episodes import Episode
+from spvla.errors import InputError
+
+TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
+ROLES = ("translation", "rotation", "gripper", "joint")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An episode as its file holds it.
+
+    Args:
+        steps: arrays (T, ...) by feature; images and text as bytes.
+        facts: the episode's metadata.
+    """
+
+    steps: Mapping[str, NDArray[Any]]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some entries of an action or a state.
+
+    Args:
+        role: what they are: translation, rotation, gripper or joint.
+        key: the feature they come from; None for a constant.
+        index: which of its entries, negative ones from the end; all if empty.
+        convert: names of :data:`CONVERSIONS`, applied in order.
+        zeros: for a constant, how many zeros.
+    """
+
+    role: str = "joint"
+    key: str | None = None
+    index: tuple[int, ...] = ()
+    convert: tuple[str, ...] = ()
+    zeros: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", tuple(int(i) for i in self.index))
+        object.__setattr__(self, "convert", tuple(self.convert))
+        if self.role not in ROLES:
+            raise InputError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+        if (self.key is None) == (self.zeros == 0):
+            raise InputError("a field needs either a key or a number of zeros")
+        for name in self.convert:
+            if name not in CONVERSIONS:
+                raise InputError(f"conversion {name!r} is unknown; there are: {', '.join(CONVERSIONS)}")
+
+    def read(self, steps: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """These entries over an episode, float32 (T, width)."""
+        if self.key is None:
+            return np.zeros((len(next(iter(steps.values()))), self.zeros), np.float32)
+        value = steps[self.key]
+        if "zlib" in self.convert:
+            value = np.stack([np.frombuffer(zlib.decompress(v), np.float32) for v in value])
+        x = np.asarray(value, np.float32).reshape(len(value), -1)
+        if self.index:
+            x = x[:, list(self.index)]
+        for name in self.convert:
+            x = CONVERSIONS[name](x)
+        return x
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a data set's features mean.
+
+    Args:
+        kind: what the action's dimensions are, one of :data:`spvla.actions.KINDS`.
+        control_rate: control steps per second (Hz).
+        action: the parts of the action, in order.
+        state: the parts of proprioception, in order; may be empty.
+        camera: the image feature of the main camera, or None.
+        instruction: the text feature with the instruction, or None where the data set's own task table has it.
+        binary_gripper: grippers only take their two end values.
+        skip_first: leave out this many steps at an episode's start (Bridge begins with an empty action).
+    """
+
+    kind: str
+    control_rate: float
+    action: tuple[Field, ...]
+    state: tuple[Field, ...] = ()
+    camera: str | None = None
+    instruction: str | None = "language_instruction"
+    binary_gripper: bool = True
+    skip_first: int = 0
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> Conventions:
+        """From the mapping of a YAML file. Raises :class:`InputError` naming ``where`` and the field."""
+        known = [f.name for f in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where}: expected a mapping with the fields {', '.join(known)}")
+        for name in values:
+            if name not in known:
+                raise InputError(f"{where}: field {name!r} is unknown; there are: {', '.join(known)}")
+        for name in ("kind", "control_rate", "action"):
+            if name not in values:
+                raise InputError(f"{where}: field {name!r} is missing")
+        out = dict(values)
+        for name in ("action", "state"):
+            parts = []
+            for i, part in enumerate(values.get(name) or ()):
+                try:
+                    parts.append(Field(**part))
+                except (TypeError, InputError) as error:
+                    raise InputError(f"{where}: {name}[{i}]: {error}") from None
+            out[name] = tuple(parts)
+        if not out["action"]:
+            raise InputError(f"{where}: action has no fields")
+        if out["kind"] not in KINDS:
+            raise InputError(f"{where}: kind {out['kind']!r} is not one of {', '.join(KINDS)}")
+        return cls(**out)
+
+    @property
+    def keys(self) -> list[str]:
+        """The features that actions, states and the instruction need."""
+        keys = [f.key for f in (*self.action, *self.state)] + [self.instruction]
+        return [k for k in dict.fromkeys(keys) if k is not None]
+
+    def space(self, name: str, widths: Mapping[str, int] | None = None) -> ActionSpace:
+        """The action space; its q01, q99 and bounds are -1 and 1 until somebody measures them.
+
+        Args:
+            name: of the data set.
+            widths: sizes of features that a field takes whole.
+        """
+        roles: dict[str, list[int]] = {role: [] for role in ROLES}
+        at = 0
+        for part in self.action:
+            width = part.zeros or len(part.index) or (widths or {}).get(part.key or "", 0)
+            if not width:
+                raise InputError(f"conventions of {name}: action field {part.key!r} must list its entries as index")
+            width = 3 if "quaternion_to_euler" in part.convert else width
+            roles[part.role] += range(at, at + width)
+            at += width
+        return ActionSpace(
+            name=name,
+            kind=self.kind,
+            control_rate=float(self.control_rate),
+            q01=(-1.0,) * at,
+            q99=(1.0,) * at,
+            low=(-1.0,) * at,
+            high=(1.0,) * at,
+            translation=tuple(roles["translation"]),
+            rotation=tuple(roles["rotation"]),
+            gripper=tuple(roles["gripper"]),
+            binary_gripper=self.binary_gripper,
+        )
+
+
+def load_table(path: Path = TABLE) -> dict[str, Conventions]:
+    """All entries of a table of conventions, by name."""
+    return {name: Conventions.read(entry, f"{path}: {name}") for name, entry in _read_yaml(path).items()}
+
+
+def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
+    """The conventions called ``wanted``, in the YAML file ``wanted``, or, for None, those of the data set ``name``.
+
+    Raises:
+        InputError: there are none; the message says what to write.
+    """
+    if wanted is not None and Path(wanted).suffix in (".yaml", ".yml"):
+        return Conventions.read(_read_yaml(Path(wanted)), str(wanted))
+    key = str(wanted or name)
+    table = _read_yaml(TABLE) if TABLE.is_file() else {}
+    if key not in table:
+        raise InputError(
+            f"no conventions for data set {key!r}; known are: {', '.join(sorted(table)) or 'none'}; for another one write a "
+            f"YAML file with {', '.join(f.name for f in fields(Conventions))} and name it with --conventions"
+        )
+    return Conventions.read(table[key], f"{TABLE.name}: {key}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------- conversions, (T, D) each
+
+
+def invert(x: FloatArray) -> FloatArray:
+    """1 - x: a gripper that counts from open to closed, counted the other way."""
+    return 1 - x
+
+
+def clip(x: FloatArray) -> FloatArray:
+    """Clipped to 0 .. 1."""
+    return np.clip(x, 0, 1)
+
+
+def binarize(x: FloatArray) -> FloatArray:
+    """An opening from 0 to 1 as 0 or 1: what lies between (0.05, 0.95) becomes the end that is reached next; after the
+    last such end, the last value itself stays."""
+    out = np.empty_like(x)
+    carry = x[-1]
+    for t in range(len(x) - 1, -1, -1):
+        carry = np.where(x[t] > 0.95, 1, np.where(x[t] < 0.05, 0, carry))
+        out[t] = carry
+    return out
+
+
+def relative(x: FloatArray) -> FloatArray:
+    """A gripper that is told to close (> 0.1) or to open (< -0.1), as whether it is open: (0 closed, 1 open). Before the
+    first command it is in the other state; without any it is open."""
+    command = np.where(x < -0.1, 1.0, np.where(x > 0.1, -1.0, 0.0))
+    out = np.empty_like(x)
+    for d in range(x.shape[1]):
+        given = command[command[:, d] != 0, d]
+        carry = -given[0] if len(given) else 1.0
+        for t in range(len(x)):
+            carry = command[t, d] or carry
+            out[t, d] = carry / 2 + 0.5
+    return out
+
+
+def difference(x: FloatArray) -> FloatArray:
+    """What the next step's value adds to this one's; unknown (NaN) at the last step, which is then left out."""
+    out = np.full_like(x, np.nan)
+    out[:-1] = x[1:] - x[:-1]
+    return out
+
+
+def quaternion_to_euler(x: FloatArray) -> FloatArray:
+    """Quaternions x, y, z, w (T, 4) as roll, pitch, yaw about fixed axes (T, 3), radians."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_quat(x).as_euler("xyz").astype(np.float32)
+
+
+def _unchanged(x: FloatArray) -> FloatArray:
+    return x
+
+
+CONVERSIONS = {
+    "invert": invert,
+    "clip": clip,
+    "binarize": binarize,
+    "relative": relative,
+    "difference": difference,
+    "quaternion_to_euler": quaternion_to_euler,
+    "zlib": _unchanged,  # packed float32; unpacked before the others
+    "axis_angle": _unchanged,  # says which form a rotation has; roll, pitch, yaw otherwise
+    "degrees": _unchanged,
+    "millimetres": _unchanged,
+}
+"""What a :class:`Field` may do to its entries, or say of them."""
+
+
+# ------------------------------------------------------------------------------------------------------------- an episode
+
+
+def standardize(
+    raw: Raw,
+    conventions: Conventions,
+    file: str,
+    number: int,
+    facts: Mapping[str, Any],
+    cameras: Mapping[str, str] = {},
+    instruction: str | None = None,
+    timestamps: NDArray[np.float64] | None = None,
+    images: Mapping[str, Sequence[Any]] = {},
+) -> Episode | Problem:
+    """An episode under its conventions, or what is wrong with it.
+
+    Args:
+        raw: the episode as its file holds it.
+        conventions: what its features mean.
+        file, number: where it came from, for messages.
+        facts: metadata for the result.
+        cameras: image features to keep encoded, by the name to give them.
+        instruction: where no feature holds it.
+        timestamps: seconds (T,), or None: by the control rate.
+        images: frames (T) by camera that ``raw`` does not hold.
+    """
+    steps = raw.steps
+    values: dict[str, FloatArray] = {}
+    for name, parts in (("action", conventions.action), ("state", conventions.state)):
+        for part in parts:
+            try:
+                read = part.read(steps)
+            except KeyError:
+                return Problem(file, "there is no such feature", number, part.key)
+            except (ValueError, IndexError, TypeError, zlib.error) as error:
+                shape = steps[part.key].shape if part.key in steps else ()  # type: ignore[index]
+                return Problem(file, f"does not fit the conventions, its shape is {shape} ({error})", number, part.key)
+            values[name] = np.concatenate([values[name], read], axis=1) if name in values else read
+    actions = values["action"]
+    length = len(actions)
+    stop = length - int(any("difference" in f.convert for f in (*conventions.action, *conventions.state)))
+    kept = slice(min(conventions.skip_first, length), stop)
+    if kept.stop <= kept.start:
+        return Problem(file, f"has {length} steps, of which none is left", number)
+    for name, value in values.items():
+        bad = ~np.isfinite(value[kept]).all(1)
+        if bad.any():
+            return Problem(file, f"contains NaN or infinity at step {int(bad.argmax()) + kept.start}", number, name)
+    if conventions.instruction is not None:
+        if conventions.instruction not in steps:
+            return Problem(file, "there is no such feature", number, conventions.instruction)
+        text = steps[conventions.instruction][kept.start]
+        instruction = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    pictures: dict[str, Sequence[Any]] = {name: list(steps[key][kept]) for name, key in cameras.items()}
+    pictures |= {name: frames[kept] for name, frames in images.items()}
+    if timestamps is None:
+        timestamps = np.arange(length) / conventions.control_rate
+    return Episode(
+        actions=np.ascontiguousarray(actions[kept]),
+        instruction=instruction or "",
+        timestamps=np.asarray(timestamps[kept], np.float64),
+        states=np.ascontiguousarray(values["state"][kept]) if "state" in values else None,
+        images=pictures,
+        metadata=dict(facts),
+    )

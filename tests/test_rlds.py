@@ -1,0 +1,209 @@
+"""RLDS without TensorFlow: byte for byte what tfds returns, and what happens to damaged shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.openx import find_conventions
+from data.rlds import RldsFolder, RldsSource, masked_crc, read_records, scan
+from data.sources import Problem, open_source
+from spvla.errors import InputError
+
+REFERENCE = Path(__file__).parents[1] / "results" / "data" / "tfds_reference.json"
+KEYS = ["action", "observation/state", "language_instruction", "observation/image_0"]
+
+
+@pytest.fixture
+def bridge(shared) -> Path:
+    return shared / "bridge_rlds" / "bridge_dataset" / "1.0.0"
+
+
+@pytest.fixture
+def copy(bridge, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
+
+
+def shard(folder: Path, split: str = "train") -> Path:
+    return next(folder.glob(f"*-{split}.tfrecord*"))
+
+
+def write_records(path: Path, records: list[bytes]) -> None:
+    """TFRecord framing, written independently of the reader."""
+
+    def crc(data: bytes) -> int:
+        value = google_crc32c.value(data)
+        return ((value >> 15 | value << 17) + 0xA282EAD8) % 2**32
+
+    with path.open("wb") as stream:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
+
+
+def outcomes(source: RldsSource, images: bool = False) -> list:
+    return [e for part in source.parts for e in source.episodes(part, images)]
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(0, 8), st.integers(0, 8))
+def test_framing_round_trip(tmp_path_factory, records, first, count):
+    path = tmp_path_factory.mktemp("records") / "x.tfrecord"
+    write_records(path, records)
+    index = scan(path)
+    assert index.problem is None and len(index) == len(records)
+    expected = list(enumerate(records))[first : first + count]
+    assert list(read_records(index, first, count)) == expected
+
+
+def test_check_sum_is_the_published_one():
+    # CRC-32C of 32 zero bytes, RFC 3720, appendix B.4
+    assert google_crc32c.value(bytes(32)) == 0x8A9136AA
+    assert masked_crc(bytes(32)) == (((0x8A9136AA >> 15) | (0x8A9136AA << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_equals_tfds_byte_for_byte(bridge):
+    reference = json.loads(REFERENCE.read_text())["digests"]
+    folder = RldsFolder(bridge)
+    reader = folder.reader(KEYS)
+    for split, shards in folder.splits.items():
+        rows = []
+        for path, _ in shards:
+            for i, record in read_records(scan(path)):
+                steps = reader.parse(record, str(path), i).steps
+                row = {"steps": len(steps["action"])}
+                for key in KEYS:
+                    value = steps[key]
+                    joined = b"\0".join(value) if value.dtype == object else value.tobytes()
+                    row[key] = hashlib.sha256(joined).hexdigest()[:32]
+                rows.append(row)
+        assert rows == reference[split]
+
+
+def test_tensorflow_is_never_imported(bridge):
+    code = (
+        "import sys; from data.sources import open_source\n"
+        f"s = open_source('rlds', {str(bridge)!r}); e = [len(e) for p in s.parts for e in s.episodes(p, images=True)]\n"
+        "assert len(e) == 25, e\n"
+        "assert not [m for m in sys.modules if m.partition('.')[0] in ('tensorflow', 'jax')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_validation_split_repeats_the_training_split(bridge):
+    source = open_source("rlds", bridge, split="all")
+    assert len(outcomes(source)) == 25
+    assert any("25 records of split val repeat records of train" in note for note in source.notes)
+    assert len(outcomes(open_source("rlds", bridge, split="val"))) == 25
+
+
+def test_bridge_conventions(bridge):
+    """The first, empty action is left out; movement is the difference of states; the gripper is 0 or 1."""
+    source = open_source("rlds", bridge)
+    episodes = outcomes(source, images=True)
+    raw = [source.folder.reader(KEYS).parse(r, "x", i).steps for i, r in read_records(scan(shard(bridge)))]
+    assert max(np.abs(s["action"][0, :6]).max() for s in raw) < 1e-3
+    for episode, steps in zip(episodes, raw, strict=True):
+        state = steps["observation/state"]
+        assert len(episode) == len(state) - 2
+        np.testing.assert_array_equal(episode.actions[:, :6], np.diff(state, axis=0)[1:, :6])
+        np.testing.assert_array_equal(episode.states, state[1:-1])
+        assert list(episode.images["image_0"]) == steps["observation/image_0"].tolist()[1:-1]
+        assert episode.instruction == steps["language_instruction"][0].decode()
+    assert len({e.instruction for e in episodes}) == 4
+    assert source.space.control_rate == 5 and source.space.kind == "eef_delta" and source.space.gripper == (6,)
+
+
+def test_a_damaged_record_is_named_and_the_rest_read(copy):
+    path = shard(copy)
+    index = scan(path)
+    content = bytearray(path.read_bytes())
+    content[index.offsets[7] + 100] ^= 1
+    path.write_bytes(content)
+    found = outcomes(open_source("rlds", copy))
+    assert len(found) == 25
+    assert [i for i, e in enumerate(found) if isinstance(e, Problem)] == [7]
+    assert found[7].record == 7 and found[7].file == str(path) and "check sum" in found[7].reason
+
+
+def test_a_wrong_length_ends_the_shard(copy):
+    path = shard(copy)
+    content = bytearray(path.read_bytes())
+    content[scan(path).offsets[7] - 12] ^= 1
+    path.write_bytes(content)
+    found = outcomes(open_source("rlds", copy))
+    assert len(found) == 8 and isinstance(found[7], Problem) and found[7].record == 7
+    assert "nothing after it" in found[7].reason
+
+
+@pytest.mark.parametrize("cut", [5, 4000])
+def test_a_cut_off_shard_keeps_its_whole_records(copy, cut):
+    path = shard(copy)
+    index = scan(path)
+    path.write_bytes(path.read_bytes()[: index.offsets[20] - 12 + cut])
+    found = outcomes(open_source("rlds", copy))
+    assert len(found) == 21 and isinstance(found[20], Problem)
+    assert "cut off" in found[20].reason and found[20].record == 20
+
+
+def test_a_missing_feature_is_named(copy):
+    path = shard(copy)
+    records = [r for _, r in read_records(scan(path))]
+    records[3] = records[3].replace(b"steps/action", b"steps/axtion")
+    write_records(path, records)
+    found = outcomes(open_source("rlds", copy))
+    assert isinstance(found[3], Problem) and found[3].field == "action" and found[3].record == 3
+    assert sum(not isinstance(e, Problem) for e in found) == 24
+
+
+def test_bytes_that_are_no_example(copy):
+    path = shard(copy)
+    records = [r for _, r in read_records(scan(path))]
+    records[0] = b"\xff" * 50
+    write_records(path, records)
+    found = outcomes(open_source("rlds", copy))
+    assert isinstance(found[0], Problem) and len(found) == 25
+
+
+def test_metadata_that_lies_about_its_length_is_told(copy):
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["31"]
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    source = open_source("rlds", copy)
+    assert any("holds 25 records, dataset_info.json claims 31" in note for note in source.notes)
+    assert len(outcomes(source)) == 25
+
+
+def test_bad_folders_are_one_line_errors(copy, tmp_path, bridge):
+    with pytest.raises(InputError, match="no such folder"):
+        open_source("rlds", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no dataset_info\.json"):
+        open_source("rlds", tmp_path / "empty")
+    with pytest.raises(InputError, match="no split 'test'; there are: train, val"):
+        open_source("rlds", bridge, split="test")
+    with pytest.raises(InputError, match="no feature 'observation/top'"):
+        open_source("rlds", bridge, camera="observation/top")
+    with pytest.raises(InputError, match="no conventions for data set 'unheard_of'"):
+        find_conventions(None, "unheard_of")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("kind: eef_delta\ncontrol_rate: 5\naction: [{key: action/world_vector, index: [0, 1, 2]}]\n")
+    with pytest.raises(InputError, match="no feature 'action/world_vector'"):
+        open_source("rlds", bridge, conventions=wrong)
+    shard(copy).unlink()
+    with pytest.raises(InputError, match="shard is not there"):
+        open_source("rlds", copy)
+    (copy / "features.json").write_text("{")
+    with pytest.raises(InputError, match="not a readable TFDS data set"):
+        open_source("rlds", copy)
