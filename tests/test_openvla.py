@@ -257,6 +257,29 @@ def test_pruning_off_is_bit_identical():
     assert b.visual_tokens == (16, 16)
 
 
+def test_with_pruner_shares_the_weights_and_has_its_own_episode():
+    model = tiny_model()
+    model.reset("pick up the red mug")
+    pruned = model.with_pruner(TokenPruner("constant", measure="ratio", contours=False))
+    assert all(a is b for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
+    with pytest.raises(InputError, match="reset"):
+        pruned.predict(picture(0), 0.5)
+    pruned.reset("take the blue mug")
+    assert pruned.predict(picture(0), 0.5).visual_tokens == (8, 16) and model.pruner is None
+    stages = ["preprocess", "vision", "queries_keys", "score", "contours", "selection", "projector", "prefill", "decode"]
+    assert list(pruned.predict(picture(0), 0.5).timings) == stages
+    untouched = tiny_model()
+    untouched.reset("pick up the red mug")
+    np.testing.assert_array_equal(model.predict(picture(0)).features, untouched.predict(picture(0)).features)
+
+
+def test_queries_and_keys_are_those_of_the_whole_block():
+    encoder = tiny_model().vision_backbone.fused_featurizer
+    x = torch.randn(2, 16, 48)
+    q, k, _ = encoder.blocks[-1].attn.heads(encoder.blocks[-1].norm1(x))
+    torch.testing.assert_close(encoder.queries_keys(x), (q, k))
+
+
 @pytest.mark.parametrize("positions", ["packed", "original"])
 def test_exactly_k_tokens_reach_the_decoder_in_order(positions):
     model = tiny_model(pruner=TokenPruner(speed="constant", measure="ratio", contours=False, positions=positions))

@@ -871,8 +871,8 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torc
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: torch finds no GPU here")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
