@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from data.expert import scene_instructions
 from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
-from data.rollout import ActionNoise, rollout
+from data.rollout import ActionNoise, rollout, scene_facts
+from data.student import Student
 from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
 from spvla.export import accelerate
 from spvla.policy import episode_stats
-from spvla.vlas.registry import load_vla, needs_images
+from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
+
+ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
 
 def parse_range(text: str) -> list[int]:
@@ -49,11 +57,19 @@ class Setting:
     max_generated_run: int | None
     noise: float
     seed: int
+    images: bool = False
+    instructions: str = "task"
+    student: str | None = None
+    student_checkpoint: str | None = None
+    policy_options: dict[str, Any] | None = None
+    pruning: dict[str, Any] | str | None = None
+    max_steps: int | None = None
 
     @property
     def tag(self) -> str:
         """A short hash that tells settings apart in job ids; an export counts by its content, not its folder's name."""
-        values = asdict(self)
+        unset = {f.name: f.default for f in fields(self)}
+        values = {k: v for k, v in asdict(self).items() if v != unset[k]}  # options added later change no earlier id
         if self.export is not None:
             config = Path(self.export) / "config.json"
             values["export"] = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else self.export
@@ -86,12 +102,20 @@ def episode_seed(seed: int, task: Task, init_state: int | None, repetition: int)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
 
+def choose_instruction(options: Sequence[str], seed: int) -> str:
+    """Half of the time the first of a scene's instructions, which is its task's own, else one of the others."""
+    generator = np.random.default_rng([seed, 1])
+    own = len(options) == 1 or generator.random() < 0.5
+    return options[0] if own else options[int(generator.integers(1, len(options)))]
+
+
 def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
-    vla = load_vla(setting.policy, setting.checkpoint)
+    source = (setting.policy, setting.checkpoint, setting.policy_options, group.task.suite)
+    vla = load_vla(*source)
     teacher = None
     if setting.export is None:
-        policy = accelerate(vla, generator="none")
+        policy = accelerate(vla, generator="none", pruning=setting.pruning)
     else:
         policy = accelerate(
             vla,
@@ -99,15 +123,30 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
             setting.risk,
             generator=setting.generator,
             scheduler=setting.scheduler,
+            pruning=setting.pruning,
             max_generated_run=setting.max_generated_run,
             shadow=setting.shadow,
         )
-        teacher = load_vla(setting.policy, setting.checkpoint)
+        teacher = second_vla(vla, *source)
     writer = RolloutWriter(group.output, policy.space, policy=setting.policy)
     noise = ActionNoise(setting.noise) if setting.noise else None
-    with LiberoEnv(group.task, render=needs_images(vla)) as env:
+    student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
+    rendered = setting.images or student is not None
+    with LiberoEnv(group.task, render="fast" if rendered else needs_images(vla)) as env:
+        asked = scene_instructions(env.reset(group.jobs[0].init_state).privileged) if setting.instructions == "scene" else []
         for job in group.jobs:
-            result = rollout(env, policy, init_state=job.init_state, seed=job.seed, noise=noise, teacher=teacher)
+            instruction = choose_instruction(asked, job.seed) if asked else group.task.instruction
+            result = rollout(
+                env,
+                policy,
+                init_state=job.init_state,
+                seed=job.seed,
+                noise=noise,
+                teacher=teacher,
+                driver=student,
+                instruction=instruction,
+                images=setting.images,
+            )
             result.episode.metadata = {
                 "suite": group.task.suite,
                 "task": group.task.index,
@@ -116,8 +155,13 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
                 "repetition": job.repetition,
                 "seed": job.seed,
                 "accelerated": setting.export is not None and not setting.shadow,
+                "risk": setting.risk,
                 "noise": setting.noise,
             }
+            if setting.images:
+                result.episode.metadata["scene"] = scene_facts(env, instruction)
+            if student is not None:
+                result.episode.metadata["student"] = {"policy": setting.student, "helped": student.helped}
             writer.write(job.id, [result.episode])
             yield {"job": job.id, "success": result.episode.success, **episode_stats(result.steps)}
 
@@ -127,6 +171,7 @@ def collect(
     output: Path,
     policy: str = "expert",
     checkpoint: str | None = None,
+    policy_options: dict[str, Any] = {},  # noqa: B006
     export: str | None = None,
     shadow: bool = False,
     tasks: list[int | str] | None = None,
@@ -137,7 +182,13 @@ def collect(
     risk: float | None = None,
     generator: str | None = None,
     scheduler: str | None = None,
+    pruning: dict[str, Any] | str | None = None,
     max_generated_run: int | None = None,
+    max_steps: int | None = None,
+    images: bool = False,
+    instructions: Literal["task", "scene"] = "task",
+    student: str | None = None,
+    student_checkpoint: str | None = None,
     workers: int = 2,
     seed: int = 0,
 ) -> None:
@@ -148,8 +199,9 @@ def collect(
     Args:
         suite: LIBERO suite, for example libero_object.
         output: rollout store to make or extend.
-        policy: teacher: expert, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: passed to the policy.
+        policy: teacher: expert, openvla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the policy's folder or hub id.
+        policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; the accelerated policy acts, and the teacher labels every visited state.
         shadow: with export, the teacher acts and the accelerated policy only says what it would have done.
         tasks: task indices or names; all if omitted.
@@ -160,18 +212,31 @@ def collect(
         risk: allowed risk of the accelerated policy; the export's default if omitted.
         generator: generator of the accelerated policy; the export's default if omitted.
         scheduler: scheduler of the accelerated policy; the export's default if omitted.
+        pruning: visual tokens that the VLA keeps where it acts: release, readme, none, or fields of
+            spvla.pruning.TokenPruner; the export's default if omitted.
         max_generated_run: longest run of generated actions; the export's default if omitted.
+        max_steps: step limit of an episode; the suite's if omitted.
+        images: store what the camera saw at every step, as JPEG.
+        instructions: task asks for the task's own object; scene asks in half of the episodes for another object of the
+            scene, chosen by the episode's seed (the policy must be the expert, or understand such instructions).
+        student: another policy, which acts while the teacher labels every state it visits; the teacher takes over at
+            random moments and when the student stalls. Its weights are read again before each episode, so that a
+            training run may go on beside this command.
+        student_checkpoint: passed to the student.
         workers: processes, one thread each.
         seed: of resets and noise.
     """
     states = parse_range(init_states)
     count = episodes_per_task or len(states)
     setting = Setting(policy, checkpoint, export, shadow, risk, generator, scheduler, max_generated_run, noise, seed)
-    load_vla(policy, checkpoint)  # an unknown policy is told before any worker starts
+    setting = replace(setting, images=images, instructions=instructions, student=student, student_checkpoint=student_checkpoint)
+    setting = replace(setting, policy_options=dict(policy_options) or None, pruning=pruning, max_steps=max_steps)
+    load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
+    free_memory()
     shards = output / ".shards"
-    groups: list[Group] = []
+    by_task: list[list[Group]] = []
     total, left = 0, 0
-    for task in load_tasks(suite, tasks):
+    for task in load_tasks(suite, tasks, max_steps):
         available = len(task.init_states()) if not random_resets else None
         jobs = []
         for i in range(count):
@@ -189,7 +254,10 @@ def collect(
         left += len(waiting)
         # Enough parts to keep every worker busy, few enough that making environments stays cheap.
         parts = max(1, min(workers, len(waiting) // 10)) if waiting else 0
-        groups += [Group(task, tuple(part), setting, str(output)) for part in chunks(waiting, parts)]
+        if student is not None:
+            parts = ceil(len(waiting) / ROUND)
+        by_task.append([Group(task, tuple(part), setting, str(output)) for part in chunks(waiting, parts)])
+    groups = [group for parts in zip_longest(*by_task) for group in parts if group is not None]  # tasks in turn
     from tqdm import tqdm
 
     successes = 0

@@ -99,11 +99,9 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
     if text == " ".join(scene.instruction.lower().split()):
         if len(scene.goal) == 1 and len(scene.goal[0]) == 3:
             predicate, item, place = scene.goal[0]
-            region = scene.regions.get(place)
-            parent = place if region is None else region.parent
             # Not into drawers (they would have to be opened) and not onto the bare table (that is pushing).
             supports = scene.movable if predicate == "in" else scene.names
-            if predicate in ("in", "on") and item in scene.movable and parent in supports:
+            if predicate in ("in", "on") and item in scene.movable and scene.body_of(place) in supports:
                 return Goal(item, place, predicate == "in")
         raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not one pick and place")
     match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
@@ -115,9 +113,41 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
     return Goal(found.item, insides[0], True) if found.inside and insides else found
 
 
+def predicates(goal: Goal) -> tuple[tuple[str, ...], ...]:
+    """``goal`` in the form of :attr:`data.libero.Scene.goal`, for :meth:`data.libero.LiberoEnv.reset`."""
+    return (("in" if goal.inside else "on", goal.item, goal.place),)
+
+
+def scene_instructions(state: PrivilegedState) -> list[str]:
+    """What one may ask for in a scene: the task's own instruction, then the same for each other thing that fits the hand.
+
+    Raises:
+        InputError: the task is not of the form "pick up the X and place it in the Y".
+    """
+    own = parse_goal(state.scene.instruction, state.scene)
+    words = _words(own.item)
+    if words not in state.scene.instruction:
+        raise InputError(f"{state.scene.instruction!r} does not name {words!r}, so that no other object can be asked for")
+    place = state.scene.body_of(own.place)
+    out = [state.scene.instruction]
+    for name in state.scene.movable:
+        alike = [other for other in state.scene.movable if _words(other) == _words(name)]
+        if name in (own.item, place) or len(alike) > 1:
+            continue
+        goal = Goal(name, own.place, own.inside)
+        if _plan_grasp(state, goal, _plan_place(state, goal, _extent(state, name))).width <= WIDEST:
+            out.append(state.scene.instruction.replace(words, _words(name)))
+    return out
+
+
+def _words(name: str) -> str:
+    """What an object is called: ``alphabet_soup_1`` is "alphabet soup"."""
+    return re.sub(r"_\d+$", "", name).replace("_", " ")
+
+
 def _named(words: str, scene: Scene, instruction: str) -> str:
     """The one movable object called ``words`` (``alphabet_soup_1`` is "alphabet soup")."""
-    names = [name for name in scene.movable if re.sub(r"_\d+$", "", name).replace("_", " ") == words]
+    names = [name for name in scene.movable if _words(name) == words]
     if len(names) != 1:
         known = ", ".join(scene.movable)
         raise InputError(f"the expert cannot do {instruction!r}: {words!r} is not one of the scene's objects ({known})")
@@ -371,7 +401,7 @@ class _Place:
 
 def _plan_place(state: PrivilegedState, goal: Goal, item: Float64Array) -> _Place:
     region = state.scene.regions.get(goal.place)
-    body = goal.place if region is None else region.parent
+    body = state.scene.body_of(goal.place)
     position = state.position(goal.item)
     half = (item[1] - item[0])[:2] / 2
     if region is not None:

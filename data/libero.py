@@ -197,6 +197,17 @@ class Scene:
     boxes: tuple[Float64Array, ...]
     regions: dict[str, Region]
 
+    def body_of(self, place: str) -> str | None:
+        """The body that a goal's place belongs to: itself, or what its region moves with; None: fixed in the world."""
+        region = self.regions.get(place)
+        return place if region is None else region.parent
+
+    def centres(self) -> Float64Array:
+        """Centre (N, 3) of each body's collision bounds, in the body's own frame; its origin if it has none."""
+        none = np.zeros((1, 3))
+        points = [box.reshape(-1, 3) if box.size else none for box in self.boxes]
+        return np.array([(p.min(0) + p.max(0)) / 2 for p in points])
+
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the entries of :meth:`PrivilegedState.to_vector`, in order."""
@@ -318,17 +329,22 @@ class LiberoEnv:
         self._hand = self._env.sim.model.body_name2id(self._robot.robot_model.eef_name)
         self._bodies, self.scene = _read_scene(self._env, self._model, self._data, task.instruction)
         self._init_states: Float64Array | None = None
+        self._image_size = image_size
+        self._goal: Sequence[tuple[str, ...]] | None = None
         self._rest_heights = np.zeros(len(self.scene.names))
         self._renderer: _Renderer | None = None
         if render:
             self._renderer = _Renderer(self._model, self._data, image_size, wrist_camera, render == "fast")
 
-    def reset(self, init_state: int | None = None, seed: int = 0) -> LiberoObservation:
+    def reset(
+        self, init_state: int | None = None, seed: int = 0, goal: Sequence[tuple[str, ...]] | None = None
+    ) -> LiberoObservation:
         """Start an episode: seed, reset, set the initial state, ten no-op steps.
 
         Args:
             init_state: index of an official initial state; None keeps the object placements sampled with ``seed``.
             seed: for the placement of what an initial state does not hold (fixtures), and of everything if None.
+            goal: predicates, as in :attr:`Scene.goal`, that make this episode a success; None: the task's own.
 
         Raises:
             InputError: if the index is out of range, or the states do not belong to this scene.
@@ -341,7 +357,8 @@ class LiberoEnv:
         for _ in range(NO_OP_STEPS):
             self._env.step(NO_OP)
         self.steps = 0
-        self.success = bool(self._env._check_success())
+        self._goal = goal
+        self.success = self._achieved()
         self._rest_heights = self._data.xpos[self._bodies, 2].copy()
         if self._renderer is not None:
             self._renderer.forget_background()
@@ -352,10 +369,14 @@ class LiberoEnv:
         action = np.asarray(action, np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise InputError(f"LIBERO takes 7 finite action values, got {action.tolist()}")
-        *_, done, _ = self._env.step(action)
+        self._env.step(action)
         self.steps += 1
-        self.success = bool(done)
+        self.success = self._achieved()
         return self.success
+
+    def _achieved(self) -> bool:
+        goal = self.scene.goal if self._goal is None else self._goal
+        return all(bool(self._env._eval_predicate(list(predicate))) for predicate in goal)
 
     def observe(self) -> LiberoObservation:
         """The current observation; images are rendered here, if this environment renders at all."""
@@ -379,6 +400,19 @@ class LiberoEnv:
             positions=self._data.xpos[self._bodies].copy(),
             quaternions=_xyzw(self._data.xquat[self._bodies]),
         )
+
+    def camera_matrix(self) -> Float64Array:
+        """The main camera's projection (3, 4), from world points to an observation's pixels: see :func:`project`."""
+        import mujoco
+
+        camera = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
+        position, axes = self._data.cam_xpos[camera], self._data.cam_xmat[camera].reshape(3, 3)  # columns: right, up, back
+        focal = self._image_size / 2 / np.tan(np.deg2rad(self._model.cam_fovy[camera]) / 2)
+        middle = (self._image_size - 1) / 2
+        # Rows count from the bottom (OpenGL): up in the world is down in the array, and depth lies along -back.
+        intrinsic = np.array([[focal, 0.0, -middle], [0.0, focal, -middle], [0.0, 0.0, -1.0]])
+        extrinsic = np.concatenate([axes.T, -(axes.T @ position)[:, None]], axis=1)
+        return np.asarray(intrinsic @ extrinsic)
 
     def lifted(self, name: str) -> float:
         """Height in metres of the body ``name`` above where it rested when the episode began."""
@@ -496,6 +530,13 @@ def _geom_corners(model: Any, geom: int) -> Float64Array:
 def _xyzw(wxyz: Float64Array) -> Float64Array:
     """MuJoCo's quaternions (..., 4) with the scalar last."""
     return np.roll(wxyz, -1, axis=-1)
+
+
+def project(matrix: ArrayLike, points: ArrayLike) -> Float64Array:
+    """World points (..., 3) to pixels (..., 2), column and row, pixel centres at integers, by a camera matrix (3, 4)."""
+    matrix, points = np.asarray(matrix, np.float64), np.asarray(points, np.float64)
+    homogeneous = points @ matrix[:, :3].T + matrix[:, 3]
+    return np.asarray(homogeneous[..., :2] / homogeneous[..., 2:])
 
 
 def axis_angle(xyzw: Float64Array) -> Float64Array:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.libero import LiberoEnv, LiberoObservation
+from data.expert import parse_goal, predicates
+from data.libero import CAMERA, LiberoEnv, LiberoObservation
 from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode
+from spvla.errors import InputError
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
 from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.conventions import encode_jpeg
 
 
 @dataclass
@@ -63,6 +68,16 @@ class Rollout:
     steps: list[StepInfo]
 
 
+class Driver(Protocol):
+    """Acts in the policy's place, whose action becomes a label: a student whose states a teacher labels."""
+
+    def start(self, instruction: str, seed: int) -> None:
+        """Begin an episode."""
+
+    def drive(self, observe: Callable[[], LiberoObservation], label: FloatArray, step: int) -> FloatArray:
+        """The action (D,) to execute at ``step``, where the policy would do ``label`` (D,); environment units."""
+
+
 def rollout(
     env: LiberoEnv,
     policy: SPVLAPolicy,
@@ -71,6 +86,10 @@ def rollout(
     seed: int,
     noise: ActionNoise | None = None,
     teacher: VLA | None = None,
+    driver: Driver | None = None,
+    instruction: str | None = None,
+    images: bool = False,
+    max_steps: int | None = None,
 ) -> Rollout:
     """Run ``policy`` from an initial state until success or the step limit.
 
@@ -81,40 +100,58 @@ def rollout(
         seed: seed of the reset and of the noise.
         noise: added to the executed action; labels stay clean.
         teacher: labels every step that the policy's own VLA did not act on (never counted as the policy's time).
+        driver: acts in the policy's place; the policy's own actions are labels then.
+        instruction: what to ask for, and to judge by; None: the task's own. Another one must be the expert's to understand.
+        images: keep what the camera saw at every step, as JPEG; the environment must render.
+        max_steps: step limit; None: the suite's.
     """
-    env.reset(init_state, seed=seed)
-    policy.reset(env.task.instruction)
+    own = instruction is None or instruction == env.task.instruction
+    instruction = env.task.instruction if instruction is None else instruction
+    goal = None if own else predicates(parse_goal(instruction, env.scene))
+    env.reset(init_state, seed=seed, goal=goal)
+    policy.reset(instruction)
     if teacher is not None:
-        teacher.reset(env.task.instruction)
+        teacher.reset(instruction)
     if noise is not None:
         noise.start(policy.space, seed)
+    if driver is not None:
+        driver.start(instruction, seed)
+    frames: list[bytes] = []
     actions: list[FloatArray] = []
     states: list[FloatArray | None] = []
     labels: list[VLAOutput | None] = []
     privileged: list[FloatArray] = []
     done = False
-    while not done and env.steps < env.task.max_steps:
+    while not done and env.steps < (max_steps or env.task.max_steps):
         state = env.state()
         seen: list[LiberoObservation] = []
 
         def observe(seen: list[LiberoObservation] = seen) -> LiberoObservation:
-            seen.append(env.observe())
-            return seen[-1]
+            if not seen:
+                seen.append(env.observe())
+            return seen[0]
 
         action = policy.select_action(observe, state=state)
         output = policy.last_output
         if output is None and teacher is not None:
-            output = teacher.predict(seen[-1] if seen else env.observe())
+            output = teacher.predict(observe())
+        if driver is not None:
+            action = driver.drive(observe, action, env.steps)
+            policy.executed(action)
         if noise is not None:
             action = noise(action)
             policy.executed(action)
         actions.append(action)
         states.append(state)
         labels.append(output)
+        if images:
+            frames.append(encode_jpeg(observe().require_image()))
         privileged.append(env.privileged().to_vector())
         done = env.step(action)
     episode = record_to_episode(actions, states, labels, policy.steps, policy.space)
-    episode.instruction = env.task.instruction
+    episode.instruction = instruction
+    if images:
+        episode.images = {CAMERA: frames}
     episode.environment_states = np.asarray(privileged, np.float32)
     episode.success = bool(done)
     return Rollout(episode, list(policy.steps))
@@ -129,3 +166,25 @@ def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArra
     off: NDArray[np.bool_] = space.deviation(space.normalize(episode.actions), space.normalize(reference), tolerance)
     out: NDArray[np.bool_] = off & labelled & (episode.sources == Source.GENERATOR)
     return out
+
+
+def scene_facts(env: LiberoEnv, instruction: str) -> dict[str, Any]:
+    """What makes recorded images and environment states readable, JSON-ready.
+
+    Returns ``bodies`` (their order in the environment state), ``centres`` (see :meth:`data.libero.Scene.centres`), ``camera``
+    (its projection, see :func:`data.libero.project`), and the bodies asked for, ``item`` and ``place``, None where the
+    expert does not understand the instruction.
+    """
+    scene = env.scene
+    try:
+        goal = parse_goal(instruction, scene)
+        item, place = goal.item, scene.body_of(goal.place)
+    except InputError:
+        item, place = None, None
+    return {
+        "bodies": list(scene.names),
+        "centres": scene.centres().round(4).tolist(),
+        "camera": env.camera_matrix().round(5).tolist(),
+        "item": item,
+        "place": place,
+    }

@@ -11,6 +11,7 @@ started again or not, the same jobs give the same store.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -23,11 +24,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 
 CODEBASE_VERSION = "v3.0"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_FILE_BYTES = 100 * 2**20
 SHARD_KEY = b"spvla"
 VECTOR_COLUMNS = {  # Episode field -> feature name of the store
@@ -139,7 +142,7 @@ class RolloutWriter:
         self.shards = self.folder / ".shards"
         self.shards.mkdir(parents=True, exist_ok=True)
         for shard in sorted(self.shards.glob("*.parquet"))[:1]:
-            theirs = ActionSpace.from_dict(_shard_info(shard)["action_space"], str(shard))
+            theirs = ActionSpace.from_dict(shard_info(shard)["action_space"], str(shard))
             space.require_compatible(theirs, f"{self.folder} (existing store)")
 
     def shard_path(self, job: str) -> Path:
@@ -184,7 +187,8 @@ class RolloutWriter:
         return finalize(self.folder)
 
 
-def _shard_info(path: Path) -> dict[str, Any]:
+def shard_info(path: Path) -> dict[str, Any]:
+    """What a shard says of itself: ``action_space``, ``policy`` and one dict per episode (see :class:`RolloutWriter`)."""
     try:
         info: dict[str, Any] = json.loads(pq.read_schema(path).metadata[SHARD_KEY])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
@@ -220,12 +224,40 @@ class _Stats:
         return {k: np.asarray(v, np.float64).tolist() for k, v in named.items()} | {"count": [self.count]}
 
 
-def _feature(name: str, column: pa.DataType, fps: float) -> dict[str, Any]:
+def _feature(column: pa.DataType, fps: float, image_shape: list[int]) -> dict[str, Any]:
+    """A column as LeRobot's meta/info.json describes it."""
     if pa.types.is_fixed_size_list(column):
         return {"dtype": "float32", "shape": [column.list_size], "names": None, "fps": fps}
     if pa.types.is_struct(column):
-        return {"dtype": "image", "shape": [None, None, 3], "names": ["height", "width", "channel"], "fps": fps}
-    return {"dtype": str(column).replace("float", "float32"), "shape": [1], "names": None, "fps": fps}
+        return {"dtype": "image", "shape": image_shape, "names": ["height", "width", "channel"], "fps": fps}
+    return {"dtype": _dtype(column), "shape": [1], "names": None, "fps": fps}
+
+
+def _dtype(column: pa.DataType) -> str:
+    return str(column).replace("float", "float32")
+
+
+def _image_shape(images: pa.ChunkedArray, what: str) -> list[int]:
+    """Height, width and channels of the first image of a column; an :class:`InputError` names ``what`` if it is none."""
+    try:
+        with Image.open(io.BytesIO(images[0]["bytes"].as_py())) as image:
+            return [image.height, image.width, len(image.getbands())]
+    except UnidentifiedImageError:
+        raise InputError(f"{what}: not an encoded image (JPEG or PNG)") from None
+
+
+def _described(schema: pa.Schema) -> pa.Schema:
+    """``schema`` with the note by which Hugging Face ``datasets`` decodes image columns."""
+
+    def kind(column: pa.DataType) -> dict[str, Any]:
+        if pa.types.is_struct(column):
+            return {"_type": "Image"}
+        if pa.types.is_fixed_size_list(column):
+            return {"feature": kind(column.value_type), "length": column.list_size, "_type": "List"}
+        return {"dtype": _dtype(column), "_type": "Value"}
+
+    note = {"info": {"features": {f.name: kind(f.type) for f in schema}}}
+    return schema.with_metadata({b"huggingface": json.dumps(note).encode()})
 
 
 def finalize(folder: str | Path) -> Path:
@@ -238,7 +270,7 @@ def finalize(folder: str | Path) -> Path:
     shards = sorted((folder / ".shards").glob("*.parquet"))
     if not shards:
         raise InputError(f"{folder}: no finished shards under .shards, nothing to finalise")
-    infos = [_shard_info(path) for path in shards]
+    infos = [shard_info(path) for path in shards]
     space = ActionSpace.from_dict(infos[0]["action_space"], str(shards[0]))
     schema = pq.read_schema(shards[0]).remove_metadata()
     building = folder / ".building"
@@ -252,14 +284,18 @@ def finalize(folder: str | Path) -> Path:
     full = schema
     for name in ("episode_index", "index", "task_index"):
         full = full.append(pa.field(name, pa.int64()))
-    data_path = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    image_shapes: dict[str, list[int]] = {}
+    if cameras := [f.name for f in schema if pa.types.is_struct(f.type)]:
+        full = _described(full)
+        first = pq.read_table(shards[0], columns=cameras)
+        image_shapes = {name: _image_shape(first[name], f"{shards[0]}: {name}") for name in cameras}
     for path, info in zip(shards, infos, strict=True):
         table = pq.read_table(path).replace_schema_metadata(None)
         if table.schema != schema:
             odd = {f.name for f in table.schema} ^ {f.name for f in schema} or {"their shapes"}
             raise InputError(f"{path}: features differ from those of {shards[0].name}: {', '.join(sorted(odd))}")
         for name, s in stats.items():
-            s.add(_matrix(table[name]))
+            s.add(vectors(table[name]))
         episode_index, task_index = [], []
         position = frames
         for e in info["episodes"]:
@@ -282,10 +318,10 @@ def finalize(folder: str | Path) -> Path:
             task_index += [task] * e["length"]
         table = table.append_column("episode_index", pa.array(episode_index, pa.int64()))
         table = table.append_column("index", pa.array(np.arange(frames, position)))
-        table = table.append_column("task_index", pa.array(task_index, pa.int64()))
+        table = table.append_column("task_index", pa.array(task_index, pa.int64())).replace_schema_metadata(full.metadata)
         frames = position
         if writer is None:
-            target = building / data_path.format(chunk_index=0, file_index=file_index)
+            target = building / DATA_PATH.format(chunk_index=0, file_index=file_index)
             writer = pq.ParquetWriter(target, full, compression="zstd")
         writer.write_table(table)
         if target.stat().st_size > DATA_FILE_BYTES:
@@ -309,9 +345,9 @@ def finalize(folder: str | Path) -> Path:
         "chunks_size": 1000,
         "fps": int(fps) if float(fps).is_integer() else fps,
         "splits": {"train": f"0:{len(rows)}"},
-        "data_path": data_path,
+        "data_path": DATA_PATH,
         "video_path": None,
-        "features": {f.name: _feature(f.name, f.type, fps) for f in full},
+        "features": {f.name: _feature(f.type, fps, image_shapes.get(f.name, [])) for f in full},
         "data_files_size_in_mb": DATA_FILE_BYTES // 2**20,
     }
     _write_json(meta / "info.json", info_json)
@@ -353,7 +389,7 @@ def _readme(space: ActionSpace, rows: list[dict[str, Any]], frames: int) -> str:
     )
 
 
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+def vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
     """A fixed-size-list column as float32 (T, D)."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
@@ -365,20 +401,21 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
 def read_episodes(folder: str | Path) -> Iterator[Episode]:
     """The episodes of a finalised store, in order, images left encoded. See ``data.store`` for training arrays."""
     folder = Path(folder)
-    table_of_episodes = read_episode_table(folder)
-    files = sorted((folder / "data").glob("*/*.parquet"))
-    pending = pa.concat_tables([pq.read_table(f) for f in files])  # memory-mapped columns, sliced below
-    for row in table_of_episodes:
-        part = pending.slice(row["dataset_from_index"], row["length"])
+    loaded, part_of = -1, pa.table({})
+    for row in read_episode_table(folder):
+        if row["data/file_index"] != loaded:  # one file in memory at a time
+            loaded, first = row["data/file_index"], row["dataset_from_index"]
+            part_of = pq.read_table(folder / DATA_PATH.format(chunk_index=0, file_index=loaded))
+        part = part_of.slice(row["dataset_from_index"] - first, row["length"])
         names = part.column_names
-        vectors = {field: _matrix(part[store]) for field, store in VECTOR_COLUMNS.items() if store in names}
+        values = {field: vectors(part[store]) for field, store in VECTOR_COLUMNS.items() if store in names}
         images = {
             n.removeprefix("observation.images."): part[n].combine_chunks().field("bytes").to_pylist()
             for n in names
             if n.startswith("observation.images.")
         }
         yield Episode(
-            **vectors,
+            **values,
             instruction=row["tasks"][0],
             timestamps=part["timestamp"].to_numpy().astype(np.float64),
             sources=part["action.source"].to_numpy().astype(np.uint8),

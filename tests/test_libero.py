@@ -8,14 +8,18 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from data.expert import Expert, parse_goal
-from data.libero import LiberoEnv, LiberoObservation, PrivilegedState, Task, load_tasks
+from data.collect import choose_instruction
+from data.expert import Expert, parse_goal, predicates, scene_instructions
+from data.libero import LiberoEnv, LiberoObservation, PrivilegedState, Task, load_tasks, project
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.base import VLA
 
 if importlib.util.find_spec("libero") is None:
     pytest.skip("LIBERO is not installed: pip install -e .[libero]", allow_module_level=True)
+
+
+Predicates = tuple[tuple[str, ...], ...]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +43,11 @@ def positions(env: LiberoEnv, init_state: int | None, actions: np.ndarray, seed:
     return np.array(vectors)
 
 
-def rollout(env: LiberoEnv, instruction: str, init_state: int) -> list[np.ndarray]:
+def rollout(env: LiberoEnv, instruction: str, init_state: int, goal: Predicates | None = None) -> list[np.ndarray]:
     """The expert's actions until success or the step limit."""
     expert = Expert()
     expert.reset(instruction)
-    observation, actions = env.reset(init_state), []
+    observation, actions = env.reset(init_state, goal=goal), []
     while not env.success and env.steps < env.task.max_steps:
         actions.append(expert.predict(observation).actions[0])
         env.step(actions[-1])
@@ -122,6 +126,55 @@ def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
     centre, half = env.privileged().region("basket_1_contain_region")
     assert len(actions) == env.task.max_steps and not env.success, "the task itself asks for the soup"
     assert (np.abs(milk - centre) < half).all() and not (np.abs(soup - centre) < half).all()
+
+
+def test_success_is_judged_for_what_was_asked(env: LiberoEnv) -> None:
+    asked = "pick up the butter and place it in the basket"
+    goal = predicates(parse_goal(asked, env.scene))
+    assert goal == (("in", "butter_1", "basket_1_contain_region"),)
+    actions = rollout(env, asked, 32, goal)
+    assert env.success and len(actions) < 120
+    env.reset(32)
+    for action in actions:
+        env.step(action)
+    assert not env.success, "the next episode's goal is the task's own again"
+
+
+def test_a_scene_knows_what_can_be_asked_for(env: LiberoEnv) -> None:
+    options = scene_instructions(env.reset(30).privileged)
+    assert options[0] == env.task.instruction and len(options) == len(set(options)) == 6
+    assert {parse_goal(text, env.scene).item for text in options} == set(env.scene.movable) - {"basket_1"}
+    chosen = [choose_instruction(options, seed) for seed in range(200)]
+    assert chosen == [choose_instruction(options, seed) for seed in range(200)] and set(chosen) == set(options)
+    assert 70 < chosen.count(options[0]) < 130, "half of the episodes ask for the task's own object"
+
+
+def test_camera_matrix_is_mujocos_camera(env: LiberoEnv) -> None:
+    """By the angles under which the camera sees a point; rows count from the bottom, as in the images."""
+    state, data = env.reset(30).privileged, env._env.sim.data
+    right, up, back = data.get_camera_xmat("agentview").T
+    half = np.tan(np.deg2rad(env._env.sim.model.cam_fovy[env._env.sim.model.camera_name2id("agentview")]) / 2)
+    for point in (*state.positions, state.eef_position):
+        column, row = project(env.camera_matrix(), point)
+        ray = point - data.get_camera_xpos("agentview")
+        assert (column + 0.5) / 128 - 1 == pytest.approx(ray @ right / -(ray @ back) / half)
+        assert (row + 0.5) / 128 - 1 == pytest.approx(ray @ up / -(ray @ back) / half)
+
+
+@pytest.mark.slow
+def test_projected_objects_are_where_the_image_shows_them(task: Task) -> None:
+    """Moving one object away changes the image around its projected centre."""
+    with LiberoEnv(task, render="full") as env:
+        before = env.reset(0)
+        index = env.scene.names.index("milk_1")
+        centre = before.privileged.rotation("milk_1") @ env.scene.centres()[index] + before.privileged.position("milk_1")
+        joint = int(env._model.body_jntadr[env._bodies[index]])
+        env._data.qpos[env._model.jnt_qposadr[joint]] += 10.0
+        env._env.sim.forward()
+        changed = np.abs(env.observe().require_image().astype(int) - before.require_image()).max(-1) > 30
+        rows, columns = np.nonzero(changed)
+        middle = [(columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2]
+        np.testing.assert_allclose(project(env.camera_matrix(), centre), middle, atol=4)
 
 
 def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:

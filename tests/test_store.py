@@ -14,6 +14,7 @@ from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
 from spvla.history import ActionHistory, Source
 from spvla.vlas.base import VLAOutput
+from spvla.vlas.conventions import encode_jpeg, jpeg_round_trip
 from tests.conftest import smooth_episode, write_store
 
 
@@ -97,11 +98,31 @@ def test_hugging_face_datasets_reads_it(store_folder):
 
 
 def test_images_travel_encoded(tmp_path):
-    episode = smooth_episode(0, steps=3)
-    episode.images = {"main": [b"one", b"two", b"three"]}
+    """LeRobot's image feature: bytes in the Parquet file, which `datasets` decodes; training arrays leave them alone."""
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    pictures = [np.random.default_rng(i).integers(0, 256, (8, 6, 3), np.uint8) for i in range(6)]
     writer = RolloutWriter(tmp_path / "s", LIBERO)
+    for i in range(2):
+        episode = smooth_episode(i, steps=3)
+        episode.images = {"main": [encode_jpeg(p) for p in pictures[3 * i : 3 * i + 3]]}
+        writer.write(f"job-{i}", [episode])
+    folder = writer.finalize()
+    assert [e.images["main"] for e in read_episodes(folder)] == [
+        [encode_jpeg(p) for p in pictures[:3]],
+        [encode_jpeg(p) for p in pictures[3:]],
+    ]
+    feature = json.loads((folder / "meta" / "info.json").read_text())["features"]["observation.images.main"]
+    assert feature["dtype"] == "image" and feature["shape"] == [8, 6, 3]
+    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "hf"))
+    for row, picture in zip(loaded, pictures, strict=True):
+        np.testing.assert_array_equal(np.asarray(row["observation.images.main"]), jpeg_round_trip(picture))
+    assert len(loaded[0]["action"]) == 7 and "observation.images.main" not in RolloutStore(folder).arrays
+    episode = smooth_episode(0, steps=1)
+    episode.images = {"main": [b"no image"]}
+    writer = RolloutWriter(tmp_path / "bad", LIBERO)
     writer.write("a", [episode])
-    assert next(read_episodes(writer.finalize())).images["main"] == [b"one", b"two", b"three"]
+    with pytest.raises(InputError, match=r"a\.parquet: observation\.images\.main: not an encoded image"):
+        writer.finalize()
 
 
 def test_bad_episodes_and_stores_are_named(tmp_path, store_folder):

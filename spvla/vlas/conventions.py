@@ -68,6 +68,14 @@ class Conventions:
         out[..., list(gripper)] = -np.sign(2 * out[..., list(gripper)] - 1)
         return out
 
+    def from_environment(self, actions: FloatArray, gripper: tuple[int, ...]) -> FloatArray:
+        """Actions (..., D) in environment units to the data's units: what :meth:`to_environment` takes, but for the sign."""
+        if not self.signed_gripper:
+            return actions
+        out = actions.copy()
+        out[..., list(gripper)] = (1 - out[..., list(gripper)]) / 2
+        return out
+
 
 IDENTITY = Conventions()
 CONVENTIONS = {

@@ -231,6 +231,12 @@ class ActionStatistics:
         scaled = 0.5 * (x + 1) * (self.q99 - self.q01) + self.q01
         return np.where(self.mask, scaled, x).astype(np.float32)
 
+    def normalize(self, actions: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Actions (..., D) in the data's units to normalised ones, not clipped."""
+        x = np.asarray(actions, np.float64)
+        width = np.where(self.q99 > self.q01, self.q99 - self.q01, 1.0)
+        return np.where(self.mask, 2 * (x - self.q01) / width - 1, x)
+
     def action_space(self, conventions: Conventions, control_rate: float) -> ActionSpace:
         """The environment's action space. 7 dimensions: OpenVLA's layout; else unmasked ones are plain continuous."""
         d = self.q01.size
@@ -431,23 +437,35 @@ class OpenVLA(nn.Module):
         Returns:
             (B, T, V): entry t scores ``input_ids[:, t + 1]``. Visual tokens stand between entries 0 and 1's inputs.
         """
+        hidden = self.hidden_states(pixels, input_ids, keep, positions)[1][-1]  # (B, K + T, H)
+        logits: Tensor = self.language_model.lm_head(hidden[:, -input_ids.shape[1] :])  # (B, T, V)
+        return logits
+
+    def hidden_states(
+        self, pixels: Tensor, input_ids: Tensor, keep: Tensor | None = None, positions: str = "packed"
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`forward` reads the scores from; arguments as there.
+
+        Returns:
+            patch features (B, N, C) of all patches, and per decoder layer, the embeddings first, hidden states
+            (B, K + T, H): of ``<s>``, the K kept visual tokens, and the T - 1 other text tokens.
+        """
         if positions not in POSITIONS:
             raise InputError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
         features, _ = self.vision_backbone(pixels)  # (B, N, C)
         b, n, c = features.shape
         if keep is None:
             keep = torch.arange(n, device=features.device).expand(b, n)
-        features = features.gather(1, keep[..., None].expand(-1, -1, c))  # (B, K, C)
-        visual = self.projector(features)  # (B, K, H)
+        kept = features.gather(1, keep[..., None].expand(-1, -1, c))  # (B, K, C)
+        visual = self.projector(kept)  # (B, K, H)
         text = self.language_model.get_input_embeddings()(input_ids)  # (B, T, H)
         embeds = torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)  # (B, K + T, H)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)  # none given: read as packed batch
         ids = self._position_ids(keep, n, input_ids.shape[1], positions)  # (B, K + T)
-        hidden = self.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False
-        ).last_hidden_state  # (B, K + T, H)
-        logits: Tensor = self.language_model.lm_head(hidden[:, keep.shape[1] :])  # (B, T, V)
-        return logits
+        states: tuple[Tensor, ...] = self.language_model.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False, output_hidden_states=True
+        ).hidden_states
+        return features, states
 
     @staticmethod
     def _position_ids(keep: Tensor, total: int, text: int, positions: str) -> Tensor:
@@ -482,6 +500,12 @@ class OpenVLA(nn.Module):
                 f"beside {self.config.grid**2} visual and {self.action_space.dim} action tokens"
             )
         return ids
+
+    def action_tokens(self, actions: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Tokens (..., D) that stand for actions (..., D) in environment units: what training wants to be predicted."""
+        space, statistics = self.action_space, self.statistics
+        assert statistics is not None
+        return self.action_tokenizer.encode(statistics.normalize(self.conventions.from_environment(actions, space.gripper)))
 
     def reset(self, instruction: str) -> None:
         """Start an episode with ``instruction``. Raises :class:`InputError` as :meth:`tokenize` does."""

@@ -16,7 +16,11 @@ from typing import Any
 from spvla.errors import InputError
 from spvla.vlas.base import VLA, PrunableVLA
 
-BUILT_IN = {"expert": "data.expert:load", "openvla": "spvla.vlas.openvla:load"}
+BUILT_IN = {
+    "expert": "data.expert:load",
+    "openvla": "spvla.vlas.openvla:load",
+    "nano_vla": "spvla.vlas.nano:load",
+}
 GROUP = "spvla.vlas"
 
 

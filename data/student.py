@@ -1,0 +1,89 @@
+"""DAgger (arXiv 1011.0686): a student acts, the teacher labels every state it visits, and helps where it gets stuck.
+
+Helping keeps episodes from ending where the student first fails, so that labels cover the whole task from the start. The
+student's weights are read anew for each episode: a trainer that writes them and a collector that runs this work side by
+side, with nothing between them but a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.libero import LiberoObservation
+from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
+from spvla.vlas.base import VLA
+from spvla.vlas.registry import load_vla
+
+STALL_STEPS, STALL_DISTANCE = 15, 0.012  # a hand that moves less than this many metres in so many steps is stuck
+HELP_STEPS = (8, 30)  # how long the teacher then acts
+HEAD_STEPS = 70  # most steps that the teacher acts at an episode's beginning ...
+HEAD_SHARE = 0.4  # ... in this share of the episodes
+PATIENCE = 150  # steps after which the teacher finishes the task
+
+
+class Student:
+    """A :class:`data.rollout.Driver`: the student acts, and now and then the teacher in its place.
+
+    Args:
+        policy, checkpoint: see :func:`spvla.vlas.registry.load_vla`.
+        space: the teacher's action space; the student's must agree.
+    """
+
+    def __init__(self, policy: str, checkpoint: str | None, space: ActionSpace) -> None:
+        self.policy, self.checkpoint, self.space = policy, checkpoint, space
+        self._student: VLA | None = None
+        self._stamp: tuple[int, int] | None = None
+        self.helped = 0
+
+    def start(self, instruction: str, seed: int) -> None:
+        """Begin an episode with the newest weights."""
+        self._student = self._newest()
+        self._student.reset(instruction)
+        self._generator = np.random.default_rng([seed, 2])
+        self.helped = 0
+        self._path: list[FloatArray] = []
+        head = self._generator.random() < HEAD_SHARE
+        self._help_until = int(self._generator.integers(1, HEAD_STEPS)) if head else 0
+
+    def drive(self, observe: Callable[[], LiberoObservation], label: FloatArray, step: int) -> FloatArray:
+        """The student's action (D,), or the teacher's ``label`` while it helps."""
+        assert self._student is not None
+        observation = observe()
+        self._path.append(observation.privileged.eef_position.astype(np.float32))
+        recent = np.array(self._path[-STALL_STEPS:])
+        if step >= self._help_until and len(self._path) >= STALL_STEPS and np.ptp(recent, axis=0).max() < STALL_DISTANCE:
+            self._help_until = step + int(self._generator.integers(*HELP_STEPS))
+            self._path.clear()
+        if step < self._help_until or step >= PATIENCE:
+            self.helped += 1
+            return label
+        return self.space.clip(self._student.predict(observation).actions[0])
+
+    def _newest(self) -> VLA:
+        """The student, read again if its weights on disk are not those in memory."""
+        weights = None if self.checkpoint is None else Path(self.checkpoint) / "model.safetensors"
+        while True:
+            stamp = _stamp(weights)
+            if self._student is not None and stamp == self._stamp:
+                return self._student
+            student = load_vla(self.policy, self.checkpoint)
+            if stamp == _stamp(weights):  # else they were replaced while they were read
+                break
+        self.space.require_compatible(student.action_space, f"student {self.policy!r}")
+        self._stamp = stamp
+        return student
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    """Modification time and inode of a file, None if there is none to watch."""
+    if path is None:
+        return None
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; a student's checkpoint is a folder with model.safetensors") from None
+    return status.st_mtime_ns, status.st_ino

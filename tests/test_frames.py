@@ -1,0 +1,142 @@
+"""Frames for training a VLA: read beside a writer, split by initial states, points where the image shows them."""
+
+import numpy as np
+import pytest
+
+from data.frames import GIVEN_UP, POINTS, Frames, image_points
+from data.libero import project
+from spvla.actions import LIBERO
+from spvla.episodes import Episode, RolloutWriter
+from spvla.errors import InputError
+from spvla.vlas.conventions import Conventions, conventions_by_name, decode_image, encode_jpeg
+from train.frames import Augmentation, FrameData, FrameStream, view
+
+SIZE = 64
+SCENE = {
+    "bodies": ["milk_1", "basket_1"],
+    "centres": [[0.0, 0.0, 0.05], [0.1, 0.0, 0.0]],
+    "camera": [[60.0, 0.0, -31.5, 60.0], [0.0, 60.0, -31.5, 10.0], [0.0, 0.0, -1.0, 2.0]],
+    "item": "milk_1",
+    "place": "basket_1",
+}
+
+
+def pictured_episode(seed: int, steps: int = 4, **metadata) -> Episode:
+    """A frame's label is its number; its image has one brightness."""
+    g = np.random.default_rng(seed)
+    poses = np.tile([0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0], (steps, 2)).astype(np.float32)
+    hand = np.concatenate([g.uniform(-0.3, 0.3, (steps, 3)), np.zeros((steps, 5))], 1).astype(np.float32)
+    labels = np.zeros((steps, 7), np.float32)
+    labels[:, 0] = np.arange(steps) / 1000
+    return Episode(
+        np.zeros((steps, 7), np.float32),
+        "pick up the milk and place it in the basket",
+        np.arange(steps) / 20,
+        vla_actions=labels,
+        environment_states=np.concatenate([hand, poses], 1),
+        images={"agentview": [encode_jpeg(np.full((SIZE, SIZE, 3), 10 * i % 256, np.uint8)) for i in range(steps)]},
+        success=metadata.pop("success", True),
+        metadata={"init_state": seed, "scene": SCENE, **metadata},
+    )
+
+
+def write(folder, **episodes: Episode) -> None:
+    writer = RolloutWriter(folder, LIBERO, policy="synthetic")
+    for job, episode in episodes.items():
+        writer.write(job, [episode])
+
+
+def test_frames_grow_with_the_store_and_stay_where_they_belong(tmp_path):
+    write(tmp_path, a=pictured_episode(0), b=pictured_episode(25), c=pictured_episode(3, steps=3))
+    frames, held_out = Frames([tmp_path]), Frames([tmp_path], validation=True)
+    assert len(frames) == 0 and frames.scan() == 7 and frames.episodes == 2 and held_out.scan() == 4
+    assert [float(frames[i].label[0]) for i in range(7)] == pytest.approx([0, 0.001, 0.002, 0.003, 0, 0.001, 0.002])
+    assert [int(frames[i].image.mean()) for i in range(7)] == [0, 10, 20, 30, 0, 10, 20]
+    assert frames[5].instruction == "pick up the milk and place it in the basket"
+    write(tmp_path, d=pictured_episode(7), e=pictured_episode(21, student={"policy": "nano_vla"}))
+    assert frames.scan() == 4 and frames.scan() == 0 and len(frames) == 11
+    assert held_out.scan() == 0, "validation is demonstrations only"
+    again = pictured_episode(3, steps=2)
+    again.vla_actions[:, 0] = 0.5
+    write(tmp_path, c=again)
+    assert frames.scan() == -1 and [float(frames[i].label[0]) for i in (3, 4, 5)] == pytest.approx([0.003, 0.5, 0.5])
+
+
+def test_failures_count_only_where_a_student_made_them(tmp_path):
+    long = pictured_episode(2, steps=GIVEN_UP + 5, success=False, student={"policy": "nano_vla"})
+    write(tmp_path, failed=pictured_episode(1, success=False), student=long)
+    frames = Frames([tmp_path])
+    assert frames.scan() == GIVEN_UP and frames.episodes == 1
+
+
+def test_unusable_shards_are_named(tmp_path):
+    write(tmp_path / "a", late=pictured_episode(30))
+    with pytest.raises(InputError, match=r"late.*initial state 30; 30-49 are for evaluation only"):
+        Frames([tmp_path / "a"]).scan()
+    for field, message in (("images", "holds no images"), ("vla_actions", "has no vla_action")):
+        episode = pictured_episode(0)
+        setattr(episode, field, {} if field == "images" else None)
+        write(tmp_path / field, blind=episode)
+        with pytest.raises(InputError, match=f"blind.*{message}"):
+            Frames([tmp_path / field]).scan()
+    with pytest.raises(InputError, match="no frames of initial states 0-19"):
+        FrameData([tmp_path / "none"]).setup("fit")
+
+
+def test_points_are_projections_of_what_the_state_holds():
+    episode = pictured_episode(0)
+    points = image_points(episode.environment_states, SCENE)
+    assert points.shape == (4, len(POINTS), 2)
+    np.testing.assert_allclose(points[:, 0], project(SCENE["camera"], episode.environment_states[:, :3]), atol=1e-4)
+    np.testing.assert_allclose(points[0, 1], project(SCENE["camera"], [0.3, 0.1, 0.0]), atol=1e-4)
+    np.testing.assert_allclose(points[0, 2], project(SCENE["camera"], [0.2, 0.1, 0.05]), atol=1e-4)
+    assert np.isnan(image_points(episode.environment_states, None)).all()
+    assert np.isnan(image_points(episode.environment_states, {**SCENE, "item": None})[:, 2]).all()
+
+
+def dotted(column: int, row: int):
+    """A frame with a white dot, and the dot as its points."""
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[row - 2 : row + 3, column - 2 : column + 3] = 255
+    from data.frames import Frame
+
+    return Frame(image, "", np.zeros(7, np.float32), np.tile(np.float32([column, row]), (3, 1)))
+
+
+@pytest.mark.parametrize("conventions", [Conventions(), conventions_by_name("libero")])
+@pytest.mark.parametrize("augmentation", [None, Augmentation(shift=9, brightness=0, contrast=0, tint=0)])
+def test_points_move_with_the_image(conventions, augmentation):
+    generator = np.random.default_rng(0)
+    for column, row in ((60, 100), (140, 47), (200, 210)):
+        seen, points = view(dotted(column, row), conventions, 224, augmentation, generator)
+        weight = seen.astype(float).sum(-1)
+        centre = [(weight.sum(0) @ np.arange(224)) / weight.sum(), (weight.sum(1) @ np.arange(224)) / weight.sum()]
+        np.testing.assert_allclose(points[2], centre, atol=0.1)
+
+
+def test_without_augmentation_a_view_is_what_the_policy_sees():
+    image = np.kron(np.random.default_rng(0).integers(0, 256, (16, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    frame = dotted(20, 20)
+    frame = type(frame)(decode_image(encode_jpeg(image)), "", frame.label, frame.points)
+    conventions = conventions_by_name("libero")
+    seen, _ = view(frame, conventions, 224, None, np.random.default_rng(0))
+    expected = conventions.apply_image(frame.image, 224)
+    assert np.abs(seen.astype(int) - expected).mean() < 6, "two interpolations in one: edges differ a little"
+    inner = np.abs(seen.astype(int) - expected).max(-1) < 12
+    assert inner.mean() > 0.8
+
+
+def test_streams_are_seeded_and_validation_never_changes(tmp_path):
+    write(tmp_path, a=pictured_episode(0, steps=9), b=pictured_episode(25, steps=9))
+    data = FrameData([tmp_path], batch_size=4, batches=3, image_size=32, conventions="libero")
+    data.setup("fit")
+
+    def labels(loader):
+        return [batch.labels[:, 0].tolist() for batch in loader]
+
+    assert labels(data.val_dataloader()) == labels(data.val_dataloader())
+    first = labels(data.train_dataloader())
+    assert first == labels(data.train_dataloader()) and len(first) == 3, "the epoch decides, here none"
+    stream = FrameStream(data, data.train_frames, 2, data.augmentation)
+    batch = next(iter(stream))
+    assert batch.images.shape == (4, 32, 32, 3) and batch.points.shape == (4, 3, 2)

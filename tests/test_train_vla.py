@@ -1,0 +1,137 @@
+"""Training a VLA: it overfits, continues where it was, and what it writes is a checkpoint like any other."""
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from spvla.errors import InputError
+from spvla.observation import Observation
+from spvla.vlas.openvla import OpenVLA, pixel_values
+from spvla.vlas.registry import load_vla
+from tests.test_frames import pictured_episode, write
+from train.frames import Augmentation, FrameBatch, FrameData
+from train.vla import VLAModule, expected_points, soft_targets, word_tokenizer
+
+STATS = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+ARCHITECTURE = {
+    "timm_model_ids": ["vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"],
+    "image_sizes": [32, 32],
+    "timm_model_kwargs": [
+        {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "class_token": False, "no_embed_class": True}
+        | {"init_values": 0.1, "stem": "conv"},
+        {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "score_block": -2},
+    ],
+    "text_config": {
+        "vocab_size": 40 + 64 + 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    },
+    "n_action_bins": 64,
+    "append_space_token": False,
+    "norm_stats": {"libero": {"action": STATS}},
+}
+WORDS = ["pick", "up", "the", "milk", "soup", "and", "place", "it", "in", "basket"]
+
+
+def module(output, **options) -> VLAModule:
+    torch.manual_seed(0)
+    return VLAModule(ARCHITECTURE, WORDS, output, **{"warmup_steps": 5, "bf16": False, "averaging": 0.8, **options})
+
+
+def batch() -> FrameBatch:
+    """Eight frames of two instructions with labels of their own; the asked object is where the instruction says."""
+    g = np.random.default_rng(0)
+    images = np.kron(g.integers(0, 256, (8, 4, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.uint8)
+    labels = g.uniform(-1, 1, (8, 7)).astype(np.float32)
+    labels[:, 6] = np.sign(labels[:, 6])
+    points = g.uniform(4, 27, (8, 3, 2)).astype(np.float32)
+    texts = ["pick up the milk", "pick up the soup and place it in the basket"] * 4
+    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels), torch.from_numpy(points))
+
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.mark.slow
+def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
+    options = {"learning_rate": 5e-3, "cooldown": 0.5, "smoothing": 0.5, "rotation_weight": 1.0, "weight_decay": 0.0}
+    m, b = module(tmp_path / "model", keep=(1.0, 1.0), **options), batch()
+    loader = torch.utils.data.DataLoader([b] * 150, batch_size=None)
+    L.Trainer(**QUIET, max_steps=150, enable_checkpointing=False).fit(m, loader)
+    terms, seen = m.eval().losses(m.average.module, b, 1.0)
+    predicted = seen["scores"].argmax(-1)  # (B, D)
+    assert bool((predicted == seen["actions"]).all()) and float(terms["action"].detach()) < 1.5
+    assert torch.isfinite(terms["heat"])
+
+    model = OpenVLA.from_pretrained(tmp_path / "model")
+    assert model.action_space.gripper == (6,) and model.config.vocab == 104
+    for i, text in enumerate(b.instructions):
+        image = b.images[i].numpy()
+        torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
+        model.reset(text)
+        output = model.predict(Observation(image=image))
+        assert output.tokens[0].tolist() == predicted[i].tolist()
+    assert load_vla("nano_vla", str(tmp_path / "model")).conventions.rotate_180, "LIBERO's conventions by default"
+
+
+def test_tokens_are_the_labels_in_the_models_units(tmp_path):
+    m, b = module(tmp_path / "model"), batch()
+    ids, lengths, actions = m.tokens(b)
+    model = m.network.model
+    for i, text in enumerate(b.instructions):
+        prompt = model.tokenize(text)
+        assert ids[i, : lengths[i] + 7].tolist() == prompt + actions[i].tolist() and (ids[i, lengths[i] + 7 :] == 0).all()
+        assert 0 not in prompt, "every word of the instruction is known"
+    decoded = model.statistics.denormalize(model.action_tokenizer.decode(actions.numpy()))
+    back = model.conventions.to_environment(decoded, (6,))
+    np.testing.assert_allclose(back[:, :6], b.labels[:, :6], atol=1 / 63)
+    np.testing.assert_array_equal(back[:, 6], b.labels[:, 6])
+    assert word_tokenizer(WORDS).encode("pick up the blue milk").ids.count(0) == 1
+
+
+def test_heat_map_targets_are_points():
+    points = torch.tensor([[[11.5, 19.5], [3.0, 30.0], [-9.0, 5.0]]])
+    target, seen = soft_targets(points, grid=4, patch=8)
+    assert seen.tolist() == [[True, True, False]]
+    torch.testing.assert_close(target[0, :2].sum(-1), torch.ones(2))
+    back = expected_points(target[:, :1].clamp(min=1e-9).log(), 4, 8)
+    torch.testing.assert_close(back[0, 0], points[0, 0], atol=1e-3, rtol=0)
+
+
+def test_dropped_tokens_are_a_choice_of_ascending_ones(tmp_path):
+    m = module(tmp_path / "model")
+    kept = m.kept(5, 0.5)
+    assert kept.shape == (5, 8) and bool((kept.diff() > 0).all()) and not bool((kept[0] == kept[1]).all())
+    assert m.kept(2, 1.0).tolist() == [list(range(16))] * 2
+
+
+def test_a_resumed_training_counts_on(tmp_path):
+    write(tmp_path / "store", a=pictured_episode(0, steps=9), b=pictured_episode(25, steps=9))
+    config = {"batch_size": 4, "batches": 3, "validation_batches": 1, "image_size": 32}
+    data = FrameData([tmp_path / "store"], augmentation=Augmentation(), **config)
+
+    def run(steps: int) -> tuple[L.Trainer, VLAModule]:
+        m = module(tmp_path / "model", save_every=2)
+        saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path / "ckpt", every_n_train_steps=3, save_last=True)
+        trainer = L.Trainer(**QUIET, max_steps=steps, callbacks=[saver], num_sanity_val_steps=0)
+        trainer.fit(m, datamodule=data, ckpt_path="last")
+        return trainer, m
+
+    first, m = run(6)
+    assert first.global_step == 6 and "val/item_pixels" in first.callback_metrics
+    averaged = m.average.module.heat[1].weight.clone()
+    second, m = run(9)
+    assert second.global_step == 9 and second.current_epoch == 3 and data.passes() >= 2
+    assert not torch.equal(m.average.module.heat[1].weight, averaged)
+    assert not list((tmp_path / "model").glob(".*")), "nothing half written is left"
+    OpenVLA.from_pretrained(tmp_path / "model")
+
+
+def test_the_packaged_weights_are_named_while_absent(monkeypatch, tmp_path):
+    monkeypatch.setattr("spvla.vlas.nano.FOLDER", tmp_path / "nano_vla")
+    with pytest.raises(InputError, match=r"no packaged weights.*nano_vla\.yaml"):
+        load_vla("nano_vla")

@@ -1,0 +1,175 @@
+"""Lightning data for training a VLA: shuffled batches of recorded frames, as the model's encoders will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from data.frames import POINTS, Frame, Frames
+from spvla.errors import InputError
+from spvla.vlas.conventions import Conventions, conventions_by_name
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """B frames.
+
+    Args:
+        images: what the encoders see before normalisation, uint8 (B, S, S, 3).
+        instructions: B texts.
+        labels: the teacher's actions, environment units, float32 (B, D).
+        points: where :data:`data.frames.POINTS` are, column and row in pixels of ``images``, float32 (B, 3, 2), or NaN.
+    """
+
+    images: Tensor
+    instructions: list[str]
+    labels: Tensor
+    points: Tensor
+
+    def to(self, device: torch.device) -> FrameBatch:
+        """The same on ``device``."""
+        return FrameBatch(self.images.to(device), self.instructions, self.labels.to(device), self.points.to(device))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image.
+
+    Args:
+        shift: largest shift along each axis, pixels of the recorded image.
+        brightness: largest change of brightness, in units of the full range.
+        contrast: largest change of contrast, as a factor less one.
+        tint: the same for each colour channel alone.
+    """
+
+    shift: float = 5.0
+    brightness: float = 0.12
+    contrast: float = 0.2
+    tint: float = 0.06
+
+
+def view(
+    frame: Frame, conventions: Conventions, size: int, augmentation: Augmentation | None, generator: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """What an encoder of ``size`` pixels sees of a frame, uint8 (S, S, 3), and where its points are then, (3, 2).
+
+    Without augmentation this is what :meth:`Conventions.apply_image` does, in one interpolation in place of two.
+    """
+    image, points = frame.image, frame.points
+    height = image.shape[0]
+    if conventions.rotate_180:
+        image, points = np.ascontiguousarray(image[::-1, ::-1]), height - 1 - points
+    side = np.sqrt(conventions.center_crop)
+    scale = side * height / size
+    # Pixel i of the view samples the resized image at (1 - side) / 2 (S - 1) + side i, the recorded one at scale i + offset.
+    offset = np.full(2, ((1 - side) / 2 * (size - 1) + 0.5) * height / size - 0.5)
+    if augmentation is not None:
+        offset += generator.uniform(-augmentation.shift, augmentation.shift, 2)
+    affine = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    seen = cv2.warpAffine(image, affine, (size, size), flags=how, borderMode=cv2.BORDER_REPLICATE)
+    if augmentation is not None:
+        a = augmentation
+        gain = (1 + generator.uniform(-a.contrast, a.contrast)) * (1 + generator.uniform(-a.tint, a.tint, 3))
+        levels = (np.arange(256)[:, None] - 128) * gain + 128 + 255 * generator.uniform(-a.brightness, a.brightness)
+        seen = cv2.LUT(seen, np.clip(levels, 0, 255).astype(np.uint8)[None])
+    return np.asarray(seen, np.uint8), ((points - offset) / scale).astype(np.float32)
+
+
+class FrameStream(IterableDataset[FrameBatch]):
+    """A given number of random batches; each pass first looks for new shards and draws in another order."""
+
+    def __init__(self, data: FrameData, frames: Frames, batches: int, augmentation: Augmentation | None) -> None:
+        self.data, self.frames, self.batches, self.augmentation = data, frames, batches, augmentation
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        if self.augmentation is None:
+            generator = np.random.default_rng(self.data.seed)  # the same frames every time
+        else:
+            generator = np.random.default_rng([self.data.seed, self.data.passes()])
+            self.frames.scan()
+        size = self.data.batch_size
+        order = np.zeros(0, np.int64)
+        for _ in range(self.batches):
+            while len(order) < size:
+                order = np.concatenate([order, generator.permutation(len(self.frames))])
+            chosen, order = order[:size], order[size:]
+            yield self.batch([self.frames[int(i)] for i in chosen], generator)
+
+    def batch(self, frames: list[Frame], generator: np.random.Generator) -> FrameBatch:
+        """The batch of these frames."""
+        data = self.data
+        views = [view(f, data.conventions, data.image_size, self.augmentation, generator) for f in frames]
+        return FrameBatch(
+            torch.from_numpy(np.stack([image for image, _ in views])),
+            [f.instruction for f in frames],
+            torch.from_numpy(np.stack([f.label for f in frames])),
+            torch.from_numpy(np.stack([points for _, points in views])),
+        )
+
+
+class FrameData(L.LightningDataModule):
+    """Frames for :class:`train.vla.VLAModule`.
+
+    Args:
+        data: rollout stores with images; they may grow during training, and need not be finalised.
+        batch_size: frames per optimiser step.
+        batches: optimiser steps per epoch; new shards are picked up at its beginning, validation follows its end.
+        validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29.
+        image_size: side of the encoders' input in pixels.
+        conventions: what lies between the environment's images and the model's, by name.
+        augmentation: random changes of training images.
+        seed: of the order and the augmentation.
+    """
+
+    def __init__(
+        self,
+        data: list[Path],
+        batch_size: int = 32,
+        batches: int = 200,
+        validation_batches: int = 8,
+        image_size: int = 224,
+        conventions: str = "libero",
+        augmentation: Augmentation = Augmentation(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.batches, self.validation_batches = batch_size, batches, validation_batches
+        self.image_size, self.conventions = image_size, conventions_by_name(conventions)
+        self.augmentation, self.seed = augmentation, seed
+        self.train_frames, self.validation_frames = Frames(data), Frames(data, validation=True)
+
+    def passes(self) -> int:
+        """Epochs so far, resumed ones included."""
+        return 0 if self.trainer is None else int(self.trainer.current_epoch)
+
+    def setup(self, stage: str) -> None:
+        """Read what there is. Raises :class:`InputError` if a part is empty."""
+        for frames, what in ((self.train_frames, "0-19 (training)"), (self.validation_frames, "20-29 (validation)")):
+            frames.scan()
+            if not len(frames):
+                folders = ", ".join(map(str, frames.folders))
+                raise InputError(f"{folders}: no frames of initial states {what}; collect some with --images true")
+
+    def train_dataloader(self) -> DataLoader[FrameBatch]:
+        stream = FrameStream(self, self.train_frames, self.batches, self.augmentation)
+        return DataLoader(stream, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[FrameBatch]:
+        stream = FrameStream(self, self.validation_frames, self.validation_batches, None)
+        return DataLoader(stream, batch_size=None)
+
+
+__all__ = ["POINTS", "Augmentation", "FrameBatch", "FrameData", "view"]

@@ -1,0 +1,290 @@
+"""Train a VLA of OpenVLA's class from scratch, at a size that two CPU cores can train (``configs/train/nano_vla.yaml``).
+
+The loss is OpenVLA's own, cross-entropy on the action tokens, with the target spread over neighbouring bins. Two things
+that exist during training alone make it work from little data: heat maps over the patches (where the hand, the place and,
+by a pointer that the prompt's last token sends out, the asked object are), and random dropping of visual tokens, so that
+pruning later meets a model that has seen it. The averaged weights are written as a checkpoint in OpenVLA's published form.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig
+from train.frames import POINTS, FrameBatch
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """A tokenizer that knows OpenVLA's prompt and these words; every other word is unknown to it."""
+    known = ["<unk>", "<s>", "</s>", *PROMPT.format(instruction="").lower().replace(":", " :").replace("?", " ?").split()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*known, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+class TrainedVLA(nn.Module):
+    """The model with the heads that only training needs.
+
+    Args:
+        model: the VLA.
+        pointer_layer: decoder layer whose hidden states the pointer reads.
+        pointer_width: width of the pointer's query and keys.
+    """
+
+    def __init__(self, model: OpenVLA, pointer_layer: int, pointer_width: int = 64) -> None:
+        super().__init__()
+        self.model = model
+        self.pointer_layer = pointer_layer
+        hidden = model.language_model.config.hidden_size
+        self.heat = nn.Sequential(
+            nn.LayerNorm(model.vision_backbone.width), nn.Linear(model.vision_backbone.width, len(POINTS) - 1)
+        )
+        self.query = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
+        self.key = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
+
+    def forward(self, pixels: Tensor, ids: Tensor, prompt: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of action tokens and heat maps.
+
+        Args:
+            pixels: (B, 3 x encoders, S, S).
+            ids: prompt and action tokens, padded at the end, (B, T).
+            prompt: lengths of the prompts, (B,).
+            keep: visual tokens that reach the decoder, (B, K).
+
+        Returns:
+            scores (B, D, V) of each action token; heat (B, 2, N) of hand and place over all patches; pointer (B, K) to
+            the asked object over the kept ones; all as logits.
+        """
+        features, states = self.model.hidden_states(pixels, ids, keep)
+        dims, kept = self.model.action_space.dim, keep.shape[1]
+        rows = torch.arange(len(ids), device=ids.device)
+        at = prompt[:, None] - 1 + torch.arange(dims, device=ids.device)  # (B, D): token t scores token t + 1
+        scores = self.model.language_model.lm_head(states[-1][rows[:, None], kept + at])  # (B, D, V)
+        middle = states[self.pointer_layer]
+        query = self.query(middle[rows, kept + prompt - 1])  # (B, W)
+        keys = self.key(middle[:, 1 : kept + 1])  # (B, K, W)
+        pointer = (keys @ query[:, :, None])[..., 0] / math.sqrt(query.shape[1])  # (B, K)
+        return scores, self.heat(features).transpose(1, 2), pointer
+
+
+def soft_targets(points: Tensor, grid: int, patch: float) -> tuple[Tensor, Tensor]:
+    """Points (B, P, 2), pixels, as weights over the four nearest patches: (B, P, N), and whether known and seen (B, P)."""
+    at = (points + 0.5) / patch - 0.5  # (B, P, 2) column and row, patch centres at integers
+    seen = ((at > -0.5) & (at < grid - 0.5)).all(-1)
+    at = torch.where(seen[..., None], at, torch.zeros_like(at)).clamp(0, grid - 1)
+    lines = torch.arange(grid, device=points.device)
+    weights = (1 - (at[..., None] - lines).abs()).clamp(min=0)  # (B, P, 2, grid)
+    return (weights[:, :, 1, :, None] * weights[:, :, 0, None, :]).flatten(2), seen
+
+
+def expected_points(heat: Tensor, grid: int, patch: float) -> Tensor:
+    """Where heat maps (B, P, N), logits, are on average: pixels (B, P, 2)."""
+    p = heat.softmax(-1)
+    centres = (torch.arange(grid, device=heat.device) + 0.5) * patch - 0.5
+    rows, columns = centres.repeat_interleave(grid), centres.repeat(grid)
+    return torch.stack([p @ columns, p @ rows], -1)
+
+
+class VLAModule(L.LightningModule):
+    """Trains an OpenVLA.
+
+    Args:
+        architecture: fields of :class:`spvla.vlas.openvla.OpenVLAConfig`.
+        vocabulary: words that instructions are made of.
+        output: folder that the averaged model is written to, in OpenVLA's checkpoint form.
+        save_every: optimiser steps between two writings.
+        learning_rate, weight_decay: of AdamW.
+        warmup_steps: optimiser steps of linear warm-up; afterwards the rate stays, until ...
+        cooldown: ... over the last share of the trainer's ``max_steps`` it falls to zero.
+        averaging: decay of the exponential average of the weights.
+        keep: least and largest share of visual tokens that reach the decoder, drawn for each batch.
+        smoothing: standard deviation, in bins, of a continuous dimension's target.
+        rotation_weight: loss weight of rotation tokens; the other dimensions count 1.
+        heat_weight: loss weight of the heat maps and the pointer.
+        pointer_layer: decoder layer whose hidden states the pointer reads; by default the middle one.
+        bf16: compute in bfloat16 where autocast allows; weights stay float32.
+    """
+
+    weights: Tensor
+    continuous: Tensor
+
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        vocabulary: list[str],
+        output: Path,
+        save_every: int = 200,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 200,
+        cooldown: float = 0.2,
+        averaging: float = 0.998,
+        keep: tuple[float, float] = (0.25, 1.0),
+        smoothing: float = 2.0,
+        rotation_weight: float = 0.1,
+        heat_weight: float = 0.3,
+        pointer_layer: int | None = None,
+        bf16: bool = True,
+    ) -> None:
+        super().__init__()
+        config = OpenVLAConfig.from_dicts({"model_type": "openvla", **architecture})
+        model = OpenVLA(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
+        layers = model.language_model.config.num_hidden_layers
+        self.network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
+        self.average.requires_grad_(False)
+        self.output, self.save_every = Path(output), save_every
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.cooldown = warmup_steps, cooldown
+        self.keep, self.smoothing, self.heat_weight, self.bf16 = keep, smoothing, heat_weight, bf16
+        self.patch = config.image_sizes[0] / config.grid
+        self.first_bin = config.vocab - config.n_action_bins + 1  # ids from here on stand for one bin each
+        space = model.action_space
+        weights = torch.ones(space.dim)
+        weights[list(space.rotation)] = rotation_weight
+        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("continuous", torch.tensor([d in space.continuous for d in range(space.dim)]), persistent=False)
+
+    # ---------------------------------------------------------------------------------------------------- inputs
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images uint8 (B, S, S, 3), normalised for each encoder: (B, 3 x encoders, S, S)."""
+        config = self.network.model.config
+        x = images.permute(0, 3, 1, 2).float() / 255  # (B, 3, S, S)
+        means = config.image_means or [vit.mean for vit in config.encoders]
+        stds = config.image_stds or [vit.std for vit in config.encoders]
+        return torch.cat(
+            [(x - x.new_tensor(m).view(3, 1, 1)) / x.new_tensor(s).view(3, 1, 1) for m, s in zip(means, stds, strict=True)], 1
+        )
+
+    def tokens(self, batch: FrameBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt and action tokens (B, T), padded; the prompts' lengths (B,); the action tokens alone (B, D)."""
+        model = self.network.model
+        actions = torch.from_numpy(model.action_tokens(batch.labels.cpu().numpy()))  # (B, D)
+        actions = actions.clamp(min=self.first_bin)  # +1 itself has an id of its own, which means the last bin as well
+        prompts = [torch.tensor(model.tokenize(text)) for text in batch.instructions]
+        rows = [torch.cat([prompt, action]) for prompt, action in zip(prompts, actions, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        device = batch.images.device
+        return ids.to(device), lengths.to(device), actions.to(device)
+
+    def kept(self, batch: int, share: float) -> Tensor:
+        """A random choice of visual tokens for each row, ascending: (B, K)."""
+        total = self.network.model.config.grid**2
+        count = max(1, round(share * total))
+        return torch.rand(batch, total, device=self.device).argsort(1)[:, :count].sort(1).values
+
+    # ------------------------------------------------------------------------------------------------------ loss
+
+    def action_loss(self, scores: Tensor, actions: Tensor) -> Tensor:
+        """Cross-entropy of scores (B, D, V) with targets spread over the bins around the action tokens (B, D)."""
+        vocab = self.network.model.action_tokenizer.vocab
+        ids = torch.arange(self.first_bin, vocab, device=scores.device)
+        distance = (ids - actions[..., None]).float()  # (B, D, bins)
+        spread = torch.where(self.continuous[:, None], self.smoothing, 1e-3)
+        target = (-0.5 * (distance / spread) ** 2).softmax(-1)
+        log_p = scores.float().log_softmax(-1)[..., self.first_bin : vocab]
+        per_dim = -(target * log_p).sum(-1).mean(0)  # (D,)
+        return (per_dim * self.weights).sum() / self.weights.sum()
+
+    def losses(self, network: nn.Module, batch: FrameBatch, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms, and what metrics need: scores, heat, pointer, targets."""
+        ids, prompt, actions = self.tokens(batch)
+        keep = self.kept(len(ids), share)
+        # The fused attention's backward is slower on CPUs than plain matrix products.
+        plain = [SDPBackend.MATH] if self.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), sdpa_kernel(plain):
+            scores, heat, pointer = network(self.pixels(batch.images), ids, prompt, keep)
+        target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 3, N), (B, 3)
+        heat_loss = -(target[:, :2] * heat.float().log_softmax(-1)).sum(-1)  # (B, 2)
+        # Where the object's patches were dropped there is less to point at.
+        left = target[:, 2].gather(1, keep)  # (B, K)
+        pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B,)
+        count = seen.sum().clamp(min=1)
+        terms = {
+            "action": self.action_loss(scores, actions),
+            "heat": ((heat_loss * seen[:, :2]).sum() + (pointer_loss * seen[:, 2]).sum()) / count * len(POINTS),
+        }
+        return terms, {"scores": scores.detach(), "heat": heat.detach(), "pointer": pointer.detach(), "actions": actions}
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
+        low, high = self.keep
+        share = low + (high - low) * float(torch.rand(()))
+        terms, _ = self.losses(self.network, batch, share)
+        loss = terms["action"] + self.heat_weight * terms["heat"]
+        self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True, batch_size=len(batch.images))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: FrameBatch, batch_idx: int) -> None:
+        """Average the weights, and now and then write them."""
+        if self.global_step <= self.warmup_steps:
+            self.average.n_averaged.zero_()  # early weights are not worth averaging: start over from the current ones
+        self.average.update_parameters(self.network)
+        if self.global_step % self.save_every == 0 and self.trainer.is_global_zero:
+            self.save()
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.save()
+
+    def save(self) -> None:
+        """Write the averaged model to ``output``; the weights come last and at once, so that readers may watch them."""
+        model = self.average.module.model
+        assert isinstance(model, OpenVLA)
+        self.output.mkdir(parents=True, exist_ok=True)
+        building = self.output / ".building"
+        model.save_pretrained(building)
+        for file in sorted(building.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+            file.replace(self.output / file.name)
+        building.rmdir()
+
+    def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
+        terms, seen = self.losses(self.average.module, batch, 1.0)
+        space = self.network.model.action_space
+        right = (seen["scores"].argmax(-1) - seen["actions"]).abs()  # (B, D) bins
+        groups = {"translation": space.translation, "gripper": space.gripper}
+        values = {f"val/{k}": v for k, v in terms.items()}
+        for name, dims in groups.items():
+            if dims:
+                off = right[:, list(dims)]
+                values[f"val/{name}_right"] = (off <= 4).float().mean()  # within 0.03 of the teacher's
+                values[f"val/{name}_error"] = off.float().mean() * 2 / self.network.model.config.n_action_bins
+        grid = self.network.model.config.grid
+        heat = torch.cat([seen["heat"], seen["pointer"][:, None]], 1).float()  # (B, 3, N)
+        error = (expected_points(heat, grid, self.patch) - batch.points).norm(dim=-1)  # (B, 3)
+        for k, name in enumerate(POINTS):
+            values[f"val/{name}_pixels"] = error[:, k].nanmedian()
+        self.log_dict(values, batch_size=len(batch.images))
+
+    def configure_optimizers(self) -> Any:
+        trained = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
+
+        def rate(step: int) -> float:
+            last = self.trainer.max_steps
+            end = 1.0 if last < 0 else (last - step) / max(1.0, self.cooldown * last)
+            return max(0.0, min(1.0, (step + 1) / max(1, self.warmup_steps), end))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: FrameBatch, device: torch.device, dataloader_idx: int) -> FrameBatch:
+        return batch.to(device)
