@@ -227,11 +227,13 @@ def distill(
         seed=seed,
     )
     split = rollouts.split
+    firsts = {first for first, _ in split.train}
+    trained_on = {store for store, first, _ in rollouts.windows.episodes if first in firsts}
     print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
     if not all(s.labelled_by_teacher for s in rollouts.windows.stores):
         print("distilled from demonstrations: there are no teacher labels in the data")
-    key = {
-        "stores": [s.fingerprint for s in rollouts.windows.stores],
+    key = {  # a store of calibration episodes alone changes no weights
+        "stores": [s.fingerprint for i, s in enumerate(rollouts.windows.stores) if i in trained_on],
         "features": asdict(rollouts.features),
         "common": [batch_size, hide, folds, calibration_fraction, seed],
     }
