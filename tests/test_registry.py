@@ -14,6 +14,10 @@ def scripted(checkpoint, length=3):
     return ScriptedVLA([[0.0] * 7] * length)
 
 
+def handing_on(checkpoint, **options):
+    return scripted(checkpoint, **options)
+
+
 def prunable(checkpoint, *, suite=None, **options):
     vla = PrunableVLA([[0.0] * 7])
     vla.suite, vla.options = suite, options
@@ -29,6 +33,8 @@ def test_options_are_keyword_arguments_of_the_factory():
         load_vla(f"{HERE}:scripted", None, {"lenght": 5})
     with pytest.raises(InputError, match=r"policy 'expert' takes no option 'unnorm_key'; it takes: none"):
         load_vla("expert", None, {"unnorm_key": "x"})
+    with pytest.raises(InputError, match=r"policy 'tests.test_registry:handing_on': .* 'lenght'"):
+        load_vla(f"{HERE}:handing_on", None, {"lenght": 5})
     with pytest.raises(InputError, match=r"'nobody' is unknown; there are: .*expert.*openvla"):
         load_vla("nobody")
     with pytest.raises(InputError, match=r"cannot import spvla\.nowhere:load"):

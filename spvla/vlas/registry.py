@@ -63,7 +63,12 @@ def load_vla(
             raise InputError(f"policy {name!r} takes no option {option!r}; it takes: {', '.join(takes) or 'none'}")
     if suite is not None and "suite" in takes:
         keywords.setdefault("suite", suite)
-    vla = factory(checkpoint, **keywords)
+    try:
+        vla = factory(checkpoint, **keywords)
+    except TypeError as error:  # a factory that takes any option handed it on to one that does not
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InputError(f"policy {name!r}: {error}") from None
     if not isinstance(vla, VLA):
         raise InputError(f"policy {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
     return vla
