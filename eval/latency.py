@@ -6,6 +6,7 @@ timed on the same histories in one process, warm-up excluded. A VLA's stages are
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,7 @@ def latency(
     if (export is None) == (policy is None):
         raise InputError("latency: give either --export (generators and gates) or --policy (a VLA's stages)")
     torch.set_num_threads(threads)
+    load = os.getloadavg()[0]  # what else the machine was doing: timings taken beside other work say little
     if export is not None:
         rows = _time_export(load_export(export), generators, steps, seed)
         facts: dict[str, Any] = {"device": "cpu", "dtype": "float32", "steps": steps, "warm_up": WARM_UP}
@@ -111,6 +113,7 @@ def latency(
         print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
     output.mkdir(parents=True, exist_ok=True)
     facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
+    facts |= {"cores": os.cpu_count(), "load_average_before": load}
     path = write_summary(output, "latency", rows, **facts)
     print(table(rows, columns))
     named = ", ".join(f"{k}: {facts[k]}" for k in ("device", "dtype", "threads", "attention", "steps", "repeats") if k in facts)
