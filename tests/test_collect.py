@@ -120,7 +120,7 @@ def test_a_student_acts_and_the_teacher_labels_every_step(tmp_path):
     pytest.importorskip("libero", reason="the libero extra is not installed")
     module(tmp_path / "student").save()
     command = [sys.executable, "-m", "data", "collect", "--suite", "libero_object", "--tasks", "0", "6", "--images", "true"]
-    command += ["--instructions", "scene", "--init_states", "3-4", "--workers", "1", "--student", "nano_vla"]
+    command += ["--instructions", "scene", "--init_states", "3", "--workers", "1", "--student", "nano_vla"]
     command += ["--student_checkpoint", str(tmp_path / "student"), "--output", str(tmp_path / "store")]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **SILENT)
     shards = tmp_path / "store" / ".shards"
@@ -132,11 +132,11 @@ def test_a_student_acts_and_the_teacher_labels_every_step(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert all(p.read_bytes() == content for p, content in first.items()), "finished episodes stay"
     episodes = list(read_episodes(tmp_path / "store"))
-    assert len(episodes) == 4 and {e.metadata["task"] for e in episodes} == {0, 6}
+    assert len(episodes) == 2 and {e.metadata["task"] for e in episodes} == {0, 6}
     for e in episodes:
         assert e.vla_actions is not None and np.isfinite(e.vla_actions).all() and len(e.images["agentview"]) == len(e)
         acted = (np.abs(e.vla_actions - e.actions) > 1e-6).any(1).sum()
         assert 0 < acted <= len(e) - e.metadata["student"]["helped"], "the student acts, the teacher helps it out"
         assert decode_image(e.images["agentview"][0]).shape == (256, 256, 3)
     frames = Frames([tmp_path / "store"])
-    assert frames.scan() > 300 and np.isfinite(frames[len(frames) - 1].points).all()
+    assert frames.scan() > 150 and np.isfinite(frames[len(frames) - 1].points).all()

@@ -62,7 +62,7 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     m, b = module(tmp_path / "model", keep=(1.0, 1.0), **options), batch()
     loader = torch.utils.data.DataLoader([b] * 150, batch_size=None)
     L.Trainer(**QUIET, max_steps=150, enable_checkpointing=False).fit(m, loader)
-    terms, seen = m.eval().losses(m.average.module, b, 1.0)
+    terms, seen = m.eval().losses(m.average.module, b)
     predicted = seen["scores"].argmax(-1)  # (B, D)
     assert bool((predicted == seen["actions"]).all()) and float(terms["action"].detach()) < 1.5
     assert torch.isfinite(terms["heat"])
@@ -104,9 +104,26 @@ def test_heat_map_targets_are_points():
 
 def test_dropped_tokens_are_a_choice_of_ascending_ones(tmp_path):
     m = module(tmp_path / "model")
-    kept = m.kept(5, 0.5)
+    kept = m.kept(5, 16, 0.5)
     assert kept.shape == (5, 8) and bool((kept.diff() > 0).all()) and not bool((kept[0] == kept[1]).all())
-    assert m.kept(2, 1.0).tolist() == [list(range(16))] * 2
+    assert m.kept(2, 16, 1.0).tolist() == [list(range(16))] * 2
+
+
+def test_encoders_may_see_a_part_of_the_patches(tmp_path):
+    """Those with much in them more often; seeing all of them by their numbers is seeing the image."""
+    m, b = module(tmp_path / "model"), batch()
+    b.images[:, :, 16:] = torch.randint(0, 256, (8, 32, 16, 3), dtype=torch.uint8)  # the left half's patches are plain
+    assert m.patches(b.images, 1.0) is None
+    chosen = torch.cat([m.patches(b.images, 0.5) for _ in range(50)])
+    assert chosen.shape == (400, 8) and bool((chosen.diff() > 0).all())
+    assert (chosen % 4 >= 2).float().mean() > 0.7
+    ids, prompt, _ = m.tokens(b)
+    pixels, keep, everything = m.pixels(b.images), m.kept(8, 16, 0.5), torch.arange(16).expand(8, 16)
+    for a, e in zip(m.network(pixels, ids, prompt, keep, everything), m.network(pixels, ids, prompt, keep), strict=True):
+        torch.testing.assert_close(a, e)
+    terms, seen = m.losses(m.network, b, 0.5, 0.5)
+    assert seen["heat"].shape == (8, 2, 8) and seen["pointer"].shape == (8, 4)
+    assert all(torch.isfinite(t) for t in terms.values())
 
 
 def test_a_resumed_training_counts_on(tmp_path):

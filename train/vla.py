@@ -53,20 +53,23 @@ class TrainedVLA(nn.Module):
         self.query = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
         self.key = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
 
-    def forward(self, pixels: Tensor, ids: Tensor, prompt: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, ids: Tensor, prompt: Tensor, keep: Tensor, patches: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of action tokens and heat maps.
 
         Args:
             pixels: (B, 3 x encoders, S, S).
             ids: prompt and action tokens, padded at the end, (B, T).
             prompt: lengths of the prompts, (B,).
-            keep: visual tokens that reach the decoder, (B, K).
+            keep: visual tokens that reach the decoder, (B, K), among the patches.
+            patches: the ones that the encoders see, (B, N); None: all.
 
         Returns:
-            scores (B, D, V) of each action token; heat (B, 2, N) of hand and place over all patches; pointer (B, K) to
+            scores (B, D, V) of each action token; heat (B, 2, N) of hand and place over the patches; pointer (B, K) to
             the asked object over the kept ones; all as logits.
         """
-        features, states = self.model.hidden_states(pixels, ids, keep)
+        features, states = self.model.hidden_states(pixels, ids, keep, patches=patches)
         dims, kept = self.model.action_space.dim, keep.shape[1]
         rows = torch.arange(len(ids), device=ids.device)
         at = prompt[:, None] - 1 + torch.arange(dims, device=ids.device)  # (B, D): token t scores token t + 1
@@ -108,7 +111,10 @@ class VLAModule(L.LightningModule):
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate stays, until ...
         cooldown: ... over the last share of the trainer's ``max_steps`` it falls to zero.
         averaging: decay of the exponential average of the weights.
-        keep: least and largest share of visual tokens that reach the decoder, drawn for each batch.
+        look: least and largest share of the image's patches that the encoders see in training, drawn for each batch: the
+            fewer, the cheaper the step. Patches with much in them are seen more often.
+        look_all: share of the batches whose encoders see everything.
+        keep: least and largest share of those that reach the decoder, drawn for each batch.
         smoothing: standard deviation, in bins, of a continuous dimension's target.
         rotation_weight: loss weight of rotation tokens; the other dimensions count 1.
         heat_weight: loss weight of the heat maps and the pointer.
@@ -130,6 +136,8 @@ class VLAModule(L.LightningModule):
         warmup_steps: int = 200,
         cooldown: float = 0.2,
         averaging: float = 0.998,
+        look: tuple[float, float] = (1.0, 1.0),
+        look_all: float = 0.0,
         keep: tuple[float, float] = (0.25, 1.0),
         smoothing: float = 2.0,
         rotation_weight: float = 0.1,
@@ -147,6 +155,7 @@ class VLAModule(L.LightningModule):
         self.output, self.save_every = Path(output), save_every
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.cooldown = warmup_steps, cooldown
+        self.look, self.look_all = look, look_all
         self.keep, self.smoothing, self.heat_weight, self.bf16 = keep, smoothing, heat_weight, bf16
         self.patch = config.image_sizes[0] / config.grid
         self.first_bin = config.vocab - config.n_action_bins + 1  # ids from here on stand for one bin each
@@ -180,11 +189,23 @@ class VLAModule(L.LightningModule):
         device = batch.images.device
         return ids.to(device), lengths.to(device), actions.to(device)
 
-    def kept(self, batch: int, share: float) -> Tensor:
-        """A random choice of visual tokens for each row, ascending: (B, K)."""
-        total = self.network.model.config.grid**2
+    def kept(self, batch: int, total: int, share: float) -> Tensor:
+        """A random choice among ``total`` visual tokens for each row, ascending: (B, K)."""
         count = max(1, round(share * total))
         return torch.rand(batch, total, device=self.device).argsort(1)[:, :count].sort(1).values
+
+    def patches(self, images: Tensor, share: float) -> Tensor | None:
+        """A random choice of patches of images (B, S, S, 3), ascending, (B, M); None for all.
+
+        Drawn without replacement (Gumbel's trick) with a probability that grows with the spread of a patch's brightness.
+        """
+        if share >= 1:
+            return None
+        grid, side = self.network.model.config.grid, round(self.patch)
+        cells = images.float().mean(-1).view(-1, grid, side, grid, side)  # (B, row, y, column, x)
+        spread = cells.std((2, 4)).flatten(1)  # (B, N)
+        weight = (spread + 4).log() - torch.empty_like(spread).exponential_().log()
+        return weight.topk(max(1, round(share * grid**2)), dim=1).indices.sort(1).values
 
     # ------------------------------------------------------------------------------------------------------ loss
 
@@ -199,17 +220,30 @@ class VLAModule(L.LightningModule):
         per_dim = -(target * log_p).sum(-1).mean(0)  # (D,)
         return (per_dim * self.weights).sum() / self.weights.sum()
 
-    def losses(self, network: nn.Module, batch: FrameBatch, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms, and what metrics need: scores, heat, pointer, targets."""
+    def losses(
+        self, network: nn.Module, batch: FrameBatch, look: float = 1.0, share: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms, and what metrics need: scores, heat, pointer, targets.
+
+        Args:
+            network: the model in training, or the average.
+            batch: frames.
+            look: share of the patches that the encoders see.
+            share: share of those that reach the decoder.
+        """
         ids, prompt, actions = self.tokens(batch)
-        keep = self.kept(len(ids), share)
+        patches = self.patches(batch.images, look)
+        total = self.network.model.config.grid**2 if patches is None else patches.shape[1]
+        keep = self.kept(len(ids), total, share)
         # The fused attention's backward is slower on CPUs than plain matrix products.
         plain = [SDPBackend.MATH] if self.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), sdpa_kernel(plain):
-            scores, heat, pointer = network(self.pixels(batch.images), ids, prompt, keep)
+            scores, heat, pointer = network(self.pixels(batch.images), ids, prompt, keep, patches)
         target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 3, N), (B, 3)
+        if patches is not None:
+            target = target.gather(2, patches[:, None].expand(-1, len(POINTS), -1))
         heat_loss = -(target[:, :2] * heat.float().log_softmax(-1)).sum(-1)  # (B, 2)
-        # Where the object's patches were dropped there is less to point at.
+        # Where the patches around a point were dropped there is less to point at.
         left = target[:, 2].gather(1, keep)  # (B, K)
         pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B,)
         count = seen.sum().clamp(min=1)
@@ -222,9 +256,10 @@ class VLAModule(L.LightningModule):
     # -------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
-        low, high = self.keep
-        share = low + (high - low) * float(torch.rand(()))
-        terms, _ = self.losses(self.network, batch, share)
+        chance, look, share = torch.rand(3).tolist()
+        look = 1.0 if chance < self.look_all else self.look[0] + (self.look[1] - self.look[0]) * look
+        share = self.keep[0] + (self.keep[1] - self.keep[0]) * share
+        terms, _ = self.losses(self.network, batch, look, share)
         loss = terms["action"] + self.heat_weight * terms["heat"]
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True, batch_size=len(batch.images))
         return loss
@@ -253,7 +288,7 @@ class VLAModule(L.LightningModule):
         building.rmdir()
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        terms, seen = self.losses(self.average.module, batch, 1.0)
+        terms, seen = self.losses(self.average.module, batch)
         space = self.network.model.action_space
         right = (seen["scores"].argmax(-1) - seen["actions"]).abs()  # (B, D) bins
         groups = {"translation": space.translation, "gripper": space.gripper}

@@ -300,12 +300,15 @@ class VisionBackbone(nn.Module):
         self.encoders: list[VisionTransformer] = list(self.children())  # type: ignore[arg-type]
         self.width = sum(vit.embed_dim for vit in encoders)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3 x encoders, S, S) to patch features (B, N, C) and the scoring block's input (B, N, C_last)."""
+    def forward(self, pixels: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3 x encoders, S, S) to patch features (B, N, C) and the scoring block's input (B, N, C_last).
+
+        ``patches`` (B, M): the encoders see these alone, and N is M.
+        """
         features = []
         for encoder, images in zip(self.encoders, pixels.split(3, dim=1), strict=True):
-            patches, score_input = encoder(images)
-            features.append(patches)
+            out, score_input = encoder(images, patches)
+            features.append(out)
         return torch.cat(features, dim=-1), score_input
 
     def queries_keys(self, score_input: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,9 +445,17 @@ class OpenVLA(nn.Module):
         return logits
 
     def hidden_states(
-        self, pixels: Tensor, input_ids: Tensor, keep: Tensor | None = None, positions: str = "packed"
+        self,
+        pixels: Tensor,
+        input_ids: Tensor,
+        keep: Tensor | None = None,
+        positions: str = "packed",
+        patches: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What :meth:`forward` reads the scores from; arguments as there.
+
+        Args:
+            patches: the encoders see these alone, (B, M), ascending; ``keep`` then counts among them, and N is M.
 
         Returns:
             patch features (B, N, C) of all patches, and per decoder layer, the embeddings first, hidden states
@@ -452,7 +463,7 @@ class OpenVLA(nn.Module):
         """
         if positions not in POSITIONS:
             raise InputError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
-        features, _ = self.vision_backbone(pixels)  # (B, N, C)
+        features, _ = self.vision_backbone(pixels, patches)  # (B, N, C)
         b, n, c = features.shape
         if keep is None:
             keep = torch.arange(n, device=features.device).expand(b, n)

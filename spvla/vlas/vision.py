@@ -313,12 +313,19 @@ class VisionTransformer(nn.Module):
             return torch.cat([*tokens, x + self.pos_embed], dim=1)
         return torch.cat([*tokens, x], dim=1) + self.pos_embed
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S), normalised, to (patch features (B, N, C), input (B, N, C) of the scoring block).
 
         Both hold patches only, row by row. With ``score_block`` -1 the scoring block's input is the features.
+
+        ``patches`` (B, M), ascending: the encoder sees these patches alone (arXiv 2208.07220, 2212.00794), which makes
+        training cheaper; N is M then.
         """
         x = before = self.embed(images)
+        if patches is not None:
+            prefix = self.config.prefix_tokens
+            chosen = patches[..., None].expand(-1, -1, x.shape[-1]) + prefix
+            x = before = torch.cat([x[:, :prefix], x.gather(1, chosen)], dim=1)
         for block in self.blocks[:-1]:
             before, x = x, block(x)
         score_input = x if self.config.score_block == -1 else before
