@@ -1,27 +1,88 @@
-"""Look at a rollout store: ``python -m data inspect``."""
+"""Look at a rollout store, or at a data set before it is converted: ``python -m data inspect``."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from data.convert import make_setting, tell_notes
+from data.sources import Problem, SourceName
 from data.store import RolloutStore
+from spvla.actions import ActionSpace
+from spvla.episodes import Episode, read_episodes
+from spvla.errors import InputError
+from spvla.history import Source
+
+BARS = " ▁▂▃▄▅▆▇█"
 
 
-def inspect(data: Path) -> None:
-    """Print what a rollout store holds: episodes, lengths, success, who acted, labels, action quantiles.
+def inspect(
+    data: Path | None = None,
+    source: SourceName | None = None,
+    path: Path | None = None,
+    conventions: str | None = None,
+    split: str = "train",
+    camera: str | None = None,
+    output: Path | None = None,
+    trajectories: int = 3,
+) -> None:
+    """Print what a rollout store or a data set holds: episodes, lengths, success, labels, action quantiles and histograms.
 
     Args:
-        data: the rollout store.
+        data: a rollout store; or, in its place, source and path.
+        source: what the data set is: rlds or lerobot.
+        path: its folder.
+        conventions: a name in configs/openx/datasets.yaml, or a YAML file with the fields of one entry; by the data set's
+            own name if omitted.
+        split: RLDS split, or all.
+        camera: image feature in place of the conventions' one.
+        output: PNG file for a picture of some trajectories with their labels.
+        trajectories: how many, spread over the episodes.
     """
-    store = RolloutStore(data)
+    if (data is None) == (source is None) or (source is None) != (path is None):
+        raise InputError("inspect: name either data (a rollout store) or source and path")
+    if data is not None:
+        store = RolloutStore(data)
+        shown = _describe_store(store)
+        space = store.space
+        if output is not None:
+            wanted = set(np.linspace(0, len(store.episodes) - 1, trajectories).astype(int).tolist())
+            shown = [e for i, e in enumerate(read_episodes(data)) if i in wanted]
+    else:
+        setting = make_setting(source or "rlds", path or Path(), conventions, split, camera, False, None)
+        found = setting.open()
+        space = found.space
+        tell_notes(found)
+        episodes = [e for part in found.parts for e in found.episodes(part)]
+        for problem in [e for e in episodes if isinstance(e, Problem)][:20]:
+            print(f"cannot be used: {problem}")
+        good = [e for e in episodes if isinstance(e, Episode)]
+        if not good:
+            raise InputError(f"{path}: no episode can be used")
+        told = f"{len(good)} episodes, {sum(map(len, good))} steps at {space.control_rate:g} Hz ({space.name}, {space.kind})"
+        print(f"{path}: {told}; camera {found.camera}, {found.image_shape}")
+        _lengths(np.array([len(e) for e in good]))
+        for text, count in sorted(Counter(e.instruction for e in good).items()):
+            print(f"  {count:5d} episodes  {text}")
+        _actions(np.concatenate([e.actions for e in good]), space)
+        shown = [good[i] for i in np.linspace(0, len(good) - 1, min(trajectories, len(good))).astype(int)]
+    if output is not None:
+        draw(shown, space, output)
+        print(f"written: {output}")
+
+
+def _describe_store(store: RolloutStore) -> list[Episode]:
     a, space = store.arrays, store.space
     lengths = np.array([e.length for e in store.episodes])
     known = [e.success for e in store.episodes if e.success is not None]
-    print(f"{data}: {len(lengths)} episodes, {store.frames} steps at {space.control_rate:g} Hz ({space.name}, {space.kind})")
-    print(f"lengths   median {np.median(lengths):g}, {lengths.min()} to {lengths.max()}")
+    told = f"{len(lengths)} episodes, {store.frames} steps at {space.control_rate:g} Hz ({space.name}, {space.kind})"
+    print(f"{store.folder}: {told}")
+    _lengths(lengths)
     print(f"success   {np.mean(known):.1%} of {len(known)}" if known else "success   unknown")
     labelled = ~np.isnan(a["targets"]).any(1)
     kind = "teacher's actions" if store.labelled_by_teacher else "recorded actions (demonstrations, no teacher)"
@@ -30,7 +91,60 @@ def inspect(data: Path) -> None:
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")
+    _actions(space.denormalize(a["actions"]), space)
+    return []
+
+
+def _lengths(lengths: NDArray[Any]) -> None:
+    print(f"lengths   median {np.median(lengths):g}, {lengths.min()} to {lengths.max()}   {histogram(lengths)}")
+
+
+def _actions(actions: NDArray[np.float32], space: ActionSpace) -> None:
     print("action    " + "  ".join(f"{name:>7}" for name in ("q01", "q25", "q50", "q75", "q99")) + "   (environment units)")
-    for d, row in enumerate(np.quantile(space.denormalize(a["actions"]), [0.01, 0.25, 0.5, 0.75, 0.99], axis=0).T):
-        role = next((r for r in ("translation", "rotation", "gripper") if d in getattr(space, r)), "joint")
-        print(f"  {d:3d}     " + "  ".join(f"{v:7.3f}" for v in row) + f"   {role}")
+    idle = np.abs(np.delete(actions, list(space.gripper), axis=1)).max(1) < 1e-3
+    for d, row in enumerate(np.quantile(actions, [0.01, 0.25, 0.5, 0.75, 0.99], axis=0).T):
+        print(f"  {d:3d}     " + "  ".join(f"{v:7.3f}" for v in row) + f"   {histogram(actions[:, d])}   {space.role(d)}")
+    if not space.kind.endswith(("absolute", "position")):
+        print(f"standing  {idle.mean():.1%} of the steps (every dimension but the gripper below 0.001)")
+
+
+def histogram(values: NDArray[Any], cells: int = 24) -> str:
+    """Values (N,) between their 0.5 % and 99.5 % quantiles as a bar of ``cells`` characters."""
+    low, high = np.quantile(values, [0.005, 0.995])
+    counts, _ = np.histogram(values, bins=cells, range=(low, high if high > low else low + 1))
+    return "".join(BARS[int(np.ceil(c / max(counts.max(), 1) * (len(BARS) - 1)))] for c in counts)
+
+
+def draw(episodes: Sequence[Episode], space: ActionSpace, output: Path) -> None:
+    """A picture of trajectories: each dimension over time, as executed and as labelled, coloured by who acted."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise InputError("inspect: a picture needs matplotlib: pip install spvla[eval]") from None
+    figure, axes = pyplot.subplots(
+        space.dim, len(episodes), figsize=(4.5 * len(episodes), 1.1 * space.dim + 1), squeeze=False, sharex="col"
+    )
+    for column, episode in enumerate(episodes):
+        times = np.arange(len(episode)) / space.control_rate
+        for d in range(space.dim):
+            panel = axes[d][column]
+            panel.plot(times, episode.actions[:, d], color="tab:blue", linewidth=1, label="executed")
+            if episode.sources is not None and (made := episode.sources == Source.GENERATOR).any():
+                panel.plot(
+                    times[made], episode.actions[made, d], ".", color="tab:orange", markersize=3, label="by the generator"
+                )
+            if episode.vla_actions is not None:
+                panel.plot(times, episode.vla_actions[:, d], "--", color="tab:green", linewidth=1, label="labelled")
+            if column == 0:
+                panel.set_ylabel(f"{d} {space.role(d)}", fontsize=7)
+            panel.tick_params(labelsize=6)
+        axes[0][column].set_title(episode.instruction[:60], fontsize=8)
+        axes[-1][column].set_xlabel("seconds", fontsize=7)
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    pyplot.close(figure)

@@ -27,7 +27,7 @@ from data.sources import Part, Problem
 from spvla.episodes import Episode
 from spvla.errors import InputError
 
-EPISODES_PER_PART = 64
+EPISODES_PER_PART = 16
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
 

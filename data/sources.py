@@ -85,6 +85,7 @@ class Source(Protocol):
         parts: all its parts.
         notes: what its metadata claims and its data contradicts, one line each.
         camera: the camera that :meth:`episodes` gives images of when asked to, or None.
+        image_shape: (H, W, 3) of its images as the metadata says, or None.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Source(Protocol):
     parts: list[Part]
     notes: list[str]
     camera: str | None
+    image_shape: tuple[int, ...] | None
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """The episodes of a part, in order, each as it is or as the problem that it has."""
@@ -130,16 +132,14 @@ def deal(parts: Sequence[Part], rank: int, world: int) -> list[Part]:
     return list(parts[rank::world])
 
 
-def check_frames(frames: Sequence[NDArray[np.uint8]], shape: tuple[int, ...] | None) -> str | None:
-    """What is wrong with decoded images (T of (H, W, 3)), or None.
+def check_frame(frame: NDArray[np.uint8], step: int, shape: tuple[int, ...] | None) -> str | None:
+    """What is wrong with a decoded image, or None.
 
     Args:
-        frames: the images of an episode.
-        shape: what the metadata says they are, or None where it says nothing.
+        frame: the image (H, W, 3).
+        step: of the episode, for the message.
+        shape: what the metadata says it is, or None where it says nothing.
     """
-    for t, frame in enumerate(frames):
-        if shape is not None and frame.shape != shape:
-            return f"the image of step {t} is {frame.shape}, the data set says {shape}"
-    if all(int(frame.max()) == int(frame.min()) for frame in frames):
-        return f"every image has one colour only ({int(frames[0].max())}): the camera was not connected"
+    if shape is not None and frame.shape != shape:
+        return f"the image of step {step} is {frame.shape}, the data set says {shape}"
     return None

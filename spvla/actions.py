@@ -87,6 +87,10 @@ class ActionSpace:
         """Indices of all dimensions but the gripper's."""
         return tuple(i for i in range(self.dim) if i not in self.gripper)
 
+    def role(self, dimension: int) -> str:
+        """What a dimension is: translation, rotation, gripper or joint."""
+        return next((r for r in ("translation", "rotation", "gripper") if dimension in getattr(self, r)), "joint")
+
     def normalize(self, actions: ArrayLike) -> FloatArray:
         """Environment units (..., D) to normalised units: q01 -> -1, q99 -> +1; values beyond are not clipped."""
         return (np.asarray(actions, np.float32) - self._offset) / self._scale

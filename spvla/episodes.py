@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.statistics import Statistics
 
 CODEBASE_VERSION = "v3.0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_FILE_BYTES = 100 * 2**20
 SHARD_KEY = b"spvla"
+SMALLEST_SCALE = 0.05
 VECTOR_COLUMNS = {  # Episode field -> feature name of the store
     "actions": "action",
     "states": "observation.state",
@@ -196,34 +198,6 @@ def shard_info(path: Path) -> dict[str, Any]:
     return info
 
 
-class _Stats:
-    """min, max, mean, std and count of a feature in one pass (LeRobot's meta/stats.json), quantiles from a sample."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sample: list[NDArray[np.float32]] = []
-
-    def add(self, x: NDArray[np.float32]) -> None:
-        x = x[np.isfinite(x).all(1)]
-        if not len(x):
-            return
-        total, squares = x.sum(0, dtype=np.float64), (x.astype(np.float64) ** 2).sum(0)
-        if self.count == 0:
-            self.min, self.max, self.sum, self.squares = x.min(0), x.max(0), total, squares
-        else:
-            self.min, self.max = np.minimum(self.min, x.min(0)), np.maximum(self.max, x.max(0))
-            self.sum, self.squares = self.sum + total, self.squares + squares
-        self.count += len(x)
-        self.sample.append(x[:: max(1, len(x) // 200)])
-
-    def result(self) -> dict[str, list[float]]:
-        mean = self.sum / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
-        q01, q99 = np.quantile(np.concatenate(self.sample), [0.01, 0.99], axis=0)
-        named = {"min": self.min, "max": self.max, "mean": mean, "std": std, "q01": q01, "q99": q99}
-        return {k: np.asarray(v, np.float64).tolist() for k, v in named.items()} | {"count": [self.count]}
-
-
 def _feature(column: pa.DataType, fps: float, image_shape: list[int]) -> dict[str, Any]:
     """A column as LeRobot's meta/info.json describes it."""
     if pa.types.is_fixed_size_list(column):
@@ -260,11 +234,17 @@ def _described(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({b"huggingface": json.dumps(note).encode()})
 
 
-def finalize(folder: str | Path) -> Path:
+def finalize(folder: str | Path, measured: bool = False) -> Path:
     """Number the episodes of all finished shards, ordered by job id, and write the LeRobot v3.0 folder around them.
 
-    The shards stay, so that a store can be extended and finalised again. Returns the folder. Raises
-    :class:`InputError` for a store without shards, or with shards that hold different features.
+    The shards stay, so that a store can be extended and finalised again. Returns the folder.
+
+    Args:
+        folder: the store.
+        measured: the action space's q01, q99 and bounds are those of the actions found, not what the shards say.
+
+    Raises:
+        InputError: no shards, or shards that hold different features.
     """
     folder = Path(folder)
     shards = sorted((folder / ".shards").glob("*.parquet"))
@@ -279,7 +259,7 @@ def finalize(folder: str | Path) -> Path:
 
     tasks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    stats: dict[str, _Stats] = {f.name: _Stats() for f in schema if pa.types.is_fixed_size_list(f.type)}
+    stats: dict[str, Statistics] = {f.name: Statistics() for f in schema if pa.types.is_fixed_size_list(f.type)}
     frames, file_index, writer = 0, 0, None
     full = schema
     for name in ("episode_index", "index", "task_index"):
@@ -330,6 +310,8 @@ def finalize(folder: str | Path) -> Path:
     if writer is not None:
         writer.close()
 
+    if measured:
+        space = measured_space(space, stats["action"])
     meta = building / "meta"
     (meta / "episodes" / "chunk-000").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
@@ -360,6 +342,26 @@ def finalize(folder: str | Path) -> Path:
     (building / "README.md").replace(folder / "README.md")
     building.rmdir()
     return folder
+
+
+def measured_space(space: ActionSpace, actions: Statistics) -> ActionSpace:
+    """``space`` with the scale and bounds of actions that were seen.
+
+    A binary gripper's q01 and q99 are its two ends. A dimension that barely moves has no scale of its own: at least
+    :data:`SMALLEST_SCALE` of the widest one of its role, so that sensor noise on a joint at rest is not full motion.
+    """
+    q01, q99 = actions.quantile(0.01), actions.quantile(0.99)
+    if space.binary_gripper:
+        ends = list(space.gripper)
+        q01[ends], q99[ends] = actions.min[ends], actions.max[ends]
+    roles = [space.role(d) for d in range(space.dim)]
+    for role in set(roles):
+        alike = [d for d in range(space.dim) if roles[d] == role]
+        least = SMALLEST_SCALE * (q99 - q01)[alike].max()
+        lacking = np.maximum(least - (q99 - q01)[alike], 0) / 2
+        q01[alike], q99[alike] = q01[alike] - lacking, q99[alike] + lacking
+    low, high = tuple(actions.min.tolist()), tuple(actions.max.tolist())
+    return replace(space, q01=tuple(q01.tolist()), q99=tuple(q99.tolist()), low=low, high=high)
 
 
 def _write_tasks(path: Path, tasks: list[str]) -> None:

@@ -1,0 +1,295 @@
+"""Data sets from elsewhere into the rollout store: ``python -m data convert``; what ``relabel`` shares with it.
+
+Every part of the source becomes one shard, written whole or not at all; what could not be used is kept beside it. Workers
+share the parts, and a run that was stopped continues with those that are not there yet, on as many workers as it likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from data.parallel import chunks, run_groups
+from data.sources import DataError, Part, Problem, Source, SourceName, open_source
+from spvla.actions import ActionSpace
+from spvla.episodes import Episode, RolloutWriter, finalize
+from spvla.errors import InputError
+from spvla.vlas.conventions import encode_jpeg
+
+OnError = Literal["skip", "stop"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What determines a store made from a data set, beside the data itself.
+
+    Args:
+        source, path, conventions, split, camera: see :func:`data.sources.open_source`.
+        images: keep the camera's images.
+        episodes: keep only the episodes of these numbers.
+        label: what else went into it: the policy that labelled it.
+    """
+
+    source: SourceName
+    path: str
+    conventions: str | None = None
+    split: str = "train"
+    camera: str | None = None
+    images: bool = False
+    episodes: tuple[int, ...] | None = None
+    label: str = ""
+
+    def open(self) -> Source:
+        """The data set."""
+        return open_source(self.source, self.path, self.conventions, self.split, self.camera)
+
+    @property
+    def tag(self) -> str:
+        """A short hash that tells settings apart in job ids; a conventions file counts by its content."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("path", "split")}
+        if self.conventions is not None and Path(self.conventions).is_file():
+            values["conventions"] = Path(self.conventions).read_text()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+    def job(self, part: Part) -> str:
+        """The shard that a part becomes."""
+        return f"{part.id}-{self.tag}"
+
+    def keeps(self, episode: Episode) -> bool:
+        """Whether the store takes this episode."""
+        return self.episodes is None or episode.metadata.get("number") in self.episodes
+
+
+class Shards:
+    """The shards of one setting in a store: which are there, and what was left out of them.
+
+    Args:
+        output: the store.
+        setting: what is written into it.
+        space: its action space.
+        policy: who labelled it.
+    """
+
+    def __init__(self, output: Path, setting: Setting, space: ActionSpace, policy: str = "") -> None:
+        self.setting = setting
+        self.writer = RolloutWriter(output, space, policy)
+
+    def _note(self, part: Part) -> Path:
+        return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
+
+    def finished(self, part: Part) -> bool:
+        """Whether a part is done: its shard is there, or it is known to hold nothing of use."""
+        note = self._note(part)
+        return self.writer.finished(self.setting.job(part)) or (note.exists() and json.loads(note.read_text())["episodes"] == 0)
+
+    def write(self, part: Part, episodes: Sequence[Episode], problems: Sequence[Problem]) -> None:
+        """Finish a part: first what was left out, then the shard."""
+        note = self._note(part)
+        if problems or not episodes:
+            text = json.dumps({"episodes": len(episodes), "problems": [p.to_dict() for p in problems]}, indent=1)
+            temporary = note.with_name(f".{note.stem}.{os.getpid()}.tmp")
+            temporary.write_text(text + "\n")
+            temporary.replace(note)
+        if episodes:
+            self.writer.write(self.setting.job(part), episodes)
+
+    def problems(self, parts: Sequence[Part]) -> list[Problem]:
+        """What was left out of finished parts."""
+        notes = [self._note(part) for part in parts]
+        return [Problem(**p) for note in notes if note.exists() for p in json.loads(note.read_text())["problems"]]
+
+
+def make_setting(
+    source: SourceName,
+    path: Path,
+    conventions: str | None,
+    split: str,
+    camera: str | None,
+    images: bool,
+    episodes: str | None,
+    label: Mapping[str, Any] | None = None,
+) -> Setting:
+    """A :class:`Setting` from a command's options."""
+    from data.collect import parse_range
+
+    numbers = None if episodes is None else tuple(parse_range(episodes))
+    text = json.dumps(label, sort_keys=True, default=str) if label else ""
+    return Setting(source, str(path), conventions, split, camera, images, numbers, text)
+
+
+def tell_notes(source: Source) -> None:
+    """Print what a source's metadata gets wrong."""
+    for note in source.notes:
+        print(f"note: {note}")
+
+
+def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool) -> None:
+    """Finalise a store and print what it holds and what was left out."""
+    problems = shards.problems(parts)
+    for problem in problems[:20]:
+        print(f"left out: {problem}")
+    if len(problems) > 20:
+        print(f"left out: {len(problems) - 20} more")
+    if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
+        first = f"; the first problem: {problems[0]}" if problems else ""
+        raise InputError(f"{shards.setting.path}: no episode could be used{first}")
+    finalize(output, measured)
+    (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
+    info = json.loads((output / "meta" / "info.json").read_text())
+    reasons = Counter(p.reason.split("(")[0].strip() for p in problems)
+    told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+    print(
+        f"{output}: {info['total_episodes']} episodes, {info['total_frames']} steps; left out {len(problems)} {told}".rstrip()
+    )
+
+
+def encoded_images(episode: Episode, shape: tuple[int, ...] | None) -> str | None:
+    """Encode an episode's images where they are not yet; what is wrong with them, or None.
+
+    Args:
+        episode: changed in place.
+        shape: (H, W, 3) that they must have, or None: all the first one's.
+    """
+    for camera, frames in episode.images.items():
+        encoded = []
+        for t, frame in enumerate(frames):
+            if isinstance(frame, bytes):
+                try:
+                    with Image.open(io.BytesIO(frame)) as image:
+                        size = (image.height, image.width, len(image.getbands()))
+                except UnidentifiedImageError:
+                    return f"the image of step {t} cannot be read"
+            else:
+                size, frame = frame.shape, encode_jpeg(frame)
+            shape = shape or size
+            if size != shape:
+                return f"the image of step {t} is {size}, not {shape}"
+            encoded.append(frame)
+        episode.images[camera] = encoded
+    return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parts for one worker process."""
+
+    setting: Setting
+    parts: tuple[Part, ...]
+    output: str
+    space: ActionSpace
+    on_error: OnError
+
+
+def _convert_group(group: Group) -> Iterator[tuple[int, int]]:
+    source, shards = group.setting.open(), Shards(Path(group.output), group.setting, group.space)
+    for part in group.parts:
+        episodes, problems = [], []
+        for found in source.episodes(part, group.setting.images):
+            problem: Problem | None = None
+            if isinstance(found, Problem):
+                problem = found
+            elif group.setting.keeps(found):
+                wrong = encoded_images(found, source.image_shape)
+                if wrong is None:
+                    episodes.append(found)
+                else:
+                    problem = Problem(part.file, wrong, found.metadata.get("record"), source.camera)
+            if problem is not None:
+                if group.on_error == "stop":
+                    raise DataError(problem)
+                problems.append(problem)
+        shards.write(part, episodes, problems)
+        yield part.count, sum(len(e) for e in episodes)
+
+
+def convert(
+    source: SourceName,
+    path: Path,
+    output: Path,
+    conventions: str | None = None,
+    split: str = "train",
+    camera: str | None = None,
+    images: bool = False,
+    episodes: str | None = None,
+    statistics: Path | None = None,
+    on_error: OnError = "stop",
+    workers: int = 1,
+) -> None:
+    """Convert an Open-X RLDS or LeRobot data set into a rollout store.
+
+    Call it again with the same options to continue after an interruption, or with others to extend the store.
+
+    Args:
+        source: what the data set is: rlds or lerobot.
+        path: its folder.
+        output: rollout store to make or extend.
+        conventions: a name in configs/openx/datasets.yaml, or a YAML file with the fields of one entry; by the data set's
+            own name if omitted.
+        split: RLDS split, or all.
+        camera: image feature in place of the conventions' one.
+        images: store the camera's images.
+        episodes: keep only these numbers, such as 0-63 or 0,5,10.
+        statistics: JSON file of published statistics, by data set; the action space takes its scale from it, and from the
+            converted actions if omitted.
+        on_error: what to do about a record that cannot be used: stop, or skip it and say so.
+        workers: processes.
+    """
+    setting = make_setting(source, path, conventions, split, camera, images, episodes)
+    found = setting.open()
+    tell_notes(found)
+    space = found.space if statistics is None else published_space(found.space, statistics, conventions)
+    shards = Shards(output, setting, space)
+    waiting = [part for part in found.parts if not shards.finished(part)]
+    groups = [Group(setting, tuple(p), str(output), space, on_error) for p in chunks(waiting, workers)]
+    from tqdm import tqdm
+
+    total, steps = sum(p.count for p in found.parts), 0
+    done = total - sum(p.count for p in waiting)
+    with tqdm(total=total, initial=done, desc=f"convert {found.name}", unit="episode") as bar:
+        results = _convert_group(groups[0]) if len(groups) == 1 else run_groups(_convert_group, groups, workers)
+        for count, added in results:
+            steps += added
+            bar.update(count)
+            elapsed = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix(steps=steps, per_second=f"{steps / elapsed:.0f}")
+    tell_end(output, shards, found.parts, measured=statistics is None)
+
+
+def published_space(space: ActionSpace, file: Path, name: str | None = None) -> ActionSpace:
+    """``space`` with the scale that a file of published statistics gives the data set ``name``, or the space's own name.
+
+    An entry without ``mask`` is read as one whose gripper is not scaled, and this is said.
+
+    Raises:
+        InputError: no such file or entry, or one of another number of dimensions.
+    """
+    try:
+        table = json.loads(file.read_text())
+        name = name if name in table else space.name
+        entry = table[name]["action"]
+        q01, q99, low, high = (list(map(float, entry[k])) for k in ("q01", "q99", "min", "max"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except KeyError as error:
+        raise InputError(f"{file}: no usable entry for {name!r}: {error} is missing") from None
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not readable statistics ({error})") from None
+    if not len(q01) == len(q99) == len(low) == len(high) == space.dim:
+        raise InputError(f"{file}: {name!r} has actions of {len(q01)} dimensions, the conventions say {space.dim}")
+    mask = entry.get("mask")
+    if mask is None:
+        print(f"note: {file}: {name} has no mask; its gripper {list(space.gripper)} is taken as not scaled")
+        mask = [d not in space.gripper for d in range(space.dim)]
+    for d in range(space.dim):
+        if not mask[d]:
+            q01[d], q99[d] = low[d], high[d]
+    return replace(space, q01=tuple(q01), q99=tuple(q99), low=tuple(low), high=tuple(high))

@@ -1,0 +1,277 @@
+"""What a VLA would do at every frame of a data set: ``python -m data relabel``.
+
+The recorded action stays what was executed; the VLA's action, confidence and pooled features become the labels. Lightning
+Fabric starts one process per device on every node; parts are dealt out by their place in the list, images are decoded
+ahead in a worker process, and a batch never crosses a part, so that the result does not depend on how many processes
+there were.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.convert import OnError, Setting, Shards, encoded_images, make_setting, tell_end, tell_notes
+from data.sources import DataError, Part, Problem, SourceName, check_frame, deal
+from spvla.episodes import Episode
+from spvla.errors import InputError
+from spvla.observation import Observation
+from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.conventions import decode_image
+from spvla.vlas.registry import load_vla
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames for one call of the VLA.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        states: float32 (B, S), or None.
+        instructions: one per frame.
+        episodes: which episode of the part each frame is of, (B,).
+    """
+
+    images: torch.Tensor
+    states: torch.Tensor | None
+    instructions: list[str]
+    episodes: list[int]
+
+
+@dataclass(frozen=True)
+class End:
+    """A part has been read: its good episodes by their number in :class:`Frames`, and the problems of the others."""
+
+    part: Part
+    episodes: dict[int, Episode]
+    problems: list[Problem]
+
+
+class FrameStream(torch.utils.data.IterableDataset[Any]):
+    """The frames of parts, decoded, in batches; after each part its :class:`End`.
+
+    Args:
+        setting: the data set.
+        parts: which parts of it.
+        batch_size: frames per batch (B).
+    """
+
+    def __init__(self, setting: Setting, parts: Sequence[Part], batch_size: int) -> None:
+        self.setting, self.parts, self.batch_size = setting, list(parts), batch_size
+
+    def __iter__(self) -> Iterator[Frames | End]:
+        torch.set_num_threads(1)
+        source = self.setting.open()
+        for part in self.parts:
+            yield from self._part(source, part)
+
+    def _part(self, source: Any, part: Part) -> Iterator[Frames | End]:
+        episodes: dict[int, Episode] = {}
+        problems: list[Problem] = []
+        waiting: list[tuple[NDArray[np.uint8], Any, str, int]] = []
+        for number, found in enumerate(source.episodes(part, images=True)):
+            if isinstance(found, Problem):
+                problems.append(found)
+                continue
+            if not self.setting.keeps(found):
+                continue
+            (images,) = found.images.values()
+            reason, coloured = None, False
+            for t in range(len(found)):
+                try:
+                    frame = images[t] if not isinstance(images[t], bytes) else decode_image(images[t])
+                except (InputError, OSError) as error:
+                    reason = f"the image of step {t} cannot be read ({error})"
+                    break
+                reason = check_frame(frame, t, source.image_shape)
+                if reason is not None:
+                    break
+                coloured = coloured or int(frame.max()) != int(frame.min())
+                if waiting and (len(waiting) == self.batch_size or waiting[0][0].shape != frame.shape):
+                    yield _batch(waiting)
+                    waiting = []
+                state = None if found.states is None else found.states[t]
+                waiting.append((frame, state, found.instruction, number))
+            if reason is None and not coloured:
+                reason = "every image has one colour only: the camera was not connected"
+            if reason is None and self.setting.images:
+                reason = encoded_images(found, source.image_shape)
+            if reason is None:
+                found.images = found.images if self.setting.images else {}
+                episodes[number] = found
+            else:
+                where = found.metadata.get("record", found.metadata.get("number"))
+                problems.append(Problem(part.file, reason, where, source.camera))
+        if waiting:
+            yield _batch(waiting)
+        yield End(part, episodes, problems)
+
+
+def _batch(frames: list[tuple[NDArray[np.uint8], Any, str, int]]) -> Frames:
+    images, states, instructions, episodes = zip(*frames, strict=True)
+    stacked = None if states[0] is None else torch.from_numpy(np.stack(states))
+    return Frames(torch.from_numpy(np.stack(images)), stacked, list(instructions), list(episodes))
+
+
+def label(vla: VLA, frames: Frames) -> list[VLAOutput]:
+    """The VLA's output for each of the frames, in one call where it can (``predict_batch``)."""
+    states = [None] * len(frames.images) if frames.states is None else list(frames.states.numpy())
+    seen = [Observation(image, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
+    predict_batch = getattr(vla, "predict_batch", None)
+    if predict_batch is not None:
+        return list(predict_batch(seen, frames.instructions))
+    outputs = []
+    for i, observation in enumerate(seen):
+        if i == 0 or frames.episodes[i] != frames.episodes[i - 1]:
+            vla.reset(frames.instructions[i])
+        outputs.append(vla.predict(observation))
+    return outputs
+
+
+def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
+    """``episode`` with the VLA's outputs, one per step, as its labels."""
+
+    def stack(values: list[Any]) -> Any:
+        return None if any(v is None for v in values) else np.stack(values).astype(np.float32)
+
+    episode.vla_actions = stack([o.actions[0] for o in outputs])
+    episode.vla_confidence = stack([o.confidence for o in outputs])
+    episode.vla_features = stack([o.features for o in outputs])
+    return episode
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a relabelling run is told."""
+
+    setting: Setting
+    output: str
+    policy: str
+    checkpoint: str | None
+    options: dict[str, Any]
+    batch_size: int
+    decode_ahead: bool
+    on_error: OnError
+
+
+def _run(fabric: Any, job: Job) -> None:
+    """One process: label its share of the parts; the first one finalises the store when all are through."""
+    source = job.setting.open()
+    vla = load_vla(job.policy, job.checkpoint, job.options)
+    source.space.require_compatible(vla.action_space, f"policy {job.policy!r}")
+    shards = Shards(Path(job.output), job.setting, vla.action_space, job.policy)
+    left = fabric.broadcast([i for i, part in enumerate(source.parts) if not shards.finished(part)])
+    waiting = [source.parts[i] for i in left]  # as the first process sees it: shards appear while others start
+    mine = deal(waiting, fabric.global_rank, fabric.world_size)
+    stream = FrameStream(job.setting, mine, job.batch_size)
+    ahead = {"num_workers": 1, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if job.decode_ahead and mine else {}
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, **ahead)  # type: ignore[arg-type]
+    outputs: dict[int, list[VLAOutput]] = {}
+    steps, start = 0, perf_counter()
+    parent = multiprocessing.parent_process()
+    total = sum(p.count for p in source.parts)
+    from tqdm import tqdm
+
+    name = f"relabel {source.name}"
+    done = total - sum(p.count for p in waiting)
+    with tqdm(total=total, initial=done, desc=name, unit="episode", disable=fabric.global_rank != 0) as bar:
+        for item in loader:
+            if isinstance(item, Frames):
+                for episode, output in zip(item.episodes, label(vla, item), strict=True):
+                    outputs.setdefault(episode, []).append(output)
+                steps += len(item.episodes)
+                rate = steps / (perf_counter() - start) * fabric.world_size
+                bar.set_postfix(steps_per_second=f"{rate:.1f}")
+                continue
+            if item.problems and job.on_error == "stop":
+                raise DataError(item.problems[0])
+            if parent is not None and not parent.is_alive():
+                return  # killed: another run may be writing this store by now
+            shards.write(item.part, [labelled(e, outputs[i]) for i, e in item.episodes.items()], item.problems)
+            outputs = {}
+            bar.update(sum(p.count for p in source.parts if shards.finished(p)) - bar.n)
+    fabric.barrier()
+    if fabric.global_rank == 0:
+        tell_end(Path(job.output), shards, source.parts, measured=False)
+
+
+def relabel(
+    output: Path,
+    policy: str,
+    checkpoint: str | None = None,
+    policy_options: dict[str, Any] = {},  # noqa: B006
+    data: Path | None = None,
+    source: SourceName | None = None,
+    path: Path | None = None,
+    conventions: str | None = None,
+    split: str = "train",
+    camera: str | None = None,
+    images: bool = False,
+    episodes: str | None = None,
+    on_error: OnError = "stop",
+    batch_size: int = 32,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    decode_ahead: bool = True,
+) -> None:
+    """Run a VLA over the frames of a data set and store its actions, confidence and features beside the recorded actions.
+
+    Call it again with the same options to continue after an interruption, on as many devices as there are then.
+
+    Args:
+        output: rollout store to make or extend.
+        policy: openvla, nano_vla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the policy's folder or hub id.
+        policy_options: the policy's other options, for openvla such as {unnorm_key: bridge_orig} (see spvla.vlas.openvla.load).
+        data: a rollout store with images; or, in its place, source and path.
+        source: what the data set is: rlds or lerobot.
+        path: its folder.
+        conventions: a name in configs/openx/datasets.yaml, or a YAML file with the fields of one entry; by the data set's
+            own name if omitted.
+        split: RLDS split, or all.
+        camera: image feature in place of the conventions' one.
+        images: store the camera's images too.
+        episodes: keep only these numbers, such as 0-63 or 0,5,10.
+        on_error: what to do about a record that cannot be used: stop, or skip it and say so.
+        batch_size: frames per call of the VLA.
+        accelerator: cpu, cuda, ... as Lightning names it.
+        devices: processes on each node, one per device.
+        num_nodes: nodes; start the command on each, as Lightning Fabric describes for clusters (or with torchrun or SLURM).
+        decode_ahead: decode images in a worker process while the VLA computes.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies.ddp import DDPStrategy
+
+    if (data is None) == (source is None) or (source is None) != (path is None):
+        raise InputError("relabel: name either data (a rollout store) or source and path")
+    facts = {"policy": policy, "checkpoint": checkpoint, "options": policy_options}
+    where = data if data is not None else path
+    assert where is not None
+    setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
+    tell_notes(setting.open())
+    job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
+    several = devices * num_nodes > 1
+    strategy = (
+        DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(days=30)) if several else "auto"
+    )
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    try:
+        fabric.launch(_run, job)  # type: ignore[arg-type]
+    except torch.multiprocessing.ProcessRaisedException as error:  # type: ignore[attr-defined]
+        last = str(error).strip().splitlines()[-1]
+        kind, _, message = last.partition(": ")
+        if kind.rpartition(".")[2] in (InputError.__name__, DataError.__name__):
+            raise InputError(message) from None
+        print(str(error), file=sys.stderr)
+        raise
