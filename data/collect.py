@@ -146,6 +146,7 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
                 driver=student,
                 instruction=instruction,
                 images=setting.images,
+                shuffle=setting.shuffle,
             )
             result.episode.metadata = {
                 "suite": group.task.suite,
@@ -158,6 +159,8 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
                 "risk": setting.risk,
                 "noise": setting.noise,
             }
+            if setting.shuffle:
+                result.episode.metadata["shuffled"] = True
             if setting.images:
                 result.episode.metadata["scene"] = scene_facts(env, instruction)
             if student is not None:
@@ -189,6 +192,7 @@ def collect(
     instructions: Literal["task", "scene"] = "task",
     student: str | None = None,
     student_checkpoint: str | None = None,
+    shuffle: bool = False,
     workers: int = 2,
     seed: int = 0,
 ) -> None:
@@ -223,13 +227,21 @@ def collect(
             random moments and when the student stalls. Its weights are read again before each episode, so that a
             training run may go on beside this command.
         student_checkpoint: passed to the student.
+        shuffle: the scene's objects trade places, as the episode's seed decides.
         workers: processes, one thread each.
         seed: of resets and noise.
     """
     states = parse_range(init_states)
     count = episodes_per_task or len(states)
     setting = Setting(policy, checkpoint, export, shadow, risk, generator, scheduler, max_generated_run, noise, seed)
-    setting = replace(setting, images=images, instructions=instructions, student=student, student_checkpoint=student_checkpoint)
+    setting = replace(
+        setting,
+        images=images,
+        instructions=instructions,
+        student=student,
+        student_checkpoint=student_checkpoint,
+        shuffle=shuffle,
+    )
     setting = replace(setting, policy_options=dict(policy_options) or None, pruning=pruning, max_steps=max_steps)
     load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
     free_memory()

@@ -337,7 +337,11 @@ class LiberoEnv:
             self._renderer = _Renderer(self._model, self._data, image_size, wrist_camera, render == "fast")
 
     def reset(
-        self, init_state: int | None = None, seed: int = 0, goal: Sequence[tuple[str, ...]] | None = None
+        self,
+        init_state: int | None = None,
+        seed: int = 0,
+        goal: Sequence[tuple[str, ...]] | None = None,
+        shuffle: Sequence[str] = (),
     ) -> LiberoObservation:
         """Start an episode: seed, reset, set the initial state, ten no-op steps.
 
@@ -345,6 +349,7 @@ class LiberoEnv:
             init_state: index of an official initial state; None keeps the object placements sampled with ``seed``.
             seed: for the placement of what an initial state does not hold (fixtures), and of everything if None.
             goal: predicates, as in :attr:`Scene.goal`, that make this episode a success; None: the task's own.
+            shuffle: movable objects that trade places with one another, as ``seed`` decides.
 
         Raises:
             InputError: if the index is out of range, or the states do not belong to this scene.
@@ -354,6 +359,8 @@ class LiberoEnv:
             self._reset_simulation()
         if state is not None:
             self._control.set_init_state(state)
+        if shuffle:
+            self._trade_places(shuffle, seed)
         for _ in range(NO_OP_STEPS):
             self._env.step(NO_OP)
         self.steps = 0
@@ -373,6 +380,13 @@ class LiberoEnv:
         self.steps += 1
         self.success = self._achieved()
         return self.success
+
+    def _trade_places(self, names: Sequence[str], seed: int) -> None:
+        joints = [int(self._model.body_jntadr[self._bodies[self.scene.movable.index(name)]]) for name in names]
+        across = [int(self._model.jnt_qposadr[joint]) + axis for joint in joints for axis in (0, 1)]
+        order = np.random.default_rng([seed, 3]).permutation(len(joints))
+        self._data.qpos[across] = self._data.qpos[across].reshape(-1, 2)[order].ravel()
+        self._env.sim.forward()
 
     def _achieved(self) -> bool:
         goal = self.scene.goal if self._goal is None else self._goal

@@ -89,6 +89,7 @@ def rollout(
     driver: Driver | None = None,
     instruction: str | None = None,
     images: bool = False,
+    shuffle: bool = False,
     max_steps: int | None = None,
 ) -> Rollout:
     """Run ``policy`` from an initial state until success or the step limit.
@@ -103,12 +104,14 @@ def rollout(
         driver: acts in the policy's place; the policy's own actions are labels then.
         instruction: what to ask for, and to judge by; None: the task's own. Another one must be the expert's to understand.
         images: keep what the camera saw at every step, as JPEG; the environment must render.
+        shuffle: the objects, all but the one that things are placed in or on, trade places.
         max_steps: step limit; None: the suite's.
     """
     own = instruction is None or instruction == env.task.instruction
     instruction = env.task.instruction if instruction is None else instruction
     goal = None if own else predicates(parse_goal(instruction, env.scene))
-    env.reset(init_state, seed=seed, goal=goal)
+    place = env.scene.body_of(parse_goal(instruction, env.scene).place) if shuffle else None
+    env.reset(init_state, seed, goal, [name for name in env.scene.movable if name != place] if shuffle else ())
     policy.reset(instruction)
     if teacher is not None:
         teacher.reset(instruction)

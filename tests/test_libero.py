@@ -140,6 +140,21 @@ def test_success_is_judged_for_what_was_asked(env: LiberoEnv) -> None:
     assert not env.success, "the next episode's goal is the task's own again"
 
 
+def test_objects_trade_places(env: LiberoEnv) -> None:
+    names = [name for name in env.scene.movable if name != "basket_1"]
+
+    def places(**options) -> np.ndarray:
+        state = env.reset(30, **options).privileged
+        return np.array([state.position(name)[:2] for name in (*names, "basket_1")])
+
+    before, after = places(), places(seed=3, shuffle=names)
+    np.testing.assert_array_equal(after, places(seed=3, shuffle=names))
+    np.testing.assert_allclose(after[-1], before[-1], atol=1e-3)
+    nearest = np.linalg.norm(after[:-1, None] - before[None, :-1], axis=-1)
+    assert (nearest.min(1) < 0.02).all() and sorted(nearest.argmin(1)) == list(range(len(names)))
+    assert (nearest.argmin(1) != np.arange(len(names))).sum() >= 3
+
+
 def test_a_scene_knows_what_can_be_asked_for(env: LiberoEnv) -> None:
     options = scene_instructions(env.reset(30).privileged)
     assert options[0] == env.task.instruction and len(options) == len(set(options)) == 6
