@@ -53,7 +53,7 @@ SLACK_MOST = 0.016  # ... and at most, in metres
 WALL_SLACK = 0.008  # the same for a wall, which is curved
 SLACK_MARGIN = 0.004  # along the finger axis: half of the free gap less this
 STEEP = 3.0  # height over lateral distance of the funnel next to the object
-SLOPE = 0.8  # of the way down from afar
+SLOPE = 0.4  # of the way down from afar: flat transit
 CLEARANCE = 0.02  # above obstacles
 OBSTACLE_SLOPE = 1.5  # height over distance of the slope that leads over an obstacle
 YAW_SLACK = 0.15  # radians the hand may be turned off when it goes down ...
@@ -67,6 +67,7 @@ WALL_DEPTH = 0.008  # fingers closed on a wall hold it if they are this far belo
 
 # Placing.
 CARRY_ABOVE = 0.04  # bottom of the carried object above the rim or surface, on the way
+LIFTED, LIFT_TAPER, LIFT_SIDEWAYS = 0.02, 0.08, 0.25  # up first: sideways speed grows over the last metres of the rise
 RELEASE_IN = 0.03  # lower it until the bottom is this far below a container's rim ...
 RIM_CLEARANCE = 0.008  # ... or, if tall, further: until the fingertips are this far above the rim
 RELEASE_ON = -0.005  # lower it to this height above a surface (negative: until it touches)
@@ -430,11 +431,13 @@ def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place
     clear = _obstacle_height(others, centre, half)
     above = max(place.surface + CARRY_ABOVE, clear)
     height = min(lowest + PLACE_STEEP * off, above)
+    rise = height - bottom
+    lifted = float(np.clip(1.0 - (rise - LIFTED) / LIFT_TAPER, LIFT_SIDEWAYS, 1.0))
     free = float(np.clip(1.0 - (min(clear, height) - bottom) / 0.04, 0.0, 1.0))
-    lateral = free * _towards(_beyond(error, place.slack / 2))
+    lateral = min(free, lifted) * _towards(_beyond(error, place.slack / 2))
     early = RELEASE_EARLY if goal.inside else CLOSE_LATERAL - RELEASE_ON
     release = off == 0.0 and bottom < lowest + early
-    return np.array([*lateral, _speed(height - bottom, VERTICAL_TAPER)]), release
+    return np.array([*lateral, _speed(rise, VERTICAL_TAPER)]), release
 
 
 def load(checkpoint: str | None = None) -> Expert:
