@@ -64,6 +64,7 @@ class Setting:
     policy_options: dict[str, Any] | None = None
     pruning: dict[str, Any] | str | None = None
     max_steps: int | None = None
+    shuffle: bool = False
 
     @property
     def tag(self) -> str:
