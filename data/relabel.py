@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -164,7 +165,7 @@ class Job:
     on_error: OnError
 
 
-def _run(fabric: Any, job: Job) -> None:
+def _run(job: Job, fabric: Any) -> None:
     """One process: label its share of the parts; the first one finalises the store when all are through."""
     source = job.setting.open()
     vla = load_vla(job.policy, job.checkpoint, job.options)
@@ -267,7 +268,7 @@ def relabel(
     )
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     try:
-        fabric.launch(_run, job)  # type: ignore[arg-type]
+        fabric.launch(partial(_run, job))
     except torch.multiprocessing.ProcessRaisedException as error:  # type: ignore[attr-defined]
         last = str(error).strip().splitlines()[-1]
         kind, _, message = last.partition(": ")
