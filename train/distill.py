@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data.windows import BatchStream, frames_of
+from data.windows import blocks_of
 from spvla.errors import InputError
 from spvla.export import Export, built_in_generator, save_export
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
+from spvla.pruning.pruner import make_pruner
 from spvla.scheduling.calibration import Calibration, calibrate, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from train.datamodules import RolloutData, cross_fit, fit_generator, quick_fit
@@ -99,23 +100,21 @@ def judge_episode(
 def fit_gate(
     data: RolloutData,
     judges: list[ActionGenerator],
-    fold: NDArray[np.int64],
+    fold: NDArray[np.uint8],
     options: dict[str, Any],
     steps: int,
     name: str,
 ) -> ActionTypeClassifier:
     """Train the gate of the generator that ``judges`` stand for, on the training episodes."""
     module = ClassifierModule(data.features, judges, fold, data.space, **options)
-    stream = BatchStream(data.windows, frames_of(data.split.train), data.batch_size, data.seed, data.hide, batches=steps)
-    quick_fit(module, stream, f"gate of {name}")
+    quick_fit(module, data.stream(data.split.train, batches=steps), f"gate of {name}")
     return module.network.eval()
 
 
 def max_jump(data: RolloutData) -> NDArray[np.float32]:
     """The largest change per dimension from an executed action to the teacher's next one in training, normalised (D,)."""
-    frames = frames_of(data.split.train)
     jump = np.zeros(data.space.dim, np.float32)
-    for part in np.array_split(frames, max(1, len(frames) // 65536)):
+    for part in blocks_of(data.split.train, 65536):
         batch = data.windows.batch(part)
         known = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
         change = np.abs(batch.targets[:, 0] - batch.window.actions[:, -1])[known]
@@ -175,6 +174,7 @@ def distill(
     default_generator: str | None = None,
     default_risk: float = 0.1,
     max_generated_run: int = 20,
+    default_pruning: str | dict[str, Any] | None = None,
     threads: int = 2,
     seed: int = 0,
 ) -> None:
@@ -204,6 +204,7 @@ def distill(
         default_generator: which generator acts unless told otherwise; the first learned one if omitted.
         default_risk: the export's default risk.
         max_generated_run: the export's longest run of generated actions.
+        default_pruning: visual tokens that the VLA keeps by default: release, readme, or fields of TokenPruner.
         threads: of torch, during training.
         seed: of everything.
     """
@@ -226,6 +227,7 @@ def distill(
         calibration_fraction=calibration_fraction,
         seed=seed,
     )
+    make_pruner(default_pruning, "default_pruning")  # a wrong one is told before hours of training
     split = rollouts.split
     firsts = {first for first, _ in split.train}
     trained_on = {store for store, first, _ in rollouts.windows.episodes if first in firsts}
@@ -238,7 +240,6 @@ def distill(
         "common": [batch_size, hide, folds, calibration_fraction, seed],
     }
     stages = Stages(output / ".stages", key)
-    frames = frames_of(split.train)
 
     learned: dict[str, LearnedGenerator] = {}
     gates: dict[str, ActionTypeClassifier] = {}
@@ -252,11 +253,11 @@ def distill(
             blank_generator = partial(_blank_generator, rollouts, options)
             keep = partial(stages.run, options=[options, steps, batch], blank=blank_generator)
             fitted, fold = cross_fit(rollouts, options, steps, folds, name, keep, batch)
-            learned[name] = keep(name, partial(fit_generator, rollouts, frames, options, steps, name, batch))
+            learned[name] = keep(name, partial(fit_generator, rollouts, split.train, options, steps, name, batch))
             judges = [g.bind(rollouts.space) for g in [*fitted, learned[name]]]
             gate_key += [options, steps, batch]
         else:
-            judges, fold = [built_in_generator(name, rollouts.space)], np.zeros(len(rollouts.windows), np.int64)
+            judges, fold = [built_in_generator(name, rollouts.space)], np.zeros(len(rollouts.windows), np.uint8)
         gate_options = {**gate, "tolerance": tolerance}
 
         gates[name] = stages.run(
@@ -280,6 +281,7 @@ def distill(
             "scheduler": "learned",
             "risk": default_risk,
             "max_generated_run": max_generated_run,
+            **({} if default_pruning is None else {"pruning": default_pruning}),
         },
         provenance=provenance(rollouts),
     )
