@@ -1,18 +1,23 @@
 """Training a VLA: it overfits, continues where it was, and what it writes is a checkpoint like any other."""
 
+import json
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.vlas.openvla import OpenVLA, pixel_values
+from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.registry import load_vla
 from tests.test_frames import pictured_episode, write
 from train.frames import Augmentation, FrameBatch, FrameData
 from train.vla import VLAModule, expected_points, soft_targets, word_tokenizer
 
+ROOT = Path(__file__).parents[1]
 STATS = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
 ARCHITECTURE = {
     "timm_model_ids": ["vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"],
@@ -91,6 +96,18 @@ def test_tokens_are_the_labels_in_the_models_units(tmp_path):
     np.testing.assert_allclose(back[:, :6], b.labels[:, :6], atol=1 / 63)
     np.testing.assert_array_equal(back[:, 6], b.labels[:, 6])
     assert word_tokenizer(WORDS).encode("pick up the blue milk").ids.count(0) == 1
+
+
+def test_the_packaged_model_is_small_and_knows_liberos_words(shared):
+    options = yaml.safe_load((ROOT / "configs" / "train" / "nano_vla.yaml").read_text())["model"]["init_args"]
+    config = OpenVLAConfig.from_dicts({"model_type": "openvla", **options["architecture"]})
+    tokenizer = word_tokenizer(options["vocabulary"])
+    model = OpenVLA(config, tokenizer=tokenizer, conventions="libero")
+    assert 2 * sum(p.numel() for p in model.parameters()) < 16e6 and config.grid**2 >= 196 and config.image_sizes == (224, 224)
+    assert tokenizer.get_vocab_size() <= config.vocab - config.n_action_bins, "words and action tokens share no id"
+    suites = json.loads((shared / "libero_instructions" / "libero_task_instructions.json").read_text())
+    for task in (task for tasks in suites.values() for task in tasks):
+        assert 0 not in model.tokenize(task["instruction_from_filename"]), task
 
 
 def test_heat_map_targets_are_points():
