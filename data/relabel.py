@@ -8,12 +8,15 @@ there were.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -276,3 +279,25 @@ def relabel(
             raise InputError(message) from None
         print(str(error), file=sys.stderr)
         raise
+
+
+def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
+    """Relabel a data set as ``options`` say, arguments of :func:`relabel` but ``output``, into a store under ``folder``.
+
+    The store's name tells its options apart: what is finished there is not done again. Returns the store.
+
+    Raises:
+        InputError: an unknown option, or what :func:`relabel` raises.
+    """
+    known = [name for name in signature(relabel).parameters if name != "output"]
+    for name in options:
+        if name not in known:
+            raise InputError(f"relabel: option {name!r} is unknown; there are: {', '.join(known)}")
+    if "policy" not in options:
+        raise InputError("relabel: option 'policy' is missing")
+    values = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
+    where = Path(values.get("data") or values.get("path") or ".")
+    text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)
+    store = folder / f"{where.resolve().name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    relabel(store, **values)
+    return store

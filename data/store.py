@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
-from spvla.episodes import read_action_space, read_episode_table
+from spvla.episodes import read_action_space, read_episode_table, vectors
 from spvla.errors import InputError
 from spvla.history import Source
 
@@ -107,61 +107,72 @@ class RolloutStore:
         return bool(self.arrays["labelled"][0])
 
     def _derive(self, cache: Path) -> None:
-        files = sorted((self.folder / "data").glob("*/*.parquet"))
-        wanted = [*FLOAT_FIELDS.values(), "action.source"]
-        tables = []
-        for path in files:
-            try:
-                names = pq.read_schema(path).names
-                tables.append(pq.read_table(path, columns=[c for c in wanted if c in names]))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"{path}: damaged Parquet file ({error})") from None
-        table = pa.concat_tables(tables)
-        total = sum(e.length for e in self.episodes)
-        if table.num_rows != total:
-            raise InputError(f"{self.folder}: data holds {table.num_rows} frames, meta/episodes claims {total}")
-        raw: dict[str, NDArray[np.float32]] = {}
-        for name, column in FLOAT_FIELDS.items():
-            if column in table.column_names:
-                flat = table[column].combine_chunks()
-                width = flat.type.list_size
-                values = flat.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, width)
-                self._require_finite(values, column, allow_missing=name.startswith("vla_"))
-                raw[name] = values
-        actions = self.space.normalize(raw["actions"])
-        targets = self.space.normalize(raw["vla_actions"]) if "vla_actions" in raw else actions
-        sources = table["action.source"].to_numpy().astype(np.uint8)
+        """Write the arrays, one data file of the store in memory at a time."""
         starts = np.array([e.start for e in self.episodes], np.int64)
         lengths = np.array([e.length for e in self.episodes], np.int64)
-        start, end = np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)
-        arrays: dict[str, NDArray[Any]] = {
-            "actions": actions,
-            "targets": targets,
-            "labelled": np.array(["vla_actions" in raw]),
-            "states": raw.get("states", np.zeros((total, 0), np.float32)),
-            "sources": sources,
-            "start": start,
-            "end": end,
-            "last_vla": last_vla_frame(sources, start),
-        }
-        arrays |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
+        total = int(lengths.sum())
         building = cache.with_name(f".{cache.name}.{os.getpid()}")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(building / f"{name}.npy", np.ascontiguousarray(array))
+        arrays: dict[str, NDArray[Any]] = {}
+
+        def part(name: str, like: NDArray[Any]) -> NDArray[Any]:
+            """The array ``name`` on disk, and in it the frames of the file at hand."""
+            if name not in arrays:
+                shape = (total, *like.shape[1:])
+                arrays[name] = np.lib.format.open_memmap(building / f"{name}.npy", mode="w+", dtype=like.dtype, shape=shape)
+            return arrays[name][first : first + len(like)]
+
+        first, labelled = 0, False
+        for path in sorted((self.folder / "data").glob("*/*.parquet")):
+            try:
+                names = pq.read_schema(path).names
+                table = pq.read_table(path, columns=[c for c in (*FLOAT_FIELDS.values(), "action.source") if c in names])
+            except (pa.ArrowInvalid, OSError) as error:
+                raise InputError(f"{path}: damaged Parquet file ({error})") from None
+            if first + table.num_rows > total:
+                raise InputError(f"{self.folder}: data holds more frames than meta/episodes claims ({total})")
+            raw: dict[str, NDArray[np.float32]] = {}
+            for name, column in FLOAT_FIELDS.items():
+                if column in table.column_names:
+                    raw[name] = vectors(table[column])
+                    self._require_finite(raw[name], column, first, allow_missing=name.startswith("vla_"))
+            labelled = "vla_actions" in raw
+            actions = self.space.normalize(raw["actions"])
+            sources = table["action.source"].to_numpy().astype(np.uint8)
+            inside = (starts >= first) & (starts < first + table.num_rows)  # a file holds whole episodes
+            start = np.repeat(starts[inside], lengths[inside])
+            new: dict[str, NDArray[Any]] = {
+                "actions": actions,
+                "targets": self.space.normalize(raw["vla_actions"]) if labelled else actions,
+                "states": raw.get("states", np.zeros((len(actions), 0), np.float32)),
+                "sources": sources,
+                "start": start,
+                "end": start + np.repeat(lengths[inside], lengths[inside]),
+                "last_vla": last_vla_frame(sources, start - first),
+            }
+            new["last_vla"] += np.where(new["last_vla"] >= 0, first, 0)
+            new |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
+            for name, value in new.items():
+                part(name, value)[:] = value
+            first += table.num_rows
+        if first != total:
+            raise InputError(f"{self.folder}: data holds {first} frames, meta/episodes claims {total}")
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        np.save(building / "labelled.npy", np.array([labelled]))
         (building / "done").touch()
         try:
             building.rename(cache)
         except OSError:  # another process derived the same store first
             shutil.rmtree(building)
 
-    def _require_finite(self, values: NDArray[np.float32], column: str, allow_missing: bool) -> None:
+    def _require_finite(self, values: NDArray[np.float32], column: str, first: int, allow_missing: bool) -> None:
         bad = ~np.isfinite(values).all(1)
         if allow_missing:  # NaN rows say that the teacher was not asked; half a row, or infinity, is damage
             bad &= ~np.isnan(values).all(1)
         if bad.any():
-            frame = int(bad.argmax())
+            frame = first + int(bad.argmax())
             i = next(i for i, e in enumerate(self.episodes) if e.start <= frame < e.start + e.length)
             step = frame - self.episodes[i].start
             raise InputError(f"{self.folder}: {column} contains NaN or infinity in episode {i} at step {step}")

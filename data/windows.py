@@ -22,6 +22,7 @@ from spvla.history import Source, Window
 
 EVALUATION_INIT_STATES = range(30, 50)
 CALIBRATION_INIT_STATES = range(20, 30)
+BLOCK = 4_000_000  # frames that are shuffled together
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,31 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0) -> Sp
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     """Global frames of (first, length) spans, (sum of lengths,)."""
-    if not spans:
+    if not len(spans):
         return np.zeros(0, np.int64)
-    return np.concatenate([np.arange(first, first + length, dtype=np.int64) for first, length in spans])
+    first, length = np.asarray(spans, np.int64).T
+    before = np.cumsum(length) - length
+    return np.repeat(first - before, length) + np.arange(length.sum())
+
+
+def blocks_of(spans: Sequence[tuple[int, int]], most: int = BLOCK) -> Iterator[NDArray[np.int64]]:
+    """The frames of (first, length) spans in their order, at most about ``most`` at a time, whole spans each."""
+    ends = np.cumsum(np.asarray(spans, np.int64)[:, 1])
+    for group in np.split(np.arange(len(spans)), np.flatnonzero(np.diff(ends // most)) + 1):
+        yield frames_of(spans[group[0] : group[-1] + 1])
+
+
+def shuffled(
+    spans: Sequence[tuple[int, int]], generator: np.random.Generator, most: int = BLOCK
+) -> Iterator[NDArray[np.int64]]:
+    """The frames of ``spans`` in random order, pass after pass without end, in constant memory: more than ``most`` frames
+    come in blocks of so many, each of other episodes in every pass."""
+    while True:
+        order = spans
+        if sum(length for _, length in spans) > most:
+            order = [spans[i] for i in generator.permutation(len(spans))]
+        for block in blocks_of(order, most):
+            yield generator.permutation(block)
 
 
 class BatchStream(torch.utils.data.IterableDataset[Batch]):
@@ -213,29 +236,43 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
 
     Args:
         windows: where from.
-        frames: the frames to draw from; every one once per pass.
+        spans: the episodes to draw from, (first, length) each; every frame once per pass.
         batch_size: B.
         seed: of the order and of the hiding.
         hide: share of windows in which the last 1 .. n actions are passed off as the generator's (see
             :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like.
         batches: batches per pass; by default as many as the frames fill.
+        weights: share of each store in every batch, on average; None: as many as it has frames.
+
+    Raises:
+        InputError: no frames, or weights that do not fit the stores.
     """
 
     def __init__(
         self,
         windows: Windows,
-        frames: NDArray[np.int64],
+        spans: Sequence[tuple[int, int]],
         batch_size: int,
         seed: int = 0,
         hide: float = 0.0,
         batches: int | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        if not len(frames):
+        total = sum(length for _, length in spans)
+        if not total:
             raise InputError("batches: no frames to draw from")
-        self.windows, self.frames, self.batch_size = windows, frames, batch_size
+        self.windows, self.batch_size = windows, batch_size
         self.seed, self.hide = seed, hide
-        self.batches = batches or max(1, len(frames) // batch_size)
+        self.batches = batches or max(1, total // batch_size)
         self.passes = 0
+        self.groups, self.shares = [list(spans)], np.ones(1)
+        if weights is not None:
+            self.shares = mixture(windows, weights)
+            which = np.searchsorted(windows.offsets, [first for first, _ in spans], side="right") - 1
+            self.groups = [[s for s, store in zip(spans, which, strict=True) if store == i] for i in range(len(windows.stores))]
+            for store, group, share in zip(windows.stores, self.groups, self.shares, strict=True):
+                if share > 0 and not group:
+                    raise InputError(f"{store.folder}: has weight {share:g} but no training episodes")
 
     def __len__(self) -> int:
         return self.batches
@@ -243,15 +280,37 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Any]:
         generator = np.random.default_rng([self.seed, self.passes])
         self.passes += 1
-        order = generator.permutation(self.frames)
-        position = 0
+        drawn = [_Drawing(shuffled(group, generator)) if group else None for group in self.groups]
         for _ in range(self.batches):
-            if position + self.batch_size > len(order) and position > 0:
-                order, position = generator.permutation(self.frames), 0
-            frames = order[position : position + self.batch_size]
-            position += self.batch_size
+            counts = [self.batch_size] if len(drawn) == 1 else generator.multinomial(self.batch_size, self.shares)
+            parts = [d.take(n) for d, n in zip(drawn, counts, strict=True) if d is not None and n]
+            frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
             hidden = None
             if self.hide:
                 run = generator.integers(1, self.windows.history + 1, len(frames))
                 hidden = np.where(generator.random(len(frames)) < self.hide, run, 0)
             yield frames, self.windows.batch(frames, hidden)
+
+
+class _Drawing:
+    """Takes frames off blocks; what is left of a block that is too small for a batch is left out."""
+
+    def __init__(self, blocks: Iterator[NDArray[np.int64]]) -> None:
+        self.blocks, self.block, self.position = blocks, next(blocks), 0
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        if self.position + count > len(self.block) and self.position > 0:
+            self.block, self.position = next(self.blocks), 0
+        out = self.block[self.position : self.position + count]
+        self.position += count
+        return out
+
+
+def mixture(windows: Windows, weights: Sequence[float]) -> NDArray[np.float64]:
+    """Shares (stores,) that sum to one, from one weight per store. Raises :class:`InputError` for others."""
+    shares = np.asarray(weights, np.float64)
+    if len(shares) != len(windows.stores):
+        raise InputError(f"weights: {len(shares)} for {len(windows.stores)} stores; give one for each of --data, in order")
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
+        raise InputError(f"weights: must not be negative, nor all zero, got {list(weights)}")
+    return shares / shares.sum()

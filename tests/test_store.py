@@ -1,14 +1,17 @@
 """The rollout store, and that training windows are what a policy's history holds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from data.store import RolloutStore, last_vla_frame
-from data.windows import BatchStream, Windows, frames_of, split_episodes
+from data.windows import BatchStream, Windows, frames_of, shuffled, split_episodes
 from spvla.actions import LIBERO
 from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
@@ -198,12 +201,52 @@ def test_last_vla_frame():
 
 def test_streams_visit_every_frame_once_a_pass(store_folder):
     windows = Windows([RolloutStore(store_folder)], history=4)
-    frames = np.arange(640)
-    stream = BatchStream(windows, frames, batch_size=64, seed=3)
+    spans = [(60 * k, 60) for k in range(10)] + [(3000, 40)]
+    stream = BatchStream(windows, spans, batch_size=64, seed=3)
     one, two = (np.concatenate([f for f, _ in stream]) for _ in range(2))
-    assert sorted(one) == sorted(two) == frames.tolist() and one.tolist() != two.tolist()
-    again = BatchStream(windows, frames, batch_size=64, seed=3)
+    assert sorted(one) == sorted(two) == frames_of(spans).tolist() and one.tolist() != two.tolist()
+    again = BatchStream(windows, spans, batch_size=64, seed=3)
     assert_array_equal(np.concatenate([f for f, _ in again]), one)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 200), st.integers(0, 99))
+def test_shuffling_in_blocks_visits_every_frame_once(lengths, most, seed):
+    ends = np.cumsum(lengths)
+    spans = [(int(e) - n + 5, n) for e, n in zip(ends, lengths, strict=True)]
+    passes = shuffled(spans, np.random.default_rng(seed), most)
+    for _ in range(2):
+        seen = np.zeros(0, np.int64)
+        while len(seen) < ends[-1]:
+            block = next(passes)
+            assert len(block) <= most + max(lengths)
+            seen = np.concatenate([seen, block])
+        assert_array_equal(np.sort(seen), frames_of(spans))
+
+
+def test_mixtures_draw_by_weight_whatever_the_sizes(tmp_path, store_folder):
+    stores = [RolloutStore(store_folder), RolloutStore(write_store(tmp_path / "small", range(3)))]
+    windows = Windows(stores, history=4)
+    spans = [(first, info.length) for _, first, info in windows.episodes]
+    stream = BatchStream(windows, spans, batch_size=100, seed=1, batches=200, weights=[1, 3])
+    drawn = np.concatenate([f for f, _ in stream])
+    assert len(drawn) == 20_000
+    assert abs((drawn >= windows.offsets[1]).mean() - 0.75) < 0.02
+    assert set(drawn[drawn >= windows.offsets[1]]) == set(range(windows.offsets[1], windows.offsets[2]))
+    with pytest.raises(InputError, match="1 for 2 stores"):
+        BatchStream(windows, spans, 100, weights=[1])
+    with pytest.raises(InputError, match="must not be negative"):
+        BatchStream(windows, spans, 100, weights=[1, -1])
+    with pytest.raises(InputError, match="no training episodes"):
+        BatchStream(windows, spans[:60], 100, weights=[1, 1])
+
+
+def test_action_spaces_of_different_sizes_are_kept_apart(tmp_path, store_folder):
+    eight = replace(LIBERO, name="eight", q01=(-1,) * 8, q99=(1,) * 8, low=(-1,) * 8, high=(1,) * 8)
+    writer = RolloutWriter(tmp_path / "eight", eight)
+    writer.write("a", [Episode(np.zeros((5, 8), np.float32), "x", np.arange(5) / 20, states=np.zeros((5, 5), np.float32))])
+    writer.finalize()
+    with pytest.raises(InputError, match="eight: action space 'eight' has dim = 8, but 'libero' has dim = 7"):
+        Windows([RolloutStore(store_folder), RolloutStore(tmp_path / "eight")], history=4)
 
 
 def test_an_episode_without_steps_is_refused():

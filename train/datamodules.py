@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.store import RolloutStore
-from data.windows import BatchStream, Split, Windows, frames_of, split_episodes
+from data.windows import BatchStream, Split, Windows, mixture, split_episodes
 from spvla.errors import InputError
 from spvla.export import BUILT_IN_GENERATORS, built_in_generator
 from spvla.generators.base import ActionGenerator
@@ -41,8 +41,8 @@ def feature_config(
         state_lags: state differences over these many steps.
         vla_output: use the VLA's last action and its age.
     """
-    states = np.concatenate([s.arrays["states"] for s in windows.stores])[frames_of(split.train)]
-    dims = list(range(states.shape[1])) if state_dims is None else list(state_dims)
+    dims = list(range(windows.stores[0].arrays["states"].shape[1])) if state_dims is None else list(state_dims)
+    states = training_states(windows, split)
     q01, q99 = np.quantile(states[:, dims], [0.01, 0.99], axis=0) if dims else (np.zeros(0), np.zeros(0))
     features = windows.stores[0].arrays["vla_features"].shape[1] if windows.features else 0
     return FeatureConfig(
@@ -56,6 +56,17 @@ def feature_config(
         vla_confidence=windows.confidence,
         vla_features=features,
     )
+
+
+def training_states(windows: Windows, split: Split, most: int = 2_000_000) -> NDArray[np.float32]:
+    """Proprioception in the training episodes, (frames, S): of every k-th episode where there are more than ``most`` frames."""
+    every = 1 + sum(length for _, length in split.train) // most
+    out = []
+    for first, length in split.train[::every]:
+        i = int(np.searchsorted(windows.offsets, first, side="right")) - 1
+        at = first - int(windows.offsets[i])
+        out.append(windows.stores[i].arrays["states"][at : at + length])
+    return np.concatenate(out)
 
 
 class EpisodeBatches(IterableDataset[Any]):
@@ -90,6 +101,7 @@ class RolloutData(L.LightningDataModule):
         hide: share of training windows whose last actions are passed off as the generator's.
         calibration_fraction: share of episodes for validation where the data has no official initial states.
         seed: of split and order.
+        weights: share of each store in the training batches; by their numbers of frames if None.
     """
 
     def __init__(
@@ -106,6 +118,7 @@ class RolloutData(L.LightningDataModule):
         hide: float = 0.5,
         calibration_fraction: float = 0.2,
         seed: int = 0,
+        weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         stores = [RolloutStore(path) for path in data]
@@ -113,20 +126,28 @@ class RolloutData(L.LightningDataModule):
         self.split = split_episodes(self.windows, calibration_fraction, seed)
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.space = stores[0].space
-        self.batch_size, self.hide, self.seed = batch_size, hide, seed
+        self.batch_size, self.hide, self.seed, self.weights = batch_size, hide, seed, weights
+        if weights is not None:
+            mixture(self.windows, weights)  # a wrong number of them is told before anything is trained
+
+    def stream(
+        self, spans: Sequence[tuple[int, int]], batch_size: int | None = None, batches: int | None = None
+    ) -> BatchStream:
+        """Shuffled batches of the windows in ``spans``."""
+        size = batch_size or self.batch_size
+        return BatchStream(self.windows, spans, size, self.seed, self.hide, batches, self.weights)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        frames = frames_of(self.split.train)
-        return loader(BatchStream(self.windows, frames, self.batch_size, self.seed, self.hide))
+        return loader(self.stream(self.split.train))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return loader(EpisodeBatches(self.windows, self.split.calibration))
 
 
-def fold_of_frames(split: Split, folds: int, total: int, seed: int = 0) -> NDArray[np.int64]:
+def fold_of_frames(split: Split, folds: int, total: int, seed: int = 0) -> NDArray[np.uint8]:
     """Fold of every global frame, (total,): training episodes are dealt out at random into 0 .. folds - 1; all other
     frames are in fold ``folds``, which the generator trained on every training episode judges."""
-    fold = np.full(total, folds, np.int64)
+    fold = np.full(total, folds, np.uint8)
     deal = np.random.default_rng(seed).permutation(len(split.train)) % folds
     for k, (first, length) in zip(deal, split.train, strict=True):
         fold[first : first + length] = k
@@ -135,25 +156,24 @@ def fold_of_frames(split: Split, folds: int, total: int, seed: int = 0) -> NDArr
 
 def fit_generator(
     data: RolloutData,
-    frames: NDArray[np.int64],
+    spans: Sequence[tuple[int, int]],
     options: Mapping[str, Any],
     steps: int,
     description: str,
     batch_size: int | None = None,
 ) -> LearnedGenerator:
-    """Distil a generator from the windows before ``frames``.
+    """Distil a generator from the windows in ``spans``.
 
     Args:
         data: the windows, their features and action space.
-        frames: global frames to train on.
+        spans: episodes to train on, (first, length) each.
         options: arguments of :class:`train.modules.GeneratorModule` beside features and space.
         steps: optimiser steps.
         description: what the progress bar says.
         batch_size: windows per step; the data's if None.
     """
     module = GeneratorModule(data.features, data.space, **options)
-    stream = BatchStream(data.windows, frames, batch_size or data.batch_size, data.seed, data.hide, batches=steps)
-    quick_fit(module, stream, description)
+    quick_fit(module, data.stream(spans, batch_size, steps), description)
     return module.network.eval()
 
 
@@ -205,17 +225,17 @@ def cross_fit(
     name: str,
     run: Callable[[str, Callable[[], LearnedGenerator]], LearnedGenerator] = run_now,
     batch_size: int | None = None,
-) -> tuple[list[LearnedGenerator], NDArray[np.int64]]:
+) -> tuple[list[LearnedGenerator], NDArray[np.uint8]]:
     """For each fold, a generator trained on the other folds' episodes; and every frame's fold.
 
     ``run(stage, fit)`` may return an earlier result of the stage in place of ``fit()``.
     """
     fold = fold_of_frames(data.split, folds, len(data.windows), data.seed)
-    frames = frames_of(data.split.train)
 
     def fit(k: int) -> LearnedGenerator:
         label = f"{name} without fold {k + 1}/{folds}"
-        return fit_generator(data, frames[fold[frames] != k], options, steps, label, batch_size)
+        others = [(first, length) for first, length in data.split.train if fold[first] != k]
+        return fit_generator(data, others, options, steps, label, batch_size)
 
     return [run(f"{name}-without-{k}", lambda k=k: fit(k)) for k in range(folds)], fold  # type: ignore[misc]
 
@@ -269,7 +289,7 @@ class GateData(RolloutData):
         self.judges: list[ActionGenerator]
         if module is None:
             self.judges = [built_in_generator(generator, self.space)]
-            self.fold = np.zeros(len(self.windows), np.int64)
+            self.fold = np.zeros(len(self.windows), np.uint8)
         else:
             if module.network.config.features != self.features:
                 raise InputError(f"{generator}: was trained with other features than this gate's data gives")

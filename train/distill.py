@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.relabel import relabel_into
 from data.windows import blocks_of
 from spvla.errors import InputError
 from spvla.export import Export, built_in_generator, save_export
@@ -175,6 +176,8 @@ def distill(
     default_risk: float = 0.1,
     max_generated_run: int = 20,
     default_pruning: str | dict[str, Any] | None = None,
+    relabel: list[dict[str, Any]] = [],  # noqa: B006
+    weights: list[float] | None = None,
     threads: int = 2,
     seed: int = 0,
 ) -> None:
@@ -205,9 +208,13 @@ def distill(
         default_risk: the export's default risk.
         max_generated_run: the export's longest run of generated actions.
         default_pruning: visual tokens that the VLA keeps by default: release, readme, or fields of TokenPruner.
+        relabel: data sets to label with a VLA first, each with the options of python -m data relabel; the stores are kept
+            under output and come after those of data.
+        weights: share of each store in the training batches, in their order; by their numbers of frames if omitted.
         threads: of torch, during training.
         seed: of everything.
     """
+    data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
     torch.set_num_threads(threads)
     L.seed_everything(seed, workers=True, verbose=False)
     warnings.filterwarnings("ignore", module="lightning")
@@ -226,6 +233,7 @@ def distill(
         hide=hide,
         calibration_fraction=calibration_fraction,
         seed=seed,
+        weights=weights,
     )
     make_pruner(default_pruning, "default_pruning")  # a wrong one is told before hours of training
     split = rollouts.split
@@ -237,7 +245,7 @@ def distill(
     key = {  # a store of calibration episodes alone changes no weights
         "stores": [s.fingerprint for i, s in enumerate(rollouts.windows.stores) if i in trained_on],
         "features": asdict(rollouts.features),
-        "common": [batch_size, hide, folds, calibration_fraction, seed],
+        "common": [batch_size, hide, folds, calibration_fraction, seed, *([weights] if weights else [])],
     }
     stages = Stages(output / ".stages", key)
 
