@@ -295,7 +295,7 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
             raise InputError(f"relabel: option {name!r} is unknown; there are: {', '.join(known)}")
     if "policy" not in options:
         raise InputError("relabel: option 'policy' is missing")
-    values = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
+    values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
     where = Path(values.get("data") or values.get("path") or ".")
     text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)
     store = folder / f"{where.resolve().name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"

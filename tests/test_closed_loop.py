@@ -31,9 +31,7 @@ def test_cells_are_read_as_they_are_written():
         assert parse_cells([cell.name], [None])[-1] == cell
 
 
-@pytest.mark.parametrize(
-    "text", ["mlp", "vla+", "+learned", "a+b+c+d", "vla@0.1", "vla+x@0.1", "mlp+learned@much", "mlp++x"]
-)
+@pytest.mark.parametrize("text", ["mlp", "vla+", "+learned", "a+b+c+d", "vla@0.1", "vla+x@0.1", "mlp+learned@much", "mlp++x"])
 def test_bad_cells_are_named(text):
     with pytest.raises(InputError, match="cell '" + text.replace("+", r"\+")):
         parse_cells([text], [None])

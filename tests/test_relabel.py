@@ -23,8 +23,10 @@ from data.rlds import masked_crc, read_records, scan
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
+from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
+from spvla.vlas.registry import load_vla
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +70,11 @@ class SeeingVLA:
             self.reset(instruction)
             out.append(self.predict(observation))
         return out
+
+
+def seeing(checkpoint: str | None) -> SeeingVLA:
+    """A factory for other processes: ``tests.test_relabel:seeing``."""
+    return SeeingVLA(bridge_space())
 
 
 @pytest.fixture
@@ -199,14 +206,22 @@ def test_action_spaces_must_fit(bridge, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_kill_give_the_same_store(shared, bridge, tmp_path):
-    """The tiny OpenVLA over Bridge: one process, two processes, and one that is killed and started again on two."""
+def test_two_processes_and_a_kill_give_the_same_store(bridge, tmp_path):
+    """Over Bridge: one process, two processes, and one that is killed and started again on two."""
 
     def command(output: str, *more: str) -> list[str]:
         base = ["-m", "data", "relabel", "--source", "rlds", "--path", str(bridge), "--output", str(tmp_path / output)]
-        policy = ["--policy", "openvla", "--checkpoint", str(shared / "openvla_tiny_reference")]
-        options = ["--policy_options.unnorm_key", "bridge_orig", "--accelerator", "cpu", "--batch_size", "8"]
-        return [sys.executable, *base, *policy, *options, *more]
+        return [
+            sys.executable,
+            *base,
+            "--policy",
+            "tests.test_relabel:seeing",
+            "--accelerator",
+            "cpu",
+            "--batch_size",
+            "8",
+            *more,
+        ]
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command("one"), check=True, env=environment, cwd=ROOT)
@@ -214,10 +229,35 @@ def test_two_processes_and_a_kill_give_the_same_store(shared, bridge, tmp_path):
     victim = subprocess.Popen(command("killed", "--decode_ahead", "false"), env=environment, cwd=ROOT, start_new_session=True)
     shards = tmp_path / "killed" / ".shards"
     while not list(shards.glob("[!.]*.parquet")) and victim.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.005)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     kept = {p: p.stat().st_mtime_ns for p in shards.glob("[!.]*.parquet")}
-    subprocess.run(command("killed", "--devices", "2"), check=True, env=environment, cwd=ROOT)
+    subprocess.run(command("killed", "--devices", "2", "--decode_ahead", "false"), check=True, env=environment, cwd=ROOT)
     assert kept and all(p.stat().st_mtime_ns == t for p, t in kept.items())
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_labels_of_the_tiny_openvla_are_its_own_actions(shared, bridge, tmp_path):
+    options = {"unnorm_key": "bridge_orig"}
+    checkpoint = str(shared / "openvla_tiny_reference")
+    relabel(
+        tmp_path / "store",
+        "openvla",
+        checkpoint,
+        options,
+        source="rlds",
+        path=bridge,
+        images=True,
+        episodes="3",
+        decode_ahead=False,
+    )
+    (episode,) = read_episodes(tmp_path / "store")
+    vla = load_vla("openvla", checkpoint, options)
+    vla.reset(episode.instruction)
+    for t in (0, 5):
+        output = vla.predict(Observation(decode_image(episode.images["image_0"][t])))
+        np.testing.assert_allclose(episode.vla_actions[t], output.actions[0], atol=1e-6)
+        np.testing.assert_allclose(episode.vla_confidence[t], output.confidence, rtol=1e-3)
+        np.testing.assert_allclose(episode.vla_features[t], output.features, atol=1e-3)
