@@ -267,7 +267,7 @@ def model_card(export: Export) -> str:
         "action-type classifier per generator. Use with the same VLA, in the same action space:",
         "",
         "```python",
-        "policy = spvla.accelerate(vla, "this/folder")",
+        'policy = spvla.accelerate(vla, "this/folder")',
         "```",
         "",
         "| generator | gate | calibration episodes | smallest risk | coverage at the default risk |",
