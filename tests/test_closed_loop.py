@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from eval.closed_loop import Cell, Setting, cell_pruner, make_policy, parse_cells, summarise
-from spvla import InputError
+from spvla import InputError, load_export
 from spvla.pruning import TokenPruner
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
 def setting(**changes) -> Setting:
@@ -77,7 +78,8 @@ def test_every_shipped_cell_can_be_made(path):
     if "cells" not in config:
         pytest.skip("no closed-loop configuration")
     options = {"pruning": config.get("pruning"), "policy_options": config.get("policy_options")}
-    vla, export = PrunableVLA(np.zeros((5, 7))), make_export()
+    vla = PrunableVLA(np.zeros((5, 7)))
+    export = load_export(ROOT / config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [0.1])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
