@@ -80,7 +80,7 @@ def test_every_shipped_cell_can_be_made(path):
     options = {"pruning": config.get("pruning"), "policy_options": config.get("policy_options")}
     vla = PrunableVLA(np.zeros((5, 7)))
     export = load_export(ROOT / config["export"]) if "export" in config else make_export()
-    cells = parse_cells(config["cells"], [0.1])
+    cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
         made = Setting("x", None, None, config["rules"], None, False, **options)
