@@ -7,7 +7,9 @@ directory and memory-mapped from there: frames are read in any order, and no ima
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +21,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.libero import project, rotation_matrix
+from data.expert import expert_action, parse_goal, scene_instructions
+from data.libero import LiberoEnv, PrivilegedState, Scene, load_tasks, project, rotation_matrix
 from data.store import cache_directory
 from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
+from spvla.actions import LIBERO
 from spvla.episodes import shard_info, vectors
 from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 GIVEN_UP = 150  # a failed episode's later steps are left out: things lie where nobody can reach them
+EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
+
+
+@dataclass(frozen=True)
+class Question:
+    """Another thing that could have been asked for in a frame.
+
+    Args:
+        instruction: the words.
+        label: what the teacher would do then, float32 (D,); NaN where that is not worth teaching: the hand is busy.
+        item: where the asked object is in the image, column and row in pixels, float32 (2,).
+    """
+
+    instruction: str
+    label: NDArray[np.float32]
+    item: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -40,12 +60,14 @@ class Frame:
         instruction: what was asked for.
         label: the teacher's action at this state, environment units, float32 (D,).
         points: where :data:`POINTS` are in ``image``, column and row in pixels, float32 (3, 2); NaN if unknown.
+        others: what else could have been asked for.
     """
 
     image: UInt8Array
     instruction: str
     label: NDArray[np.float32]
     points: NDArray[np.float32]
+    others: tuple[Question, ...] = ()
 
 
 class Frames:
@@ -54,16 +76,17 @@ class Frames:
     Args:
         folders: rollout stores, finalised or not.
         validation: frames of initial states 20-29 that no student visited; else of all other episodes.
+        others: also what the expert would do at each state if asked for the scene's other objects; needs LIBERO.
 
     Raises:
         InputError: an episode of initial states 30-49, which are for evaluation only, or a shard without images.
     """
 
-    def __init__(self, folders: Sequence[Path], validation: bool = False) -> None:
-        self.folders, self.validation = [Path(f) for f in folders], validation
+    def __init__(self, folders: Sequence[Path], validation: bool = False, others: bool = False) -> None:
+        self.folders, self.validation, self.others = [Path(f) for f in folders], validation, others
         self._stamps: dict[Path, int] = {}
-        self._shards: dict[Path, tuple[pa.Table, str]] = {}
-        self._tables: list[tuple[pa.Table, str]] = []
+        self._shards: dict[Path, tuple[pa.Table, str, list[str]]] = {}
+        self._tables: list[tuple[pa.Table, str, list[str]]] = []
         self.offsets = np.zeros(1, np.int64)
 
     def __len__(self) -> int:
@@ -84,18 +107,20 @@ class Frames:
                     self._stamps[shard] = stamp
                     self._add(shard)
         self._tables = list(self._shards.values())
-        self.offsets = np.cumsum([0, *(table.num_rows for table, _ in self._tables)]).astype(np.int64)
+        self.offsets = np.cumsum([0, *(table.num_rows for table, *_ in self._tables)]).astype(np.int64)
         return len(self) - before
 
     def __getitem__(self, index: int) -> Frame:
         shard = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        (table, instruction), row = self._tables[shard], index - int(self.offsets[shard])
-        return Frame(
-            decode_image(table["image"][row].as_buffer().to_pybytes()),
-            instruction,
-            np.asarray(table["label"][row].values, np.float32),
-            np.asarray(table["points"][row].values, np.float32).reshape(-1, 2),
-        )
+        (table, instruction, asked), row = self._tables[shard], index - int(self.offsets[shard])
+        label, points = (np.asarray(table[name][row].values, np.float32) for name in ("label", "points"))
+        others: tuple[Question, ...] = ()
+        if asked:
+            labels = np.asarray(table["other_labels"][row].values, np.float32).reshape(len(asked), -1)
+            items = np.asarray(table["other_items"][row].values, np.float32).reshape(-1, 2)
+            others = tuple(map(Question, asked, labels, items))
+        image = decode_image(table["image"][row].as_buffer().to_pybytes())
+        return Frame(image, instruction, label, points.reshape(-1, 2), others)
 
     def _add(self, shard: Path) -> None:
         episodes = shard_info(shard)["episodes"]
@@ -110,16 +135,21 @@ class Frames:
             return
         if not episodes[0]["success"] and "student" not in facts:
             return  # the teacher's own failure teaches nothing
-        table = _mapped(shard, facts)
+        instruction = episodes[0]["instruction"]
+        table = _mapped(shard, facts, instruction if self.others else None)
         if not episodes[0]["success"]:
             table = table.slice(0, GIVEN_UP)
-        self._shards[shard] = (table, episodes[0]["instruction"])
+        self._shards[shard] = (table, instruction, json.loads((table.schema.metadata or {}).get(b"others", b"[]")))
 
 
-def _mapped(shard: Path, facts: dict[str, Any]) -> pa.Table:
-    """The frames of a shard (image, label, points), memory-mapped from the cache."""
+def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.Table:
+    """The frames of a shard (image, label, points), memory-mapped from the cache.
+
+    With the shard's ``instruction`` also the labels and places of everything else (``other_labels``, ``other_items``); the
+    schema's metadata ``others`` is the list of the instructions.
+    """
     status = shard.stat()
-    key = repr((CACHE_VERSION, str(shard.resolve()), status.st_size, status.st_mtime_ns)).encode()
+    key = repr((CACHE_VERSION, instruction, str(shard.resolve()), status.st_size, status.st_mtime_ns)).encode()
     path = cache_directory() / "frames" / f"{hashlib.sha256(key).hexdigest()[:24]}.arrow"
     if not path.exists():
         names = pq.read_schema(shard).names
@@ -131,13 +161,19 @@ def _mapped(shard: Path, facts: dict[str, Any]) -> pa.Table:
             raise InputError(f"{shard}: holds no images; collect with --images true")
         raw = pq.read_table(shard, columns=[cameras[0], "vla_action", "observation.environment_state"])
         labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
-        table = pa.table(
-            {
-                "image": raw[cameras[0]].combine_chunks().field("bytes"),
-                "label": pa.FixedSizeListArray.from_arrays(labels.ravel(), labels.shape[1]),
-                "points": pa.FixedSizeListArray.from_arrays(image_points(states, facts.get("scene")).ravel(), 6),
-            }
-        ).filter(~np.isnan(labels).any(1))
+        points = image_points(states, facts.get("scene"))
+        columns = {
+            "image": raw[cameras[0]].combine_chunks().field("bytes"),
+            "label": pa.FixedSizeListArray.from_arrays(labels.ravel(), labels.shape[1]),
+            "points": pa.FixedSizeListArray.from_arrays(points.ravel(), points[0].size),
+        }
+        found = {} if instruction is None else other_questions(states, labels, facts, instruction)
+        if found:
+            other_labels = np.stack([label for label, _ in found.values()], 1)  # (T, M, D)
+            items = np.stack([item for _, item in found.values()], 1)  # (T, M, 2)
+            columns["other_labels"] = pa.FixedSizeListArray.from_arrays(other_labels.ravel(), other_labels[0].size)
+            columns["other_items"] = pa.FixedSizeListArray.from_arrays(items.ravel(), items[0].size)
+        table = pa.table(columns).filter(~np.isnan(labels).any(1)).replace_schema_metadata({"others": json.dumps(list(found))})
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(f".{os.getpid()}")
         with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -158,10 +194,53 @@ def image_points(states: NDArray[np.float32], scene: dict[str, Any] | None) -> N
         return out
     out[:, 0] = project(scene["camera"], states[:, :3])
     for k, name in ((1, scene["place"]), (2, scene["item"])):
-        if name is None:
-            continue
-        body = scene["bodies"].index(name)
-        poses = states[:, 8 + 7 * body : 15 + 7 * body].astype(np.float64)
-        centres = [rotation_matrix(p[3:]) @ np.asarray(scene["centres"][body]) + p[:3] for p in poses]
-        out[:, k] = project(scene["camera"], np.array(centres))
+        if name is not None:
+            out[:, k] = body_points(states, scene, name)
     return out
+
+
+def body_points(states: NDArray[np.float32], scene: dict[str, Any], name: str) -> NDArray[np.float32]:
+    """Where the centre of a body is in the images, float32 (T, 2); arguments as for :func:`image_points`."""
+    body = scene["bodies"].index(name)
+    poses = states[:, 8 + 7 * body : 15 + 7 * body].astype(np.float64)
+    centres = [rotation_matrix(p[3:]) @ np.asarray(scene["centres"][body]) + p[:3] for p in poses]
+    return np.asarray(project(scene["camera"], np.array(centres)), np.float32)
+
+
+def other_questions(
+    states: NDArray[np.float32], labels: NDArray[np.float32], facts: dict[str, Any], instruction: str
+) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """What else could be asked for in an episode: one image then teaches several times.
+
+    Args:
+        states: environment states, (T, E).
+        labels: the expert's actions for the episode's own instruction, (T, 7).
+        facts: the episode's metadata.
+        instruction: what was asked for.
+
+    Returns:
+        by instruction: the expert's actions, float32 (T, 7), NaN while the hand holds, closes or lets go, and where the object
+        is in the images, float32 (T, 2). Empty where the store does not say which LIBERO task it was.
+    """
+    if facts.get("scene") is None or "suite" not in facts or "task" not in facts:
+        return {}
+    scene, asked = _scene(facts["suite"], facts["task"])
+    free = (labels[:, LIBERO.gripper[0]] < 0) & (states[:, 7] > EMPTY_HAND)  # (T,)
+    out = {}
+    for text in asked:
+        if text == instruction:
+            continue
+        goal = parse_goal(text, scene)
+        actions = np.full_like(labels, np.nan)
+        for t in np.flatnonzero(free):
+            actions[t] = expert_action(PrivilegedState.from_vector(states[t], scene), goal)
+        out[text] = (actions, body_points(states, facts["scene"], goal.item))
+    return out
+
+
+@functools.cache
+def _scene(suite: str, task: int) -> tuple[Scene, list[str]]:
+    """A LIBERO task's scene, and what one may ask for in it."""
+    with LiberoEnv(load_tasks(suite, [task])[0], render=False) as env:
+        state = env.reset(0).privileged
+    return state.scene, scene_instructions(state)

@@ -1,15 +1,16 @@
 """Frames for training a VLA: read beside a writer, split by initial states, points where the image shows them."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from data.frames import GIVEN_UP, POINTS, Frames, image_points
+from data.frames import GIVEN_UP, POINTS, Frame, Frames, Question, image_points, other_questions
 from data.libero import project
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter
+from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
 from spvla.errors import InputError
 from spvla.vlas.conventions import Conventions, conventions_by_name, decode_image, encode_jpeg
-from train.frames import Augmentation, FrameData, FrameStream, view
+from train.frames import Augmentation, FrameData, FrameStream, questions, view
 
 SIZE = 64
 SCENE = {
@@ -98,8 +99,6 @@ def dotted(column: int, row: int):
     """A frame with a white dot, and the dot as its points."""
     image = np.zeros((256, 256, 3), np.uint8)
     image[row - 2 : row + 3, column - 2 : column + 3] = 255
-    from data.frames import Frame
-
     return Frame(image, "", np.zeros(7, np.float32), np.tile(np.float32([column, row]), (3, 1)))
 
 
@@ -108,7 +107,8 @@ def dotted(column: int, row: int):
 def test_points_move_with_the_image(conventions, augmentation):
     generator = np.random.default_rng(0)
     for column, row in ((60, 100), (140, 47), (200, 210)):
-        seen, points = view(dotted(column, row), conventions, 224, augmentation, generator)
+        frame = dotted(column, row)
+        seen, points = view(frame.image, frame.points, conventions, 224, augmentation, generator)
         weight = seen.astype(float).sum(-1)
         centre = [(weight.sum(0) @ np.arange(224)) / weight.sum(), (weight.sum(1) @ np.arange(224)) / weight.sum()]
         np.testing.assert_allclose(points[2], centre, atol=0.1)
@@ -119,7 +119,7 @@ def test_without_augmentation_a_view_is_what_the_policy_sees():
     frame = dotted(20, 20)
     frame = type(frame)(decode_image(encode_jpeg(image)), "", frame.label, frame.points)
     conventions = conventions_by_name("libero")
-    seen, _ = view(frame, conventions, 224, None, np.random.default_rng(0))
+    seen, _ = view(frame.image, frame.points, conventions, 224, None, np.random.default_rng(0))
     expected = conventions.apply_image(frame.image, 224)
     assert np.abs(seen.astype(int) - expected).mean() < 6, "two interpolations in one: edges differ a little"
     inner = np.abs(seen.astype(int) - expected).max(-1) < 12
@@ -132,11 +132,42 @@ def test_streams_are_seeded_and_validation_never_changes(tmp_path):
     data.setup("fit")
 
     def labels(loader):
-        return [batch.labels[:, 0].tolist() for batch in loader]
+        return [batch.labels[:, 0, 0].tolist() for batch in loader]
 
     assert labels(data.val_dataloader()) == labels(data.val_dataloader())
     first = labels(data.train_dataloader())
     assert first == labels(data.train_dataloader()) and len(first) == 3, "the epoch decides, here none"
     stream = FrameStream(data, data.train_frames, 2, data.augmentation)
     batch = next(iter(stream))
-    assert batch.images.shape == (4, 32, 32, 3) and batch.points.shape == (4, 3, 2)
+    assert batch.images.shape == (4, 32, 32, 3) and batch.points.shape == (4, 3, 2) and batch.labels.shape == (4, 1, 7)
+
+
+def test_other_questions_are_drawn_and_too_few_are_filled_up():
+    generator, label, point = np.random.default_rng(0), np.zeros(7, np.float32), np.zeros(2, np.float32)
+    others = tuple(Question(name, label, point) for name in "abc")
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), "own", label, np.ones((3, 2), np.float32), others)
+    drawn = [[q.instruction for q in questions(frame, 3, generator)] for _ in range(20)]
+    assert all(d[0] == "own" and len(set(d)) == 3 for d in drawn) and {q for d in drawn for q in d} == {"own", *"abc"}
+    filled = questions(frame, 6, generator)
+    assert [q.instruction for q in filled[4:]] == ["own"] * 2
+    assert all(np.isnan(q.label).all() and np.isnan(q.item).all() for q in filled[4:])
+    assert np.isfinite(filled[0].label).all() and filled[0].item.tolist() == [1, 1]
+
+
+def test_other_questions_have_the_experts_answers(tmp_path):
+    """A demonstration's frames also say what to do for each other object, while the hand is empty."""
+    pytest.importorskip("libero", reason="the libero extra is not installed")
+    from data.collect import collect
+
+    options = {"suite": "libero_object", "tasks": [0], "init_states": "0", "images": True, "workers": 1}
+    collect(output=tmp_path, max_steps=45, **options)
+    shard = next((tmp_path / ".shards").glob("*.parquet"))
+    states = vectors(pq.read_table(shard)["observation.environment_state"])
+    episode = shard_info(shard)["episodes"][0]
+    labels = vectors(pq.read_table(shard)["vla_action"])
+    found = other_questions(states, labels, episode["metadata"], episode["instruction"])
+    assert len(found) == 5 and episode["instruction"] not in found
+    for text, (actions, items) in found.items():
+        free = np.isfinite(actions).all(1)
+        assert free[0] and not free[labels[:, 6] > 0].any() and np.isfinite(items).all()
+        assert (actions[free, 6] == -1).all() and np.abs(actions[free, :2] - labels[free, :2]).max() > 0.5, text

@@ -55,7 +55,7 @@ def batch() -> FrameBatch:
     labels[:, 6] = np.sign(labels[:, 6])
     points = g.uniform(4, 27, (8, 3, 2)).astype(np.float32)
     texts = ["pick up the milk", "pick up the soup and place it in the basket"] * 4
-    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels), torch.from_numpy(points))
+    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels[:, None]), torch.from_numpy(points))
 
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -68,7 +68,7 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     loader = torch.utils.data.DataLoader([b] * 150, batch_size=None)
     L.Trainer(**QUIET, max_steps=150, enable_checkpointing=False).fit(m, loader)
     terms, seen = m.eval().losses(m.average.module, b)
-    predicted = seen["scores"].argmax(-1)  # (B, D)
+    predicted = seen["scores"].argmax(-1)  # (B, 1, D)
     assert bool((predicted == seen["actions"]).all()) and float(terms["action"].detach()) < 1.5
     assert torch.isfinite(terms["heat"])
 
@@ -79,22 +79,25 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
         torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
         model.reset(text)
         output = model.predict(Observation(image=image))
-        assert output.tokens[0].tolist() == predicted[i].tolist()
+        assert output.tokens[0].tolist() == predicted[i, 0].tolist()
     assert load_vla("nano_vla", str(tmp_path / "model")).conventions.rotate_180, "LIBERO's conventions by default"
 
 
 def test_tokens_are_the_labels_in_the_models_units(tmp_path):
     m, b = module(tmp_path / "model"), batch()
-    ids, lengths, actions = m.tokens(b)
+    asked, actions = m.tokens(b)
     model = m.network.model
+    assert actions.shape == (8, 1, 7)
     for i, text in enumerate(b.instructions):
         prompt = model.tokenize(text)
-        assert ids[i, : lengths[i] + 7].tolist() == prompt + actions[i].tolist() and (ids[i, lengths[i] + 7 :] == 0).all()
+        own, length = asked.own[i, 0].tolist(), int(asked.lengths[i, 0])
+        assert asked.common.tolist() + own[:length] == prompt and length >= 1
+        assert own[length : length + 6] == actions[i, 0, :6].tolist() and not any(own[length + 6 :])
         assert 0 not in prompt, "every word of the instruction is known"
     decoded = model.statistics.denormalize(model.action_tokenizer.decode(actions.numpy()))
     back = model.conventions.to_environment(decoded, (6,))
-    np.testing.assert_allclose(back[:, :6], b.labels[:, :6], atol=1 / 63)
-    np.testing.assert_array_equal(back[:, 6], b.labels[:, 6])
+    np.testing.assert_allclose(back[..., :6], b.labels[..., :6], atol=1 / 63)
+    np.testing.assert_array_equal(back[..., 6], b.labels[..., 6])
     assert word_tokenizer(WORDS).encode("pick up the blue milk").ids.count(0) == 1
 
 
@@ -134,13 +137,42 @@ def test_encoders_may_see_a_part_of_the_patches(tmp_path):
     chosen = torch.cat([m.patches(b.images, 0.5) for _ in range(50)])
     assert chosen.shape == (400, 8) and bool((chosen.diff() > 0).all())
     assert (chosen % 4 >= 2).float().mean() > 0.7
-    ids, prompt, _ = m.tokens(b)
+    asked, _ = m.tokens(b)
     pixels, keep, everything = m.pixels(b.images), m.kept(8, 16, 0.5), torch.arange(16).expand(8, 16)
-    for a, e in zip(m.network(pixels, ids, prompt, keep, everything), m.network(pixels, ids, prompt, keep), strict=True):
+    for a, e in zip(m.network(pixels, asked, keep, everything), m.network(pixels, asked, keep), strict=True):
         torch.testing.assert_close(a, e)
     terms, seen = m.losses(m.network, b, 0.5, 0.5)
-    assert seen["heat"].shape == (8, 2, 8) and seen["pointer"].shape == (8, 4)
+    assert seen["heat"].shape == (8, 2, 8) and seen["pointer"].shape == (8, 1, 4)
     assert all(torch.isfinite(t) for t in terms.values())
+
+
+def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
+    """Scores as the model's own forward pass gives them; what is not to be learnt changes no loss."""
+    m, b = module(tmp_path / "model").eval(), batch()
+    pairs = FrameBatch(b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]])
+    asked, actions = m.tokens(pairs)
+    pixels, keep = m.pixels(pairs.images), m.kept(4, 16, 0.5)
+    scores, _, pointer = m.network(pixels, asked, keep)
+    model = m.network.model
+    for i in range(4):
+        for j in range(2):
+            prompt = model.tokenize(b.instructions[2 * i + j])
+            ids = torch.tensor([prompt + actions[i, j].tolist()])
+            alone = model(pixels[i : i + 1], ids, keep[i : i + 1])[0, len(prompt) - 1 : -1]  # (D, V)
+            torch.testing.assert_close(scores[i, j], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(pointer[0, 0], pointer[0, 1], atol=1e-3)
+
+    torch.manual_seed(0)
+    whole = m.losses(m.network, pairs)[0]
+    pairs.labels[:, 1], pairs.points[:, 3] = np.nan, np.nan
+    torch.manual_seed(0)
+    half = m.losses(m.network, pairs)[0]
+    own = FrameBatch(pairs.images, b.instructions[::2], pairs.labels[:, :1], pairs.points[:, :3])
+    torch.manual_seed(0)
+    alone = m.losses(m.network, own)[0]
+    for name in ("action", "heat"):
+        torch.testing.assert_close(half[name], alone[name], atol=1e-5, rtol=1e-4)
+        assert abs(float((half[name] - whole[name]).detach())) > 1e-5
 
 
 def test_a_resumed_training_counts_on(tmp_path):

@@ -14,20 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.frames import POINTS, Frame, Frames
+from data.frames import POINTS, Frame, Frames, Question
 from spvla.errors import InputError
 from spvla.vlas.conventions import Conventions, conventions_by_name
 
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """B frames.
+    """B frames with Q instructions each.
 
     Args:
         images: what the encoders see before normalisation, uint8 (B, S, S, 3).
-        instructions: B texts.
-        labels: the teacher's actions, environment units, float32 (B, D).
-        points: where :data:`data.frames.POINTS` are, column and row in pixels of ``images``, float32 (B, 3, 2), or NaN.
+        instructions: B x Q texts, a frame's own first.
+        labels: the teacher's actions for each, environment units, float32 (B, Q, D); NaN: none to be learnt.
+        points: where hand, place and each instruction's object are, column and row in pixels of ``images``, float32
+            (B, 2 + Q, 2), or NaN. With one instruction they are :data:`data.frames.POINTS`.
     """
 
     images: Tensor
@@ -58,13 +59,17 @@ class Augmentation:
 
 
 def view(
-    frame: Frame, conventions: Conventions, size: int, augmentation: Augmentation | None, generator: np.random.Generator
+    image: NDArray[np.uint8],
+    points: NDArray[np.float32],
+    conventions: Conventions,
+    size: int,
+    augmentation: Augmentation | None,
+    generator: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """What an encoder of ``size`` pixels sees of a frame, uint8 (S, S, 3), and where its points are then, (3, 2).
+    """What an encoder of ``size`` pixels sees of an image, uint8 (S, S, 3), and where points of it are then, (P, 2).
 
     Without augmentation this is what :meth:`Conventions.apply_image` does, in one interpolation in place of two.
     """
-    image, points = frame.image, frame.points
     height = image.shape[0]
     if conventions.rotate_180:
         image, points = np.ascontiguousarray(image[::-1, ::-1]), height - 1 - points
@@ -83,6 +88,14 @@ def view(
         levels = (np.arange(256)[:, None] - 128) * gain + 128 + 255 * generator.uniform(-a.brightness, a.brightness)
         seen = cv2.LUT(seen, np.clip(levels, 0, 255).astype(np.uint8)[None])
     return np.asarray(seen, np.uint8), ((points - offset) / scale).astype(np.float32)
+
+
+def questions(frame: Frame, count: int, generator: np.random.Generator) -> list[Question]:
+    """The frame's own instruction, and others drawn without replacement; too few are filled up with ones to be ignored."""
+    own = Question(frame.instruction, frame.label, frame.points[2])
+    drawn = generator.permutation(len(frame.others))[: count - 1]
+    ignored = Question(frame.instruction, np.full_like(own.label, np.nan), np.full_like(own.item, np.nan))
+    return [own, *(frame.others[i] for i in drawn), *[ignored] * (count - 1 - len(drawn))]
 
 
 class FrameStream(IterableDataset[FrameBatch]):
@@ -111,12 +124,16 @@ class FrameStream(IterableDataset[FrameBatch]):
     def batch(self, frames: list[Frame], generator: np.random.Generator) -> FrameBatch:
         """The batch of these frames."""
         data = self.data
-        views = [view(f, data.conventions, data.image_size, self.augmentation, generator) for f in frames]
+        count = 1 if self.augmentation is None else data.questions
+        asked = [questions(f, count, generator) for f in frames]  # B x Q
+        points = [np.concatenate([f.points[:2], [q.item for q in a]]) for f, a in zip(frames, asked, strict=True)]
+        size, augmentation = data.image_size, self.augmentation
+        views = [view(f.image, p, data.conventions, size, augmentation, generator) for f, p in zip(frames, points, strict=True)]
         return FrameBatch(
             torch.from_numpy(np.stack([image for image, _ in views])),
-            [f.instruction for f in frames],
-            torch.from_numpy(np.stack([f.label for f in frames])),
-            torch.from_numpy(np.stack([points for _, points in views])),
+            [q.instruction for a in asked for q in a],
+            torch.from_numpy(np.stack([[q.label for q in a] for a in asked])),
+            torch.from_numpy(np.stack([p for _, p in views])),
         )
 
 
@@ -131,6 +148,8 @@ class FrameData(L.LightningDataModule):
         image_size: side of the encoders' input in pixels.
         conventions: what lies between the environment's images and the model's, by name.
         augmentation: random changes of training images.
+        questions: instructions per training frame (Q): its own, and with more than one also those for other objects of its
+            scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
         seed: of the order and the augmentation.
     """
 
@@ -143,13 +162,14 @@ class FrameData(L.LightningDataModule):
         image_size: int = 224,
         conventions: str = "libero",
         augmentation: Augmentation = Augmentation(),
+        questions: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size, self.batches, self.validation_batches = batch_size, batches, validation_batches
         self.image_size, self.conventions = image_size, conventions_by_name(conventions)
-        self.augmentation, self.seed = augmentation, seed
-        self.train_frames, self.validation_frames = Frames(data), Frames(data, validation=True)
+        self.augmentation, self.questions, self.seed = augmentation, questions, seed
+        self.train_frames, self.validation_frames = Frames(data, others=questions > 1), Frames(data, validation=True)
 
     def passes(self) -> int:
         """Epochs so far, resumed ones included."""

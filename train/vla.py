@@ -9,6 +9,7 @@ pruning later meets a model that has seen it. The averaged weights are written a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,45 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Prompts about B images, Q for each, and the beginning of their answers.
+
+    Args:
+        common: token ids that all prompts begin with, (P,), ``<s>`` among them.
+        own: the rest of each prompt, and its action tokens but the last, which no token follows; padded at the end,
+            (B, Q, T): no token looks ahead, so padding changes nothing before it.
+        lengths: how many of ``own`` are the prompt's, (B, Q), at least 1.
+    """
+
+    common: Tensor
+    own: Tensor
+    lengths: Tensor
+
+    def layout(self, first: int) -> tuple[Tensor, Tensor]:
+        """By place in a sequence whose own tokens begin at ``first``, (L,): which question it is of, 0 all; position ids."""
+        _, q, t = self.own.shape
+        part = torch.cat([torch.zeros(first, dtype=torch.long), torch.arange(1, q + 1).repeat_interleave(t)])
+        positions = torch.cat([torch.arange(first), (first + torch.arange(t)).repeat(q)])
+        return part.to(self.own.device), positions.to(self.own.device)
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], actions: Tensor) -> Questions:
+        """From prompts, B x Q, and action tokens (B, Q, D)."""
+        b, q, _ = actions.shape
+        shortest = min(map(len, prompts)) - 1
+        shared = next((i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), shortest)
+        shared = max(1, min(shared, shortest))
+        rows = [
+            torch.cat([torch.tensor(prompt[shared:]), answer[:-1].cpu()])
+            for prompt, answer in zip(prompts, actions.flatten(0, 1), strict=True)
+        ]
+        own = nn.utils.rnn.pad_sequence(rows, batch_first=True).view(b, q, -1)
+        lengths = torch.tensor([len(prompt) - shared for prompt in prompts]).view(b, q)
+        device = actions.device
+        return cls(torch.tensor(prompts[0][:shared], device=device), own.to(device), lengths.to(device))
+
+
 class TrainedVLA(nn.Module):
     """The model with the heads that only training needs.
 
@@ -54,31 +94,56 @@ class TrainedVLA(nn.Module):
         self.key = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
 
     def forward(
-        self, pixels: Tensor, ids: Tensor, prompt: Tensor, keep: Tensor, patches: Tensor | None = None
+        self, pixels: Tensor, asked: Questions, keep: Tensor, patches: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of action tokens and heat maps.
 
+        The visual tokens come before the text and see nothing of it: one pass through the model answers all questions
+        about an image, each of which sees itself, what all have in common, and the image.
+
         Args:
             pixels: (B, 3 x encoders, S, S).
-            ids: prompt and action tokens, padded at the end, (B, T).
-            prompt: lengths of the prompts, (B,).
+            asked: Q questions about each image.
             keep: visual tokens that reach the decoder, (B, K), among the patches.
             patches: the ones that the encoders see, (B, N); None: all.
 
         Returns:
-            scores (B, D, V) of each action token; heat (B, 2, N) of hand and place over the patches; pointer (B, K) to
+            scores (B, Q, D, V) of each action token; heat (B, 2, N) of hand and place over the patches; pointer (B, Q, K) to
             the asked object over the kept ones; all as logits.
         """
-        features, states = self.model.hidden_states(pixels, ids, keep, patches=patches)
-        dims, kept = self.model.action_space.dim, keep.shape[1]
-        rows = torch.arange(len(ids), device=ids.device)
-        at = prompt[:, None] - 1 + torch.arange(dims, device=ids.device)  # (B, D): token t scores token t + 1
-        scores = self.model.language_model.lm_head(states[-1][rows[:, None], kept + at])  # (B, D, V)
+        model = self.model
+        features, _ = model.vision_backbone(pixels, patches)  # (B, N, C)
+        kept = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))  # (B, K, C)
+        b, q, t = asked.own.shape
+        text = model.language_model.get_input_embeddings()(torch.cat([asked.common.expand(b, -1), asked.own.flatten(1)], 1))
+        embeds = torch.cat([text[:, :1], model.projector(kept), text[:, 1:]], 1)  # (B, L, H)
+        first = keep.shape[1] + len(asked.common)  # where the questions' own tokens begin
+        part, positions = asked.layout(first)  # (L,), (L,)
+        sees = (part == part[:, None]) | (part == 0)  # (L, L)
+        mask = (sees & (torch.arange(len(part)) <= torch.arange(len(part))[:, None]).to(sees.device))[None, None]
+        states = model.language_model.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions[None].to(embeds.device),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        dims = model.action_space.dim
+        starts = first + t * torch.arange(q, device=embeds.device)  # (Q,)
+        ends = starts + asked.lengths - 1  # (B, Q): the prompts' last tokens; token t scores token t + 1
+        at = ends[..., None] + torch.arange(dims, device=embeds.device)  # (B, Q, D)
+        scores = model.language_model.lm_head(_at(states[-1], at))  # (B, Q, D, V)
         middle = states[self.pointer_layer]
-        query = self.query(middle[rows, kept + prompt - 1])  # (B, W)
-        keys = self.key(middle[:, 1 : kept + 1])  # (B, K, W)
-        pointer = (keys @ query[:, :, None])[..., 0] / math.sqrt(query.shape[1])  # (B, K)
+        query = self.query(_at(middle, ends))  # (B, Q, W)
+        keys = self.key(middle[:, 1 : keep.shape[1] + 1])  # (B, K, W)
+        pointer = query @ keys.transpose(1, 2) / math.sqrt(query.shape[-1])  # (B, Q, K)
         return scores, self.heat(features).transpose(1, 2), pointer
+
+
+def _at(states: Tensor, places: Tensor) -> Tensor:
+    """The states (B, L, H) at places (B, ...): (B, ..., H)."""
+    index = places.flatten(1)[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, index).view(*places.shape, -1)
 
 
 def soft_targets(points: Tensor, grid: int, patch: float) -> tuple[Tensor, Tensor]:
@@ -97,6 +162,10 @@ def expected_points(heat: Tensor, grid: int, patch: float) -> Tensor:
     centres = (torch.arange(grid, device=heat.device) + 0.5) * patch - 0.5
     rows, columns = centres.repeat_interleave(grid), centres.repeat(grid)
     return torch.stack([p @ columns, p @ rows], -1)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    return (values * where).sum() / where.sum().clamp(min=1)
 
 
 class VLAModule(L.LightningModule):
@@ -177,17 +246,13 @@ class VLAModule(L.LightningModule):
             [(x - x.new_tensor(m).view(3, 1, 1)) / x.new_tensor(s).view(3, 1, 1) for m, s in zip(means, stds, strict=True)], 1
         )
 
-    def tokens(self, batch: FrameBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt and action tokens (B, T), padded; the prompts' lengths (B,); the action tokens alone (B, D)."""
+    def tokens(self, batch: FrameBatch) -> tuple[Questions, Tensor]:
+        """Prompts and answers of a batch, and the action tokens (B, Q, D); where none is to be learnt, some."""
         model = self.network.model
-        actions = torch.from_numpy(model.action_tokens(batch.labels.cpu().numpy()))  # (B, D)
+        labels = batch.labels.nan_to_num().cpu().numpy()
+        actions = torch.from_numpy(model.action_tokens(labels)).to(batch.images.device)  # (B, Q, D)
         actions = actions.clamp(min=self.first_bin)  # +1 itself has an id of its own, which means the last bin as well
-        prompts = [torch.tensor(model.tokenize(text)) for text in batch.instructions]
-        rows = [torch.cat([prompt, action]) for prompt, action in zip(prompts, actions, strict=True)]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        device = batch.images.device
-        return ids.to(device), lengths.to(device), actions.to(device)
+        return Questions.of([model.tokenize(text) for text in batch.instructions], actions), actions
 
     def kept(self, batch: int, total: int, share: float) -> Tensor:
         """A random choice among ``total`` visual tokens for each row, ascending: (B, K)."""
@@ -210,10 +275,10 @@ class VLAModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------------------ loss
 
     def action_loss(self, scores: Tensor, actions: Tensor) -> Tensor:
-        """Cross-entropy of scores (B, D, V) with targets spread over the bins around the action tokens (B, D)."""
+        """Cross-entropy of scores (R, D, V) with targets spread over the bins around the action tokens (R, D)."""
         vocab = self.network.model.action_tokenizer.vocab
         ids = torch.arange(self.first_bin, vocab, device=scores.device)
-        distance = (ids - actions[..., None]).float()  # (B, D, bins)
+        distance = (ids - actions[..., None]).float()  # (R, D, bins)
         spread = torch.where(self.continuous[:, None], self.smoothing, 1e-3)
         target = (-0.5 * (distance / spread) ** 2).softmax(-1)
         log_p = scores.float().log_softmax(-1)[..., self.first_bin : vocab]
@@ -231,25 +296,25 @@ class VLAModule(L.LightningModule):
             look: share of the patches that the encoders see.
             share: share of those that reach the decoder.
         """
-        ids, prompt, actions = self.tokens(batch)
+        asked, actions = self.tokens(batch)
         patches = self.patches(batch.images, look)
         total = self.network.model.config.grid**2 if patches is None else patches.shape[1]
-        keep = self.kept(len(ids), total, share)
+        keep = self.kept(len(batch.images), total, share)
         # The fused attention's backward is slower on CPUs than plain matrix products.
-        plain = [SDPBackend.MATH] if self.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        plain = [SDPBackend.MATH] if self.device.type == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), sdpa_kernel(plain):
-            scores, heat, pointer = network(self.pixels(batch.images), ids, prompt, keep, patches)
-        target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 3, N), (B, 3)
+            scores, heat, pointer = network(self.pixels(batch.images), asked, keep, patches)
+        target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 2 + Q, N), (B, 2 + Q)
         if patches is not None:
-            target = target.gather(2, patches[:, None].expand(-1, len(POINTS), -1))
+            target = target.gather(2, patches[:, None].expand(-1, target.shape[1], -1))
         heat_loss = -(target[:, :2] * heat.float().log_softmax(-1)).sum(-1)  # (B, 2)
         # Where the patches around a point were dropped there is less to point at.
-        left = target[:, 2].gather(1, keep)  # (B, K)
-        pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B,)
-        count = seen.sum().clamp(min=1)
+        left = target[:, 2:].gather(2, keep[:, None].expand(-1, pointer.shape[1], -1))  # (B, Q, K)
+        pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B, Q)
+        taught = batch.labels.isfinite().all(-1)  # (B, Q)
         terms = {
-            "action": self.action_loss(scores, actions),
-            "heat": ((heat_loss * seen[:, :2]).sum() + (pointer_loss * seen[:, 2]).sum()) / count * len(POINTS),
+            "action": self.action_loss(scores[taught], actions[taught]),
+            "heat": 2 * _mean(heat_loss, seen[:, :2]) + _mean(pointer_loss, seen[:, 2:]),
         }
         return terms, {"scores": scores.detach(), "heat": heat.detach(), "pointer": pointer.detach(), "actions": actions}
 
@@ -290,7 +355,7 @@ class VLAModule(L.LightningModule):
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         terms, seen = self.losses(self.average.module, batch)
         space = self.network.model.action_space
-        right = (seen["scores"].argmax(-1) - seen["actions"]).abs()  # (B, D) bins
+        right = (seen["scores"].argmax(-1) - seen["actions"]).abs()[:, 0]  # (B, D) bins, of the frame's own instruction
         groups = {"translation": space.translation, "gripper": space.gripper}
         values = {f"val/{k}": v for k, v in terms.items()}
         for name, dims in groups.items():
@@ -299,8 +364,8 @@ class VLAModule(L.LightningModule):
                 values[f"val/{name}_right"] = (off <= 4).float().mean()  # within 0.03 of the teacher's
                 values[f"val/{name}_error"] = off.float().mean() * 2 / self.network.model.config.n_action_bins
         grid = self.network.model.config.grid
-        heat = torch.cat([seen["heat"], seen["pointer"][:, None]], 1).float()  # (B, 3, N)
-        error = (expected_points(heat, grid, self.patch) - batch.points).norm(dim=-1)  # (B, 3)
+        heat = torch.cat([seen["heat"], seen["pointer"][:, :1]], 1).float()  # (B, 3, N)
+        error = (expected_points(heat, grid, self.patch) - batch.points[:, :3]).norm(dim=-1)  # (B, 3)
         for k, name in enumerate(POINTS):
             values[f"val/{name}_pixels"] = error[:, k].nanmedian()
         self.log_dict(values, batch_size=len(batch.images))
