@@ -22,6 +22,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
 from spvla.observation import Observation
+from spvla.policy import SPVLAPolicy
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.registry import load_vla
 
@@ -141,8 +142,14 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         total = np.array([s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in measured])
         assert policy.generator is not None and policy.scheduler is not None
         proposal = policy.generator.propose(policy.history)
+
+        def propose(policy: SPVLAPolicy = policy) -> Any:
+            assert policy.generator is not None and policy.history.last_action is not None
+            policy.history.amend(policy.history.last_action)  # else the features would be there already
+            return policy.generator.propose(policy.history)
+
         stages: dict[str, Callable[[], Any]] = {
-            "proposal": lambda p=policy: p.generator.propose(p.history),  # type: ignore[misc]
+            "proposal": propose,
             "gate": lambda p=policy, q=proposal: p.scheduler.decide(p.history, q),  # type: ignore[misc]
         }
         row: dict[str, Any] = {"generator": name, "parameters": _parameters(loaded, name)}

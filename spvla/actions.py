@@ -51,6 +51,7 @@ class ActionSpace:
     max_jump: tuple[float, ...] | None = None
     _offset: FloatArray = field(init=False, repr=False, compare=False)
     _scale: FloatArray = field(init=False, repr=False, compare=False)
+    _admissible: tuple[FloatArray, FloatArray, FloatArray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("q01", "q99", "low", "high", "max_jump"):
@@ -76,6 +77,12 @@ class ActionSpace:
         half = np.where(q99 > q01, (q99 - q01) / 2, 1.0)
         object.__setattr__(self, "_offset", ((q01 + q99) / 2).astype(np.float32))
         object.__setattr__(self, "_scale", half.astype(np.float32))
+        # Least and largest admissible action and jump, environment units; nothing limits a gripper's jump.
+        slack = 1e-4 * self._scale
+        jump = np.full(self.dim, np.inf) if self.max_jump is None else (np.asarray(self.max_jump) + 1e-4) * half
+        jump[list(self.gripper)] = np.inf
+        bounds = (np.asarray(self.low) - slack, np.asarray(self.high) + slack, jump)
+        object.__setattr__(self, "_admissible", tuple(b.astype(np.float32) for b in bounds))
 
     @property
     def dim(self) -> int:
@@ -134,18 +141,11 @@ class ActionSpace:
             action: proposed action, environment units.
             previous: the last executed action, environment units, or None at the start of an episode.
         """
-        if not np.isfinite(action).all():
-            return False
-        slack = 1e-4 * self._scale
-        if (action < np.asarray(self.low, np.float32) - slack).any() or (
-            action > np.asarray(self.high, np.float32) + slack
-        ).any():
-            return False
-        if self.max_jump is None or previous is None:
-            return True
-        c = list(self.continuous)
-        jump = np.abs(action - previous)[c] / self._scale[c]
-        return bool((jump <= np.asarray(self.max_jump, np.float32)[c] + 1e-4).all())
+        low, high, jump = self._admissible
+        allowed = (action >= low) & (action <= high) & np.isfinite(action)  # bounds may be infinite
+        if previous is not None:
+            allowed &= np.abs(action - previous) <= jump
+        return bool(allowed.all())
 
     def require_compatible(self, other: ActionSpace, what: str) -> None:
         """Raise :class:`InputError` unless ``other`` describes the same kind of action vector.

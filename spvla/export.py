@@ -63,6 +63,12 @@ class Export:
     defaults: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in self.gates.keys() & self.generators.keys():
+            generator, gate = self.generators[name].features, self.gates[name].features
+            if generator.config == gate.config:
+                self.gates[name].features = generator  # one module: what it computes for the generator serves the gate
+
     def generator(self, name: str, space: ActionSpace) -> ActionGenerator:
         """A generator by name, acting in ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``."""
         if name in self.generators:

@@ -82,9 +82,11 @@ class ActionHistory:
         self.vla_action = np.zeros(d, np.float32)  # normalised
         self.vla_state: FloatArray | None = None
         self.vla_age = 0
+        self._window: Window | None = None
 
     def observe(self, state: NDArray[np.floating] | None) -> None:
         """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none."""
+        self._window = None
         if state is None:
             if self.states is not None and self.states.shape[1] > 0:
                 raise InputError("observation.state: missing, though earlier steps of this episode had one")
@@ -105,6 +107,7 @@ class ActionHistory:
 
     def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
         """Take in the executed action (D,), environment units, who made it, and the VLA's output if it was asked."""
+        self._window = None
         normalized = self.space.normalize(action)
         for buffer, value in (
             (self.actions, action),
@@ -130,6 +133,7 @@ class ActionHistory:
         """Replace the last executed action (D,), environment units: something downstream changed it."""
         if not self.steps:
             raise InputError("history: no action was executed yet")
+        self._window = None
         self.actions[-1] = action
         self.normalized[-1] = self.space.normalize(action)
 
@@ -149,13 +153,15 @@ class ActionHistory:
         return self.sources[self.length - k :]
 
     def window(self) -> Window:
-        """This history as a batch of one. The arrays are views: read them before the next step."""
+        """This history as a batch of one, the same object until the next change. The arrays are views: read them before."""
+        if self._window is not None:
+            return self._window
         if self.states is None or self.vla_state is None:
             raise InputError("history: observe() was not called before window()")
         output = self.vla_output
         confidence = None if output is None else output.confidence
         features = None if output is None else output.features
-        return Window(
+        self._window = Window(
             actions=self.normalized[None],
             sources=self.sources[None],
             mask=self.mask[None],
@@ -166,3 +172,4 @@ class ActionHistory:
             vla_confidence=None if confidence is None else confidence[None],
             vla_features=None if features is None else features[None],
         )
+        return self._window

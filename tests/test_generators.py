@@ -1,5 +1,7 @@
 """Generators: the linear one against its closed forms and scikit-learn, the learned ones against their contracts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,26 @@ def test_windows_and_histories_give_the_same_proposals(steps):
     for generator in (RidgeGenerator(LIBERO), RidgeGenerator(LIBERO, "paper"), LastActionGenerator(LIBERO), learned):
         batched = LIBERO.denormalize(generator.propose_windows(history.window()))[0]
         np.testing.assert_allclose(generator.propose(history).actions, batched, atol=1e-5)
+
+
+def test_every_change_of_a_history_reaches_the_network():
+    """Features are computed once a step: never those of the step before."""
+    torch.manual_seed(0)
+    network = LearnedGenerator(GeneratorConfig("mlp", FEATURES)).eval()
+    history = filled(20)
+    changes = (
+        lambda: history.observe(np.full(5, 0.3, np.float32)),
+        lambda: history.act(np.full(7, 0.5, np.float32), Source.GENERATOR),
+        lambda: history.amend(np.full(7, -0.5, np.float32)),
+        lambda: history.act(np.full(7, 0.2, np.float32), Source.VLA),
+    )
+    seen = []
+    with torch.inference_mode():
+        for change in changes:
+            change()
+            seen.append(network(history.window()))
+            torch.testing.assert_close(seen[-1], network(to_device(history.window(), "cpu")))  # tensors are never kept
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])

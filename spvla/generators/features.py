@@ -86,12 +86,16 @@ def _cat(parts: Sequence[Any], axis: int) -> Any:
     return torch.cat(list(parts), axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
 
 
+def _take(x: Any, index: list[int], axis: int) -> Any:
+    return x.movedim(axis, 0)[index].movedim(0, axis) if isinstance(x, Tensor) else x.take(index, axis)
+
+
 class HistoryFeatures(nn.Module):
     """A window to one row of features (B, len(feature_names(config))), all of order one.
 
     Works on windows of tensors (training, ONNX) and of arrays: on a robot numpy is several times cheaper than torch for
-    rows this small, and the result is handed over as a tensor. :meth:`tokens` gives the same content as a sequence, for
-    models that read it step by step.
+    rows this small, the result is handed over as a tensor, and it is kept until another window comes, so that generator
+    and gate share it. :meth:`tokens` gives the same content as a sequence, for models that read it step by step.
     """
 
     state_offset: Tensor
@@ -108,14 +112,15 @@ class HistoryFeatures(nn.Module):
         self.state_dims = list(config.state_dims)
         self.lag_steps = [config.history - lag for lag in config.state_lags]
         self.size = len(feature_names(config))
+        self._latest: tuple[Window, Tensor] | None = None
         self.token_size = config.action_dim + 2 + len(self.state_dims)  # action, source, exists, state
         self.global_size = (config.action_dim + 1 + len(self.state_dims)) if config.vla_output else 0
         self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
 
     def _states(self, states: Any) -> Any:
-        if isinstance(states, Tensor):
-            return (states[..., self.state_dims] - self.state_offset) / self.state_scale
-        return (states[..., self.state_dims] - self.offset) / self.scale
+        tensors = isinstance(states, Tensor)
+        offset, scale = (self.state_offset, self.state_scale) if tensors else (self.offset, self.scale)
+        return (_take(states, self.state_dims, -1) - offset) / scale
 
     def _crop(self, x: Any, keep: int) -> Any:
         if x.shape[1] < keep:
@@ -136,13 +141,18 @@ class HistoryFeatures(nn.Module):
         return parts
 
     def forward(self, w: Window) -> Tensor:
+        if self._latest is not None and self._latest[0] is w:
+            return self._latest[1]
         n = self.config.history
         states = self._states(self._crop(w.states, n + 1))  # (B, n + 1, S)
         now = states[:, -1]
-        motion = (now[:, None] - states[:, self.lag_steps]) * MOTION_GAIN  # (B, lags, S)
+        motion = (now[:, None] - _take(states, self.lag_steps, 1)) * MOTION_GAIN  # (B, lags, S)
         parts = [self._crop(w.actions, n).reshape(len(now), -1), self._crop(w.sources, n), self._crop(w.mask, n)]
         out = _cat([*parts, now, motion.reshape(len(now), -1), *self._last_vla(w, now)], 1)
-        return out if isinstance(out, Tensor) else torch.from_numpy(out)
+        if isinstance(out, Tensor):
+            return out
+        self._latest = (w, torch.from_numpy(out))
+        return self._latest[1]
 
     def tokens(self, w: Window) -> tuple[Tensor, Tensor]:
         """The window as n + 1 tokens (B, n + 1, token_size) and the global features (B, G) of the VLA's last output.

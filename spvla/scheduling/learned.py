@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig, HistoryFeatures
-from spvla.generators.learned import mlp
+from spvla.generators.learned import MLP
 from spvla.history import ActionHistory, Window
 from spvla.scheduling.base import Decision
 
@@ -52,7 +53,7 @@ class ActionTypeClassifier(
         self.config = config = ClassifierConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
         self.features = HistoryFeatures(config.features)
         size = self.features.size + 3 * config.features.action_dim
-        self.net = mlp([size, *[config.width] * config.depth, 1], config.dropout)
+        self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
         """A window of tensors and normalised proposals (B, D) to logits (B,): positive means deliberative."""
@@ -86,5 +87,5 @@ class LearnedScheduler:
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         """Label the coming step. A NaN probability is deliberative."""
         normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
-        p = float(torch.sigmoid(self.classifier(history.window(), normalized)))
+        p = 1 / (1 + math.exp(-float(self.classifier(history.window(), normalized))))
         return Decision(p <= self.threshold, "classifier", p)
