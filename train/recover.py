@@ -1,0 +1,208 @@
+"""Teach a VLA to answer with pruned visual tokens as it does with all of them (``configs/train/recover_pruned.yaml``).
+
+Self-distillation into a LoRA adapter (arXiv 2106.09685): the teacher is the same checkpoint with the adapter switched off,
+reading every token; the student reads the tokens that the pruner leaves. No labels are needed, only images and
+instructions, so any OpenVLA checkpoint can be adapted to its own camera's frames. The encoders stay as they are: which
+tokens are kept depends on them, and their features then serve both. What is written is a PEFT adapter's folder, for
+``OpenVLA.from_pretrained(checkpoint, adapter=folder)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spvla.errors import InputError
+from spvla.pruning.pruner import TokenPruner
+from spvla.vlas.openvla import DTYPES, OpenVLA, pixel_values
+from train.frames import FrameBatch
+
+TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj)"
+
+
+class RecoverModule(L.LightningModule):
+    """Trains the adapter.
+
+    Validation tells ``val/agreement_K`` for each share K of the tokens, the share of action tokens, decoded greedily, that
+    are those of the unpruned model; ``val/before_K`` without the adapter; and ``val/regained_K``, how much of what pruning
+    lost is won back.
+
+    Args:
+        checkpoint: folder or hub id of the VLA.
+        output: folder that the adapter is written to after each validation.
+        keep: shares of the visual tokens, in (0, 1); each batch draws one.
+        pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
+        rank, alpha, dropout: LoRA's.
+        targets: regular expression for the names of the layers that are adapted; none of the encoders'.
+        learning_rate, weight_decay: of AdamW.
+        warmup_steps: optimiser steps of linear warm-up; afterwards the rate falls linearly to zero at ``max_steps``.
+        unnorm_key: see :meth:`OpenVLA.from_pretrained`.
+        dtype: type of the frozen weights; the adapter's are float32.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        output: Path,
+        keep: Sequence[float] = (0.25,),
+        pruning: dict[str, Any] = {},  # noqa: B006
+        rank: int = 16,
+        alpha: int = 32,
+        dropout: float = 0.0,
+        targets: str = TARGETS,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 20,
+        unnorm_key: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError("recover: LoRA adapters need the package peft (pip install 'spvla[train]')") from None
+
+        if not keep or not all(0 < share < 1 for share in keep):
+            raise InputError(f"recover: keep must be shares of the tokens between 0 and 1, got {list(keep)}")
+        if dtype not in DTYPES:
+            raise InputError(f"recover: dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
+        self.keep = tuple(keep)
+        self.pruner = TokenPruner(**{"speed": "constant", "measure": "ratio", "contours": False, **pruning})
+        model = OpenVLA.from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key, pruner=self.pruner)
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=f".*{targets}")
+        try:
+            self.adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"recover: targets {targets!r}: {str(error).splitlines()[0]}") from None
+        self.adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        inside = [name for name in trained if "vision_backbone." in name]
+        if inside:
+            raise InputError(f"recover: targets {targets!r} reaches into the encoders: {inside[0]}")
+        self.output = Path(output)
+        self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
+        self.strict_loading = False  # a training's checkpoint holds the adapter alone
+
+    @property
+    def model(self) -> OpenVLA:
+        """The VLA, adapter included."""
+        model = self.adapted.base_model.model
+        assert isinstance(model, OpenVLA)
+        return model
+
+    # ---------------------------------------------------------------------------------------------------- answers
+
+    @torch.no_grad()
+    def see(self, batch: FrameBatch) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Patch features (B, N, C), the attention that patches receive (B, N), and the prompts."""
+        backbone = self.model.vision_backbone
+        pixels = torch.stack([pixel_values(image, self.model.config) for image in batch.images.cpu().numpy()])
+        features, score_input = backbone(pixels.to(self.device))
+        return features, backbone.attention(score_input), [self.model.tokenize(text) for text in self.texts(batch)]
+
+    @staticmethod
+    def texts(batch: FrameBatch) -> list[str]:
+        """Each image's own instruction."""
+        return batch.instructions[:: len(batch.instructions) // len(batch.images)]
+
+    def choose(self, attention: Tensor, images: Tensor, share: float) -> list[Tensor]:
+        """The pruner's choice for each image: B x (K,), ascending."""
+        pairs = zip(attention.cpu().numpy(), images.cpu().numpy(), strict=True)
+        return [torch.from_numpy(self.pruner.select(a, image, share)).to(self.device) for a, image in pairs]
+
+    def answer(
+        self, features: Tensor, prompts: list[list[int]], keep: list[Tensor], given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Action tokens (B, D) and the scores (B, D, V) that they were read from.
+
+        Args:
+            features: of all patches, (B, N, C).
+            prompts: B.
+            keep: which patches the language model reads, B x (K,).
+            given: action tokens (B, D): score these, all at once; None: decode greedily, one by one.
+        """
+        model = self.model
+        counts = [len(k) for k in keep]
+        kept = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
+        embeds, mask, ids = model._sequences(model.projector(kept).split(counts), prompts, keep, features.shape[1])
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
+        embed, llm = model.language_model.get_input_embeddings(), model.language_model
+        dims = model.action_space.dim
+        if given is not None:
+            embeds = torch.cat([embeds, embed(given[:, :-1])], 1)  # (B, L + D - 1, H)
+            mask = F.pad(mask, (0, dims - 1), value=1)
+            ids = torch.cat([ids, ids[:, -1:] + torch.arange(1, dims, device=self.device)], 1)
+            hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
+            return given, llm.lm_head(hidden[:, -dims:]).float()
+        from transformers import DynamicCache
+
+        cache, tokens, scores = DynamicCache(config=llm.config), [], []
+        for _ in range(dims):
+            out = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+            scores.append(llm.lm_head(out.last_hidden_state[:, -1]).float())  # (B, V)
+            tokens.append(scores[-1].argmax(-1))
+            embeds, mask, ids = embed(tokens[-1][:, None]), F.pad(mask, (0, 1), value=1), ids[:, -1:] + 1
+        return torch.stack(tokens, 1), torch.stack(scores, 1)
+
+    def teach(self, features: Tensor, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """The unpruned model's tokens (B, D) and scores (B, D, V), without the adapter."""
+        everything = [torch.arange(features.shape[1], device=self.device)] * len(features)
+        with torch.no_grad(), self.adapted.disable_adapter():
+            return self.answer(features, prompts, everything)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
+        features, attention, prompts = self.see(batch)
+        tokens, wanted = self.teach(features, prompts)
+        share = self.keep[int(torch.randint(len(self.keep), ()))]
+        _, scores = self.answer(features, prompts, self.choose(attention, batch.images, share), tokens)
+        loss = F.kl_div(scores.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+        self.log("train/divergence", loss, prog_bar=True, batch_size=len(batch.images))
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
+        features, attention, prompts = self.see(batch)
+        tokens, _ = self.teach(features, prompts)
+        for share in self.keep:
+            keep = self.choose(attention, batch.images, share)
+            for name in ("before", "agreement"):
+                with self.adapted.disable_adapter() if name == "before" else nullcontext():
+                    found, _ = self.answer(features, prompts, keep)
+                self.log(f"val/{name}_{share:g}", (found == tokens).float().mean(), batch_size=len(batch.images))
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = self.trainer.callback_metrics
+        for share in self.keep:
+            before, after = (float(metrics[f"val/{name}_{share:g}"]) for name in ("before", "agreement"))
+            self.log(f"val/regained_{share:g}", (after - before) / max(1 - before, 1e-9))
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.adapted.save_pretrained(str(self.output))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in trained}
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+        def rate(step: int) -> float:
+            last = self.trainer.max_steps
+            left = 1.0 if last < 0 else (last - step) / max(1, last - self.warmup_steps)
+            return max(0.0, min((step + 1) / max(1, self.warmup_steps), left))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: FrameBatch, device: torch.device, dataloader_idx: int) -> FrameBatch:
+        return batch.to(device)
