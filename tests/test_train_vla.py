@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
 from spvla.errors import InputError
 from spvla.observation import Observation
@@ -15,7 +16,7 @@ from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.registry import load_vla
 from tests.test_frames import pictured_episode, write
 from train.frames import Augmentation, FrameBatch, FrameData
-from train.vla import VLAModule, expected_points, soft_targets, word_tokenizer
+from train.vla import PlainAttention, VLAModule, expected_points, soft_targets, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 STATS = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
@@ -173,6 +174,15 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     for name in ("action", "heat"):
         torch.testing.assert_close(half[name], alone[name], atol=1e-5, rtol=1e-4)
         assert abs(float((half[name] - whole[name]).detach())) > 1e-5
+
+
+def test_plain_attention_is_attention(tmp_path):
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    for options in ({}, {"attn_mask": causal}, {"attn_mask": torch.randn(6, 6), "scale": 0.3}):
+        expected = F.scaled_dot_product_attention(q, k, v, **options)
+        with PlainAttention():
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, **options), expected)
 
 
 def test_a_resumed_training_counts_on(tmp_path):
