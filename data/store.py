@@ -87,7 +87,10 @@ class RolloutStore:
         cache = cache_directory() / f"store-{self.fingerprint}"
         if not (cache / "done").exists():
             self._derive(cache)
-        self.arrays: dict[str, NDArray[Any]] = {p.stem: np.load(p, mmap_mode="r") for p in sorted(cache.glob("*.npy"))}
+        # Plain arrays over the mapped files: indexing numpy's memmap class costs more than the rows that are read.
+        self.arrays: dict[str, NDArray[Any]] = {
+            p.stem: np.load(p, mmap_mode="r").view(np.ndarray) for p in sorted(cache.glob("*.npy"))
+        }
 
     @cached_property
     def fingerprint(self) -> str:

@@ -36,7 +36,7 @@ class _Module(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         steps = max(int(self.trainer.estimated_stepping_batches), 4)
         warmup = max(0.05, 2 / steps)  # OneCycleLR divides by zero for a warm-up of one step
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=warmup)
