@@ -31,14 +31,14 @@ from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
 
-def parse_range(text: str) -> list[int]:
+def parse_range(text: str, what: str = "init_states") -> list[int]:
     """``"0-19"``, ``"3"`` or ``"0-4,10,12-14"`` to a list of numbers. Raises :class:`InputError` for anything else."""
     out: list[int] = []
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"init_states {text!r}: expected numbers and ranges such as 0-19 or 0-4,10")
+            raise InputError(f"{what} {text!r}: expected numbers and ranges such as 0-19 or 0-4,10")
         out += range(int(first), int(last) + 1)
     return out
 

@@ -1,13 +1,13 @@
 """Data sets from elsewhere into the rollout store: ``python -m data convert``; what ``relabel`` shares with it.
 
-Every part of the source becomes one shard, written whole or not at all; what could not be used is kept beside it. Workers
-share the parts, and a run that was stopped continues with those that are not there yet, on as many workers as it likes.
+Every part of the source becomes one shard, written whole or not at all; what could not be used is kept beside it, with the
+size of what was read. Workers share the parts, and a run that was stopped continues with those that are not there yet, on
+as many workers as it likes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -16,16 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
-
+from data.images import encode_images
 from data.parallel import chunks, run_groups
 from data.sources import DataError, Part, Problem, Source, SourceName, open_source
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode, RolloutWriter, finalize
+from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space
 from spvla.errors import InputError
-from spvla.vlas.conventions import encode_jpeg
 
 OnError = Literal["skip", "stop"]
+MOST_TOLD = 20  # notes or problems of a kind, on the screen
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,29 @@ class Shards:
         return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
 
     def finished(self, part: Part) -> bool:
-        """Whether a part is done: its shard is there, or it is known to hold nothing of use."""
-        note = self._note(part)
-        return self.writer.finished(self.setting.job(part)) or (note.exists() and json.loads(note.read_text())["episodes"] == 0)
+        """Whether a part is done: its shard is there, or it is known to hold nothing of use.
+
+        Raises:
+            InputError: it was made from another file than the one that is there now.
+        """
+        note, shard = self._note(part), self.writer.shard_path(self.setting.job(part))
+        if not note.exists():
+            return shard.exists()
+        values = json.loads(note.read_text())
+        if values["size"] != part.size:
+            raise InputError(
+                f"{shard}: was made when {part.file} (and what follows) had {values['size']} bytes, now it has {part.size}; "
+                f"delete {note.name} and {shard.name} there to make it anew, or name another --output"
+            )
+        return shard.exists() or values["episodes"] == 0
 
     def write(self, part: Part, episodes: Sequence[Episode], problems: Sequence[Problem]) -> None:
         """Finish a part: first what was left out, then the shard."""
         note = self._note(part)
-        if problems or not episodes:
-            text = json.dumps({"episodes": len(episodes), "problems": [p.to_dict() for p in problems]}, indent=1)
-            temporary = note.with_name(f".{note.stem}.{os.getpid()}.tmp")
-            temporary.write_text(text + "\n")
-            temporary.replace(note)
+        values = {"size": part.size, "episodes": len(episodes), "problems": [p.to_dict() for p in problems]}
+        temporary = note.with_name(f".{note.stem}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(note)
         if episodes:
             self.writer.write(self.setting.job(part), episodes)
 
@@ -121,30 +131,31 @@ def make_setting(
     """A :class:`Setting` from a command's options."""
     from data.collect import parse_range
 
-    numbers = None if episodes is None else tuple(parse_range(episodes))
+    numbers = None if episodes is None else tuple(parse_range(episodes, "episodes"))
     text = json.dumps(label, sort_keys=True, default=str) if label else ""
     return Setting(source, str(path), conventions, split, camera, images, numbers, text)
 
 
-def tell_notes(source: Source) -> None:
-    """Print what a source's metadata gets wrong."""
-    for note in source.notes:
-        print(f"note: {note}")
+def tell(what: str, lines: Sequence[Any]) -> None:
+    """Print lines that begin with ``what``, the first :data:`MOST_TOLD` of them."""
+    for line in lines[:MOST_TOLD]:
+        print(f"{what}: {line}")
+    if len(lines) > MOST_TOLD:
+        print(f"{what}: {len(lines) - MOST_TOLD} more")
 
 
 def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool) -> None:
     """Finalise a store and print what it holds and what was left out."""
     problems = shards.problems(parts)
-    for problem in problems[:20]:
-        print(f"left out: {problem}")
-    if len(problems) > 20:
-        print(f"left out: {len(problems) - 20} more")
+    tell("left out", problems)
     if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
         first = f"; the first problem: {problems[0]}" if problems else ""
         raise InputError(f"{shards.setting.path}: no episode could be used{first}")
     finalize(output, measured)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
+    if not measured:
+        tell("note", beyond_scale(output))
     reasons = Counter(p.reason.split("(")[0].strip() for p in problems)
     told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
     print(
@@ -152,30 +163,22 @@ def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool
     )
 
 
-def encoded_images(episode: Episode, shape: tuple[int, ...] | None) -> str | None:
-    """Encode an episode's images where they are not yet; what is wrong with them, or None.
+def beyond_scale(store: Path) -> list[str]:
+    """What contradicts the scale that a store was given from outside: a line per dimension whose actions lie beyond its
+    bounds by more than a tenth of their width."""
+    space, found = read_action_space(store), json.loads((store / "meta" / "stats.json").read_text())["action"]
+    out = []
+    for d, (low, high) in enumerate(zip(space.low, space.high, strict=True)):
+        slack = 0.1 * (high - low)
+        if found["min"][d] < low - slack or found["max"][d] > high + slack:
+            told = f"dimension {d} ({space.role(d)}) goes from {found['min'][d]:.4g} to {found['max'][d]:.4g}"
+            out.append(f"{store}: {told}, its scale is for {low:.4g} to {high:.4g}; do units and signs agree?")
+    return out
 
-    Args:
-        episode: changed in place.
-        shape: (H, W, 3) that they must have, or None: all the first one's.
-    """
-    for camera, frames in episode.images.items():
-        encoded = []
-        for t, frame in enumerate(frames):
-            if isinstance(frame, bytes):
-                try:
-                    with Image.open(io.BytesIO(frame)) as image:
-                        size = (image.height, image.width, len(image.getbands()))
-                except UnidentifiedImageError:
-                    return f"the image of step {t} cannot be read"
-            else:
-                size, frame = frame.shape, encode_jpeg(frame)
-            shape = shape or size
-            if size != shape:
-                return f"the image of step {t} is {size}, not {shape}"
-            encoded.append(frame)
-        episode.images[camera] = encoded
-    return None
+
+def record_of(episode: Episode) -> int | None:
+    """The number by which the source's file knows an episode."""
+    return episode.metadata.get("record", episode.metadata.get("number"))
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,11 @@ def _convert_group(group: Group) -> Iterator[tuple[int, int]]:
             if isinstance(found, Problem):
                 problem = found
             elif group.setting.keeps(found):
-                wrong = encoded_images(found, source.image_shape)
+                wrong = encode_images(found, source.image_shape)
                 if wrong is None:
                     episodes.append(found)
                 else:
-                    problem = Problem(part.file, wrong, found.metadata.get("record"), source.camera)
+                    problem = Problem(part.file, wrong, record_of(found), source.camera)
             if problem is not None:
                 if group.on_error == "stop":
                     raise DataError(problem)
@@ -245,7 +248,7 @@ def convert(
     """
     setting = make_setting(source, path, conventions, split, camera, images, episodes)
     found = setting.open()
-    tell_notes(found)
+    tell("note", found.notes)
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
     shards = Shards(output, setting, space)
     waiting = [part for part in found.parts if not shards.finished(part)]

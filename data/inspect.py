@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.convert import make_setting, tell_notes
+from data.convert import make_setting, tell
 from data.sources import Problem, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
@@ -57,10 +57,9 @@ def inspect(
         setting = make_setting(source or "rlds", path or Path(), conventions, split, camera, False, None)
         found = setting.open()
         space = found.space
-        tell_notes(found)
+        tell("note", found.notes)
         episodes = [e for part in found.parts for e in found.episodes(part)]
-        for problem in [e for e in episodes if isinstance(e, Problem)][:20]:
-            print(f"cannot be used: {problem}")
+        tell("cannot be used", [e for e in episodes if isinstance(e, Problem)])
         good = [e for e in episodes if isinstance(e, Episode)]
         if not good:
             raise InputError(f"{path}: no episode can be used")

@@ -26,17 +26,8 @@ TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
 ROLES = ("translation", "rotation", "gripper", "joint")
 
 
-@dataclass(frozen=True)
-class Raw:
-    """An episode as its file holds it.
-
-    Args:
-        steps: arrays (T, ...) by feature; images and text as bytes.
-        facts: the episode's metadata.
-    """
-
-    steps: Mapping[str, NDArray[Any]]
-    facts: Mapping[str, Any]
+Steps = Mapping[str, NDArray[Any]]
+"""An episode as its file holds it: arrays (T, ...) by feature; images and text as bytes."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +59,16 @@ class Field:
             if name not in CONVERSIONS:
                 raise InputError(f"conversion {name!r} is unknown; there are: {', '.join(CONVERSIONS)}")
 
-    def read(self, steps: Mapping[str, NDArray[Any]]) -> FloatArray:
+    def read(self, steps: Steps) -> FloatArray:
         """These entries over an episode, float32 (T, width)."""
         if self.key is None:
             return np.zeros((len(next(iter(steps.values()))), self.zeros), np.float32)
         value = steps[self.key]
         if "zlib" in self.convert:
             value = np.stack([np.frombuffer(zlib.decompress(v), np.float32) for v in value])
-        x = np.asarray(value, np.float32).reshape(len(value), -1)
+        if value.dtype.kind not in "fiub":
+            raise TypeError(f"its values are {value.dtype}, not numbers")
+        x = value.astype(np.float32).reshape(len(value), -1)
         if self.index:
             x = x[:, list(self.index)]
         for name in self.convert:
@@ -133,6 +126,19 @@ class Conventions:
         if out["kind"] not in KINDS:
             raise InputError(f"{where}: kind {out['kind']!r} is not one of {', '.join(KINDS)}")
         return cls(**out)
+
+    @property
+    def left_out(self) -> str | None:
+        """Which steps of every episode are left out and why, in words, or None."""
+        first = f"the first {self.skip_first} of each episode" if self.skip_first else ""
+        last = "the last, whose difference to the next is unknown" if self.has_difference else ""
+        told = " and ".join(t for t in (first, last) if t)
+        return f"these steps are left out: {told}" if told else None
+
+    @property
+    def has_difference(self) -> bool:
+        """Whether a part is the difference to the next step, which the last step lacks."""
+        return any("difference" in f.convert for f in (*self.action, *self.state))
 
     @property
     def keys(self) -> list[str]:
@@ -283,7 +289,7 @@ CONVERSIONS = {
 
 
 def standardize(
-    raw: Raw,
+    steps: Steps,
     conventions: Conventions,
     file: str,
     number: int,
@@ -296,16 +302,19 @@ def standardize(
     """An episode under its conventions, or what is wrong with it.
 
     Args:
-        raw: the episode as its file holds it.
+        steps: the episode as its file holds it.
         conventions: what its features mean.
         file, number: where it came from, for messages.
         facts: metadata for the result.
         cameras: image features to keep encoded, by the name to give them.
         instruction: where no feature holds it.
         timestamps: seconds (T,), or None: by the control rate.
-        images: frames (T) by camera that ``raw`` does not hold.
+        images: frames (T) by camera that ``steps`` does not hold.
     """
-    steps = raw.steps
+    length = len(next(iter(steps.values())))
+    kept = slice(min(conventions.skip_first, length), length - conventions.has_difference)
+    if kept.stop <= kept.start:
+        return Problem(file, f"has {length} steps, of which none is left", number)
     values: dict[str, FloatArray] = {}
     for name, parts in (("action", conventions.action), ("state", conventions.state)):
         for part in parts:
@@ -317,12 +326,6 @@ def standardize(
                 shape = steps[part.key].shape if part.key in steps else ()  # type: ignore[index]
                 return Problem(file, f"does not fit the conventions, its shape is {shape} ({error})", number, part.key)
             values[name] = np.concatenate([values[name], read], axis=1) if name in values else read
-    actions = values["action"]
-    length = len(actions)
-    stop = length - int(any("difference" in f.convert for f in (*conventions.action, *conventions.state)))
-    kept = slice(min(conventions.skip_first, length), stop)
-    if kept.stop <= kept.start:
-        return Problem(file, f"has {length} steps, of which none is left", number)
     for name, value in values.items():
         bad = ~np.isfinite(value[kept]).all(1)
         if bad.any():
@@ -337,10 +340,26 @@ def standardize(
     if timestamps is None:
         timestamps = np.arange(length) / conventions.control_rate
     return Episode(
-        actions=np.ascontiguousarray(actions[kept]),
+        actions=np.ascontiguousarray(values["action"][kept]),
         instruction=instruction or "",
         timestamps=np.asarray(timestamps[kept], np.float64),
         states=np.ascontiguousarray(values["state"][kept]) if "state" in values else None,
         images=pictures,
         metadata=dict(facts),
     )
+
+
+def first_action_note(where: str, episodes: Sequence[Episode], space: ActionSpace) -> list[str]:
+    """A note if the first action of all these episodes is empty, though the second ones are not; else nothing.
+
+    Args:
+        where: the data set, for the note.
+        episodes, space: under its conventions.
+    """
+    moves = [np.abs(e.actions[:2, list(space.continuous)]).max(1) for e in episodes if len(e) > 1 and space.continuous]
+    if not moves:
+        return []
+    first, second = np.array(moves).T
+    if first.max() > 0.1 * np.median(second):
+        return []
+    return [f"{where}: the first action of every episode is (almost) zero; skip_first: 1 in its conventions would leave it out"]

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.convert import OnError, Setting, Shards, encoded_images, make_setting, tell_end, tell_notes
-from data.sources import DataError, Part, Problem, SourceName, check_frame, deal
+from data.convert import OnError, Setting, Shards, make_setting, record_of, tell, tell_end
+from data.images import ImageCheck, encode_images
+from data.sources import DataError, Part, Problem, SourceName, deal
 from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.observation import Observation
@@ -90,32 +91,31 @@ class FrameStream(torch.utils.data.IterableDataset[Any]):
             if not self.setting.keeps(found):
                 continue
             (images,) = found.images.values()
-            reason, coloured = None, False
-            for t in range(len(found)):
+            check = ImageCheck(source.image_shape)
+            reason = None if found.instruction.strip() else "has no instruction: a VLA cannot be asked"
+            for t in range(len(found)) if reason is None else ():
                 try:
-                    frame = images[t] if not isinstance(images[t], bytes) else decode_image(images[t])
+                    image = images[t]
+                    frame = decode_image(image) if isinstance(image, bytes) else image
                 except (InputError, OSError) as error:
                     reason = f"the image of step {t} cannot be read ({error})"
                     break
-                reason = check_frame(frame, t, source.image_shape)
+                reason = check.add(frame)
                 if reason is not None:
                     break
-                coloured = coloured or int(frame.max()) != int(frame.min())
                 if waiting and (len(waiting) == self.batch_size or waiting[0][0].shape != frame.shape):
                     yield _batch(waiting)
                     waiting = []
                 state = None if found.states is None else found.states[t]
                 waiting.append((frame, state, found.instruction, number))
-            if reason is None and not coloured:
-                reason = "every image has one colour only: the camera was not connected"
+            reason = reason or check.end()
             if reason is None and self.setting.images:
-                reason = encoded_images(found, source.image_shape)
+                reason = encode_images(found, source.image_shape)
             if reason is None:
                 found.images = found.images if self.setting.images else {}
                 episodes[number] = found
             else:
-                where = found.metadata.get("record", found.metadata.get("number"))
-                problems.append(Problem(part.file, reason, where, source.camera))
+                problems.append(Problem(part.file, reason, record_of(found), source.camera))
         if waiting:
             yield _batch(waiting)
         yield End(part, episodes, problems)
@@ -263,7 +263,7 @@ def relabel(
     where = data if data is not None else path
     assert where is not None
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
-    tell_notes(setting.open())
+    tell("note", setting.open().notes)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1
     strategy = (

@@ -1,12 +1,12 @@
 """Open-X data sets in RLDS form (TFDS folders of TFRecord shards), read without TensorFlow.
 
-``tensorflow_datasets`` says which features there are and parses each record; the framing of TFRecord files, with its
-check sums, is read here:
+``tensorflow_datasets`` says which features there are and brings the record's message type (``tf.train.Example``) and the
+decoders of unusual features; the framing of TFRecord files, with its check sums, is read here:
 
     uint64 length, uint32 masked CRC32C of the length, the record, uint32 masked CRC32C of the record (little endian)
 
-(https://www.tensorflow.org/tutorials/load_data/tfrecord). Only the features asked for are parsed, and images stay
-encoded: that is what makes it fast. Episodes are streamed; no more than one record is in memory.
+(https://www.tensorflow.org/tutorials/load_data/tfrecord). Only the features asked for are taken out of a record, each as
+one array, and images stay encoded: that is what makes it fast. Episodes are streamed; no more than one record is in memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.openx import Conventions, Raw, find_conventions, standardize
+from data.images import ImageCheck
+from data.openx import Conventions, Steps, find_conventions, first_action_note, standardize
 from data.sources import Part, Problem
 from spvla.episodes import Episode
 from spvla.errors import InputError
 
 EPISODES_PER_PART = 16
+FLAGS = ("is_last", "is_terminal")
 HEADER = struct.Struct("<QI")
 FOOTER = struct.Struct("<I")
 
@@ -47,7 +49,7 @@ class Index:
     Args:
         path: the shard.
         offsets, lengths: bytes, int64 (N,) each.
-        sums: the records' check sums as the file states them, (N,): with the lengths, they tell equal records.
+        sums: the records' check sums as the file states them, (N,).
         problem: what ended the scan before the file's end, or None.
     """
 
@@ -59,6 +61,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def identities(self) -> Iterator[tuple[int, int]]:
+        """Length and check sum of each record: equal for equal records."""
+        return zip(self.lengths.tolist(), self.sums.tolist(), strict=True)
 
 
 def scan(path: Path) -> Index:
@@ -95,6 +101,8 @@ def scan(path: Path) -> Index:
 
 def read_records(index: Index, first: int = 0, count: int | None = None) -> Iterator[tuple[int, bytes | Problem]]:
     """Records ``first`` to ``first + count`` of a shard with their numbers, or what is wrong with one."""
+    if not len(index):  # an empty shard, or one that is not there
+        return
     with index.path.open("rb") as stream:
         for i in range(first, len(index) if count is None else min(first + count, len(index))):
             stream.seek(index.offsets[i])
@@ -126,6 +134,9 @@ class RldsFolder:
         except Exception as error:  # tfds raises what its parsers raise: JSON, protobuf, key and value errors
             raise InputError(f"{self.path}: not a readable TFDS data set of episodes ({error!r})") from None
         self.name: str = self.builder.info.name
+        form = self.builder.info.file_format
+        if form is not None and form.value != "tfrecord":
+            raise InputError(f"{self.path}: is stored as {form.value}; only tfrecord is read")
 
     @cached_property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
@@ -153,29 +164,30 @@ class RldsFolder:
 
 
 class RldsReader:
-    """Parses records into whole-episode arrays: one array (T, ...) per feature, images and text left as bytes."""
+    """Parses records into whole-episode arrays: one array (T, ...) per feature, images and text left as bytes.
+
+    Features of one fixed shape are taken straight from the record; all others (ragged, nested, packed) go through tfds.
+    """
 
     def __init__(self, folder: RldsFolder, keys: tuple[str, ...]) -> None:
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.proto import tf_example_pb2
 
-        self.keys = keys
-        self.leaves = {key: folder.leaf(key) for key in keys}
-        self.encoded = {key for key, feature in self.leaves.items() if isinstance(feature, tfds.features.Image)}
-        nested: dict[str, Any] = {}
-        for key, feature in self.leaves.items():
-            node = nested
-            *parents, last = _split(key, folder.steps)
-            for name in parents:
-                node = node.setdefault(name, {})
-            node[last] = feature
-        self.paths = {key: _split(key, folder.steps) for key in keys}
-        wanted = {"steps": tfds.features.Dataset(nested)}
-        if "episode_metadata" in folder.features:
-            wanted["episode_metadata"] = folder.features["episode_metadata"]
-        self.features = tfds.features.FeaturesDict(wanted)
-        self.decoders = {"steps": tfds.decode.SkipDecoding()}
+        self.folder, self.keys = folder, keys
+        self.message = tf_example_pb2.Example
+        self.plain: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self.others: dict[str, Any] = {}
+        for key in keys:
+            feature = folder.leaf(key)
+            info = feature.get_serialized_info()
+            simple = isinstance(feature, tfds.features.Tensor | tfds.features.Image) and isinstance(info.shape, tuple)
+            packed = getattr(feature, "_encoding", None) not in (None, tfds.features.Encoding.NONE)
+            if simple and not packed and None not in info.shape:
+                self.plain[key] = np.dtype(info.np_dtype), info.shape
+            else:
+                self.others[key] = _step_feature(folder.steps, key, feature)
 
-    def parse(self, record: bytes, file: str, number: int) -> Raw | Problem:
+    def parse(self, record: bytes, file: str, number: int) -> Steps | Problem:
         """A record as arrays, or what is wrong with it.
 
         Args:
@@ -183,32 +195,48 @@ class RldsReader:
             file, number: where it came from, for messages.
         """
         try:
-            example = self.features.deserialize_example_np(record, decoders=self.decoders)
-        except Exception as error:  # protobuf and tfds raise what they like for damaged records
-            missing = self._missing(record)
-            reason = "the record lacks this feature" if missing else f"not a readable example ({error!r:.200})"
-            return Problem(file, reason, number, missing)
+            features = self.message.FromString(record).features.feature
+        except Exception as error:  # protobuf's own error class differs from version to version
+            return Problem(file, f"not a readable example ({error})", number)
         steps: dict[str, NDArray[Any]] = {}
-        for key, path in self.paths.items():
-            value: Any = example["steps"]
-            for name in path:
-                value = value.get(name) if isinstance(value, dict) else None
+        for key in self.keys:
+            try:
+                if key in self.plain:
+                    value = self._plain(features, key)
+                elif any(name.startswith(f"steps/{key}") for name in features):
+                    value = self._other(record, key)
+                else:
+                    value = None
+            except Exception as error:  # numpy and tfds raise what they like for values that do not fit
+                return Problem(file, f"not readable as the data set describes it ({error})", number, key)
             if value is None:
                 return Problem(file, "the record lacks this feature", number, key)
-            feature = self.leaves[key]
-            if key not in self.encoded and value.dtype == object and np.dtype(feature.np_dtype) != object:
-                value = np.stack([feature.decode_example_np(v) for v in value])  # a tensor that was stored compressed
             steps[key] = value
         lengths = {key: len(value) for key, value in steps.items()}
         usual = Counter(lengths.values()).most_common(1)[0][0]
         for key, length in lengths.items():
             if length != usual:
                 return Problem(file, f"has {length} steps where others have {usual}", number, key)
-        return Raw(steps, example.get("episode_metadata", {}))
+        return steps
 
-    def _missing(self, record: bytes) -> str | None:
-        """The first wanted feature that the record does not name, if that is what is wrong with it."""
-        return next((key for key in self.keys if f"steps/{key}".encode() not in record), None)
+    def _plain(self, features: Any, key: str) -> NDArray[Any] | None:
+        name = f"steps/{key}"
+        kind = features[name].WhichOneof("kind") if name in features else None
+        if kind is None:
+            return None
+        dtype, shape = self.plain[key]
+        return np.array(getattr(features[name], kind).value, dtype).reshape(-1, *shape)
+
+    def _other(self, record: bytes, key: str) -> NDArray[Any] | None:
+        import tensorflow_datasets as tfds
+
+        value = self.others[key].deserialize_example_np(record, decoders={"steps": tfds.decode.SkipDecoding()})["steps"]
+        for name in _split(key, self.folder.steps):
+            value = value.get(name) if isinstance(value, dict) else None
+        feature = self.folder.leaf(key)
+        if value is not None and value.dtype == object and np.dtype(feature.np_dtype) != object:
+            value = np.stack([feature.decode_example_np(v) for v in value])  # a tensor that was stored compressed
+        return value
 
 
 class RldsSource:
@@ -223,7 +251,7 @@ class RldsSource:
     Records that repeat an earlier one byte for byte (a validation split that repeats the training split) are left out.
 
     Raises:
-        InputError: an unknown split or camera; a shard that is not there; conventions that name features which are not.
+        InputError: an unknown split or camera; none of the shards is there; conventions that name features which are not.
     """
 
     def __init__(self, path: Path, conventions: str | Path | None, split: str, camera: str | None) -> None:
@@ -237,43 +265,97 @@ class RldsSource:
         splits = self.folder.splits
         if split != "all" and split not in splits:
             raise InputError(f"{self.folder.path}: no split {split!r}; there are: {', '.join(splits)}, or all")
-        chosen = list(splits) if split == "all" else [split]
-        self.notes: list[str] = []
+        self.split = split
+        self.chosen = list(splits) if split == "all" else [split]
         self.parts: list[Part] = []
         self.indexes: dict[str, Index] = {}
         self.repeats: dict[str, set[int]] = {}
+        self.repeated: Counter[tuple[str, str]] = Counter()
         seen: dict[tuple[int, int], str] = {}
         start = 0
-        for name in chosen:
-            repeated: Counter[str] = Counter()
-            for number, (file, claimed) in enumerate(splits[name]):
-                if not file.is_file():
-                    raise InputError(
-                        f"{file}: the shard is not there, though {self.folder.path / 'dataset_info.json'} names it"
-                    )
-                index = scan(file)
-                self.indexes[str(file)] = index
-                if len(index) != claimed and index.problem is None:
-                    self.notes.append(f"{file}: holds {len(index)} records, dataset_info.json claims {claimed}")
+        for name in self.chosen:
+            for number, (file, _) in enumerate(splits[name]):
+                index = self.indexes[str(file)] = scan(file) if file.is_file() else _missing(file)
                 repeats = self.repeats.setdefault(str(file), set())
-                for i, key in enumerate(zip(index.lengths.tolist(), index.sums.tolist(), strict=True)):
+                for i, key in enumerate(index.identities()):
                     if key in seen:
                         repeats.add(i)
-                        repeated[seen[key]] += 1
+                        self.repeated[name, seen[key]] += 1
                     else:
                         seen[key] = name
                 records = len(index) + (index.problem is not None)
+                size = file.stat().st_size if file.is_file() else 0
                 for first in range(0, records, EPISODES_PER_PART):
                     part = f"{self.name}-{name}-{number:05d}-{first:06d}"
                     count = min(EPISODES_PER_PART, records - first)
-                    self.parts.append(Part(part, str(file), first, count, start + first))
+                    self.parts.append(Part(part, str(file), first, count, start + first, size))
                 start += records
-            for other, count in repeated.items():
-                self.notes.append(f"{self.folder.path}: {count} records of split {name} repeat records of {other}; left out")
-        self.split = split
+        if not any(Path(file).is_file() for file in self.indexes):
+            raise InputError(
+                f"{next(iter(self.indexes), self.folder.path)}: the shard is not there, nor any other of split {split!r} that "
+                f"{self.folder.path / 'dataset_info.json'} names"
+            )
         self.reader = self.folder.reader(self.conventions.keys)
         self.image_shape = None if self.camera is None else self.folder.image_shape(self.camera)
         self._with_images: RldsReader | None = None
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """See :class:`~data.sources.Source`; flags, images and first actions are those of the first part's episodes."""
+        out: list[str] = []
+        where, splits = self.folder.path, self.folder.splits
+        for name in self.chosen:
+            for file, claimed in splits[name]:
+                index = self.indexes[str(file)]
+                if len(index) != claimed and index.problem is None:
+                    out.append(f"{file}: holds {len(index)} records, dataset_info.json claims {claimed}")
+        for (name, other), count in self.repeated.items():
+            out.append(f"{where}: {count} records of split {name} repeat records of {other}; left out")
+        mine = {key for index in self.indexes.values() for key in index.identities()}
+        for name in splits:
+            if name not in self.chosen:
+                found = [key for file, _ in splits[name] if file.is_file() for key in scan(file).identities()]
+                if repeats := sum(key in mine for key in found):
+                    told = f"{repeats} of {len(found)} records of split {name} are also in {self.split}"
+                    out.append(f"{where}: {told}; neither can be held out from the other")
+        if (left := self.conventions.left_out) is not None:
+            out.append(f"{where}: by its conventions, {left}")
+        first = self.parts[0] if self.parts else None
+        return out if first is None else [*out, *self._look_at(first)]
+
+    def _look_at(self, part: Part) -> list[str]:
+        """What flags, images and first actions of a part's records say that the metadata or the conventions do not."""
+        out, where = [], self.folder.path
+        flags = [name for name in FLAGS if name in self.folder.steps]
+        reader = self.folder.reader([*flags, *([self.camera] if self.camera else [])])
+        ended: Counter[str] = Counter()
+        shown, has_image, read = False, [], 0
+        for i, record in read_records(self.indexes[part.file], part.first, part.count):
+            steps = record if isinstance(record, Problem) else reader.parse(record, part.file, i)
+            if isinstance(record, Problem) or isinstance(steps, Problem):
+                continue
+            read += 1
+            ended.update(name for name in flags if steps[name].any())
+            if self.camera is not None:
+                frames = steps[self.camera]
+                check = ImageCheck(None)
+                for t in {0, len(frames) // 2, len(frames) - 1}:
+                    check.add(frames[t])
+                shown = shown or check.coloured
+                flag = reader.message.FromString(record).features.feature
+                name = f"episode_metadata/has_{self.camera.rpartition('/')[2]}"
+                if name in flag:
+                    has_image.append(any(flag[name].int64_list.value))
+        if flags and read and not ended:
+            out.append(f"{where}: no step has {' or '.join(flags)} set; an episode ends where its record ends")
+        if read and self.camera is not None:
+            name = f"has_{self.camera.rpartition('/')[2]}"
+            if not shown:
+                out.append(f"{where}: the images of {self.camera} have one colour only: the camera was not connected")
+            elif has_image and not any(has_image):
+                out.append(f"{where}: episode_metadata/{name} is false, yet {self.camera} shows something; its images count")
+        episodes = [e for e in self.episodes(part) if isinstance(e, Episode)]
+        return [*out, *first_action_note(str(where), episodes, self.space)]
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images are encoded, as the shard holds them."""
@@ -287,15 +369,20 @@ class RldsSource:
         for i, record in read_records(index, part.first, part.count):
             if i in repeats:
                 continue
-            raw = record if isinstance(record, Problem) else reader.parse(record, part.file, i)
-            if isinstance(raw, Problem):
-                yield raw
+            steps = record if isinstance(record, Problem) else reader.parse(record, part.file, i)
+            if isinstance(steps, Problem):
+                yield steps
             else:
                 facts = {"dataset": self.name, "file": Path(part.file).name, "record": i, "number": part.start + i - part.first}
                 cameras = {self.camera.rpartition("/")[2]: self.camera} if images and self.camera else {}
-                yield standardize(raw, self.conventions, part.file, i, facts, cameras)
+                yield standardize(steps, self.conventions, part.file, i, facts, cameras)
         if index.problem is not None and part.first <= len(index) < part.first + part.count:
             yield index.problem
+
+
+def _missing(file: Path) -> Index:
+    none = np.zeros(0, np.int64)
+    return Index(file, none, none, none, Problem(str(file), "the shard is not there, though dataset_info.json names it"))
 
 
 def _version_folder(path: Path) -> Path:
@@ -328,3 +415,13 @@ def _split(key: str, features: Any) -> list[str]:
         if key.startswith(f"{name}/") and hasattr(feature, "items"):
             return [name, *_split(key[len(name) + 1 :], feature)]
     raise KeyError(key)
+
+
+def _step_feature(features: Any, key: str, feature: Any) -> Any:
+    """A description of episodes whose steps hold the feature ``key`` alone, for tfds to read."""
+    import tensorflow_datasets as tfds
+
+    nested: Any = feature
+    for name in reversed(_split(key, features)):
+        nested = {name: nested}
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(nested)})

@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode
 from spvla.errors import InputError
@@ -67,6 +64,7 @@ class Part:
         first: first record (episode) in the file.
         count: how many.
         start: number of the first one in the whole data set.
+        size: bytes of the file (or files) that it is read from: by it, a part is known to be the one that was read before.
     """
 
     id: str
@@ -74,6 +72,7 @@ class Part:
     first: int
     count: int
     start: int
+    size: int
 
 
 class Source(Protocol):
@@ -83,7 +82,8 @@ class Source(Protocol):
         name: the data set's name.
         space: its action space; q01, q99 and bounds are placeholders until somebody has measured them.
         parts: all its parts.
-        notes: what its metadata claims and its data contradicts, one line each.
+        notes: what its metadata claims and its data contradicts, and what is done about it, one line each; looked up when
+            asked for.
         camera: the camera that :meth:`episodes` gives images of when asked to, or None.
         image_shape: (H, W, 3) of its images as the metadata says, or None.
     """
@@ -91,9 +91,11 @@ class Source(Protocol):
     name: str
     space: ActionSpace
     parts: list[Part]
-    notes: list[str]
     camera: str | None
     image_shape: tuple[int, ...] | None
+
+    @property
+    def notes(self) -> list[str]: ...
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """The episodes of a part, in order, each as it is or as the problem that it has."""
@@ -130,16 +132,3 @@ def open_source(
 def deal(parts: Sequence[Part], rank: int, world: int) -> list[Part]:
     """The parts of worker ``rank`` of ``world``: every world-th, so that neighbouring files are spread."""
     return list(parts[rank::world])
-
-
-def check_frame(frame: NDArray[np.uint8], step: int, shape: tuple[int, ...] | None) -> str | None:
-    """What is wrong with a decoded image, or None.
-
-    Args:
-        frame: the image (H, W, 3).
-        step: of the episode, for the message.
-        shape: what the metadata says it is, or None where it says nothing.
-    """
-    if shape is not None and frame.shape != shape:
-        return f"the image of step {step} is {frame.shape}, the data set says {shape}"
-    return None

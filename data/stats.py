@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.convert import OnError, Setting, make_setting, tell_notes
+from data.convert import OnError, Setting, make_setting, tell
 from data.parallel import chunks, run_groups
 from data.sources import DataError, Part, Problem, SourceName
 from spvla.actions import ActionSpace
@@ -115,7 +115,7 @@ def stats(
         raise InputError("stats: name either data (a rollout store) or source and path")
     setting = make_setting(source or "lerobot", data or path or Path(), conventions, split, None, False, episodes)
     found = setting.open()
-    tell_notes(found)
+    tell("note", found.notes)
     total = Measured.nothing()
     groups = [_Group(setting, tuple(p), on_error) for p in chunks(found.parts, workers)]
     with tqdm(total=sum(p.count for p in found.parts), desc=f"stats {found.name}", unit="episode") as bar:
@@ -129,8 +129,7 @@ def stats(
     if not total.lengths:
         raise InputError(f"{setting.path}: no episode could be used; the first problem: {total.problems[0]}")
     entry = total.result(found.space)
-    for problem in total.problems:
-        print(f"left out: {problem}")
+    tell("left out", total.problems)
     print(f"{found.name}: {entry['num_trajectories']} episodes, {entry['num_transitions']} steps")
     for name in ("action", "vla_action", "proprio"):
         if name in entry:

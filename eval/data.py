@@ -120,10 +120,10 @@ def bench_rlds(path: Path, reference: Path | None, passes: int) -> list[dict[str
         steps = 0
         for index in shards * again:
             for i, record in read_records(index):
-                raw = record if isinstance(record, Problem) else reader.parse(record, str(index.path), i)
-                if isinstance(raw, Problem):
-                    raise InputError(str(raw))
-                steps += len(raw.steps["action"])
+                found = record if isinstance(record, Problem) else reader.parse(record, str(index.path), i)
+                if isinstance(found, Problem):
+                    raise InputError(str(found))
+                steps += len(found["action"])
         return steps
 
     ours = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"reference data is not at {SHARED}")
     return SHARED
+
+
+def write_records(path: Path, records: list[bytes]) -> None:
+    """TFRecord framing, written independently of the reader."""
+    import google_crc32c
+
+    def crc(data: bytes) -> int:
+        value = google_crc32c.value(data)
+        return ((value >> 15 | value << 17) + 0xA282EAD8) % 2**32
+
+    with path.open("wb") as stream:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,15 @@ from scipy.spatial.transform import Rotation
 
 from data.convert import convert, published_space
 from data.inspect import inspect
-from data.openx import Conventions, Raw, binarize, difference, load_table, quaternion_to_euler, relative, standardize
+from data.openx import Conventions, binarize, difference, load_table, quaternion_to_euler, relative, standardize
+from data.rlds import RldsFolder, read_records, scan
 from data.sources import Problem
 from data.stats import stats
 from data.store import RolloutStore
 from spvla.episodes import read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.statistics import Statistics
+from tests.conftest import write_records
 
 ROOT = Path(__file__).parents[1]
 COLUMN = st.integers(1, 12).flatmap(lambda n: arrays(np.float32, (n, 1), elements=st.floats(-1, 1, width=16)))
@@ -175,7 +177,7 @@ def test_every_entry_reads_a_made_up_episode():
             elif field.key not in steps:
                 steps[field.key] = np.random.default_rng(0).random((5, 15)).astype(np.float32)
         steps[conventions.instruction] = np.array([b"do it"] * 5, object)
-        episode = standardize(Raw(steps, {}), conventions, "x", 0, {})
+        episode = standardize(steps, conventions, "x", 0, {})
         assert not isinstance(episode, Problem), (name, episode)
         episode.check(conventions.space(name), name)
 
@@ -220,10 +222,41 @@ def test_bridge_converts_with_images(bridge, tmp_path, capsys):
     assert "flip pot upright which is in sink" in capsys.readouterr().out
 
 
-def test_a_dead_camera_is_refused_and_the_rest_kept(bridge, tmp_path):
-    inspect(source="rlds", path=bridge, split="all")
+def test_a_dead_camera_is_refused(bridge, tmp_path, capsys):
     with pytest.raises(InputError, match="no feature 'observation/image_9'"):
         convert("rlds", bridge, tmp_path / "x", camera="observation/image_9", images=True)
+    with pytest.raises(InputError, match="record 0, field observation/image_3: every image has one colour only"):
+        convert("rlds", bridge, tmp_path / "y", camera="observation/image_3", images=True)
+
+
+def test_a_cut_off_image_is_named_and_the_rest_kept(bridge, tmp_path):
+    folder = shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
+    path = next(folder.glob("*-train.tfrecord*"))
+    records = [r for _, r in read_records(scan(path))]
+    example = RldsFolder(folder).reader(["action"]).message.FromString(records[5])
+    images = example.features.feature["steps/observation/image_0"].bytes_list.value
+    images[4] = images[4][:400]
+    write_records(path, [*records[:5], example.SerializeToString(), *records[6:]])
+    convert("rlds", folder, tmp_path / "store", images=True, on_error="skip")
+    (left_out,) = json.loads((tmp_path / "store" / "problems.json").read_text())
+    assert (left_out["record"], left_out["field"]) == (5, "observation/image_0")
+    assert "image of step 3 cannot be read" in left_out["reason"]
+    assert len(list(read_episodes(tmp_path / "store"))) == 24
+
+
+def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
+    """Another data set of the same name, or a repaired shard, is never passed off as what was converted before."""
+    folder = shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
+    path = next(folder.glob("*-train.tfrecord*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    convert("rlds", folder, tmp_path / "store", on_error="skip")
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="to make it anew, or name another --output"):
+        convert("rlds", folder, tmp_path / "store")
+    shutil.rmtree(tmp_path / "store" / ".shards")
+    convert("rlds", folder, tmp_path / "store")
+    assert len(list(read_episodes(tmp_path / "store"))) == 25
 
 
 def test_joint_velocities_convert(cr5, tmp_path, capsys):
@@ -268,15 +301,15 @@ def test_wrong_image_shape_is_named(bridge, tmp_path):
     folder = shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
     text = (folder / "features.json").read_text().replace('"64"', '"96"')
     (folder / "features.json").write_text(text)
-    with pytest.raises(
-        InputError, match=r"record 0, field observation/image_0: the image of step 0 is \(64, 64, 3\), not \(96"
-    ):
+    told = r"record 0, field observation/image_0: the image of step 0 is \(64, 64, 3\), the data set says \(96"
+    with pytest.raises(InputError, match=told):
         convert("rlds", folder, tmp_path / "store", images=True)
 
 
 def test_published_scale(shared, bridge, tmp_path, capsys):
     file = shared / "oxe_statistics" / "dataset_statistics.json"
     convert("rlds", bridge, tmp_path / "store", conventions="bridge_orig", statistics=file)
+    assert "do units and signs agree" not in capsys.readouterr().out
     published = json.loads(file.read_text())["bridge_orig"]["action"]
     space = read_action_space(tmp_path / "store")
     np.testing.assert_allclose(space.q01[:6], published["q01"][:6])

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.lerobot import LerobotSource, VideoFrames
+from data.convert import convert
+from data.lerobot import LerobotSource
 from data.sources import Problem
+from data.video import VideoFrames
 from spvla.episodes import read_episodes
 from spvla.errors import InputError
 
@@ -106,6 +108,7 @@ def test_lying_metadata_is_told_and_the_data_wins(apple):
     assert [len(e) for e in episodes] == [299, 300, 300] and source.space.dim == 19
     assert source.space.gripper == (7, 15) and source.space.kind == "joint_position"
     told = "\n".join(source.notes)
+    assert "3 of 3 videos of observation.image are not there" in told
     assert "total_frames claims 14983, the data holds 899" in told and "claims 0:50, there are 3 episodes" in told
     assert episodes[0].instruction == "place the apple in the plate"
     with pytest.raises(InputError, match=r"no camera 'observation\.images\.top'; there are: observation\.image"):
@@ -153,6 +156,140 @@ def test_damaged_files_are_named(cr5, tmp_path):
         LerobotSource(folder)
     with pytest.raises(InputError, match="is this a LeRobot data set"):
         LerobotSource(tmp_path)
+
+
+@pytest.fixture
+def five(cr5, tmp_path) -> Path:
+    """The first five episodes of CR5, to be damaged."""
+    folder = tmp_path / "five"
+    shutil.copytree(cr5 / "meta", folder / "meta")
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    for k in range(5):
+        shutil.copy(cr5 / "data" / "chunk-000" / f"episode_{k:06d}.parquet", folder / "data" / "chunk-000")
+    lines = (folder / "meta" / "episodes.jsonl").read_text().splitlines()[:5]
+    (folder / "meta" / "episodes.jsonl").write_text("\n".join(lines))
+    claim(folder, total_episodes=5, total_frames=1133, splits={"train": "0:5"})
+    return folder
+
+
+def claim(folder: Path, **values) -> None:
+    """Change what meta/info.json says."""
+    path = folder / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change(folder: Path, episode: int, column: str, values: pa.Array) -> None:
+    path = folder / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+
+
+def rows_of(folder: Path, episode: int, column: str) -> list:
+    return pq.read_table(folder / "data" / "chunk-000" / f"episode_{episode:06d}.parquet")[column].to_pylist()
+
+
+@pytest.mark.parametrize("fps", [30, None, 0, "ten"])
+def test_recorded_times_win_over_the_claimed_rate(five, fps):
+    claim(five, fps=fps)
+    source = LerobotSource(five)
+    assert source.space.control_rate == 10
+    assert any(f"fps claims {fps}, by the recorded times it is 10.1 Hz; 10 is taken" in note for note in source.notes)
+
+
+def test_no_rate_at_all_is_refused(five):
+    claim(five, fps=None)
+    for k in range(5):
+        change(five, k, "timestamp", pa.nulls(len(rows_of(five, k, "timestamp")), pa.float32()))
+    with pytest.raises(InputError, match="fps is None, and no recorded times tell the control rate"):
+        LerobotSource(five)
+    claim(five, fps=10)
+    source = LerobotSource(five)
+    assert any("5 of the first 5 episodes have no usable timestamps" in note for note in source.notes)
+    assert outcomes(source)[0].timestamps[10] == 1.0
+
+
+def test_episodes_are_those_of_the_data_files(five):
+    (five / "meta" / "episodes.jsonl").unlink()
+    claim(five, data_path=None, chunks_size=None, codebase_version="v3.0")
+    source = LerobotSource(five)
+    found = outcomes(source)
+    assert len(found) == 5 and found[4].instruction == "put the banana on the plate"  # from the task table
+    told = "\n".join(source.notes)
+    assert "codebase_version claims v3.0, the files are laid out as in v2.1" in told
+    assert "meta/episodes.jsonl does not list episode 4; it is read all the same" in told
+
+
+def test_odd_rows_are_named_and_the_rest_is_read(five):
+    first = five / "data" / "chunk-000" / "episode_000000.parquet"
+    first.write_bytes(first.read_bytes()[:2000])
+    actions = rows_of(five, 1, "action")
+    change(five, 1, "action", pa.array([None, *actions[1:]], pa.list_(pa.float32(), 7)))
+    change(five, 2, "action", pa.array([[str(v) for v in row] for row in rows_of(five, 2, "action")]))
+    frames = rows_of(five, 3, "frame_index")
+    change(five, 3, "frame_index", pa.array([*frames[:50], *(k + 1 for k in frames[50:])]))
+    states = np.array(rows_of(five, 4, "observation.state"), np.float32)
+    states[7, 0] = 9
+    change(five, 4, "observation.state", pa.array(states.tolist(), pa.list_(pa.float32(), 6)))
+    source = LerobotSource(five)
+    found = outcomes(source)
+    told = [str(e) if isinstance(e, Problem) else "" for e in found]
+    assert "record 0: damaged Parquet file" in told[0]
+    assert "record 1, field action: contains NaN or infinity at step 0" in told[1]
+    assert "record 2, field action: cannot be read (its values are string, not numbers)" in told[2]
+    assert "record 3, field frame_index: row 50 is frame 51" in told[3]
+    assert len(found[4]) == 237
+    assert any("observation.state of episode 4 has other extremes than meta/ states" in note for note in source.notes)
+
+
+def test_names_that_do_not_fit_the_data_are_no_conventions(five):
+    features = json.loads((five / "meta" / "info.json").read_text())["features"]
+    features["action"] |= {"shape": [6], "names": [f"joint_{k}_vel" for k in range(6)]}
+    claim(five, features=features)
+    with pytest.raises(InputError, match="the action's 7 entries are named"):
+        LerobotSource(five)
+    claim(five, data_path="data/{robot}.parquet")
+    with pytest.raises(InputError, match=r"info\.json: cannot fill in the path 'data/\{robot\}\.parquet'"):
+        LerobotSource(five)
+
+
+def test_a_video_that_ends_early_costs_its_episode_alone(five, tmp_path):
+    folder = five / "videos" / "chunk-000" / "observation.images.top"
+    folder.mkdir(parents=True)
+    features = json.loads((five / "meta" / "info.json").read_text())["features"]
+    features["observation.images.top"]["shape"] = [48, 64, 3]
+    claim(five, features=features)
+    for k, frames in enumerate((9, 4, 12)):
+        path = five / "data" / "chunk-000" / f"episode_{k:06d}.parquet"
+        pq.write_table(pq.read_table(path).slice(0, 9), path)
+        write_video(folder / f"episode_{k:06d}.mp4", frames)
+    source = LerobotSource(five)
+    told = "\n".join(source.notes)
+    assert "9 steps, but its video of observation.images.top has 4 frames" in told
+    assert "9 steps, but its video of observation.images.top has 12 frames" in told
+    with pytest.raises(InputError, match=r"record 1, field observation\.images\.top: .*ends before frame 4"):
+        convert("lerobot", five, tmp_path / "store", images=True, episodes="1")
+
+
+def test_damaged_files_of_v3_cost_their_episodes_alone(apple, tmp_path):
+    folder = shutil.copytree(apple, tmp_path / "apple")
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    for k, (first, length) in enumerate([(0, 299), (299, 100), (399, 200), (599, 300)]):
+        pq.write_table(table.slice(first, length), path.with_name(f"file-{k:03d}.parquet"))
+    last = path.with_name("file-003.parquet")
+    last.write_bytes(last.read_bytes()[:1000])
+    episodes = folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    episodes.write_bytes(episodes.read_bytes()[:500])
+    source = LerobotSource(folder, REACHY)
+    found = outcomes(source)
+    assert len(found[0]) == 299 and found[0].instruction == "place the apple in the plate"
+    assert len(found) == 4 and all(isinstance(e, Problem) for e in found[1:])
+    assert [(Path(e.file).name, e.record, e.reason[:24]) for e in found[1:]] == [
+        ("file-001.parquet", 1, "episode 1 lies in 2 piec"),
+        ("file-002.parquet", 1, "episode 1 lies in 2 piec"),
+        ("file-003.parquet", None, "damaged Parquet file (Co"),
+    ]
+    assert any("damaged Parquet file" in note and "meta/episodes" in note for note in source.notes)
 
 
 def test_a_rollout_store_is_a_source(store_folder):

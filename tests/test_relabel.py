@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from PIL import Image
 
 import data.relabel
 from data.relabel import relabel
-from data.rlds import masked_crc, read_records, scan
+from data.rlds import read_records, scan
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
@@ -27,6 +26,7 @@ from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
+from tests.conftest import write_records
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,15 +80,6 @@ def seeing(checkpoint: str | None) -> SeeingVLA:
 @pytest.fixture
 def bridge(shared) -> Path:
     return shared / "bridge_rlds" / "bridge_dataset" / "1.0.0"
-
-
-def write_records(path: Path, records: list[bytes]) -> None:
-    """TFRecord framing around ``records``."""
-    parts = []
-    for record in records:
-        length = struct.pack("<Q", len(record))
-        parts += [length, struct.pack("<I", masked_crc(length)), record, struct.pack("<I", masked_crc(record))]
-    path.write_bytes(b"".join(parts))
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import google_crc32c
@@ -20,6 +20,7 @@ from data.openx import find_conventions
 from data.rlds import RldsFolder, RldsSource, masked_crc, read_records, scan
 from data.sources import Problem, open_source
 from spvla.errors import InputError
+from tests.conftest import write_records
 
 REFERENCE = Path(__file__).parents[1] / "results" / "data" / "tfds_reference.json"
 KEYS = ["action", "observation/state", "language_instruction", "observation/image_0"]
@@ -38,19 +39,6 @@ def copy(bridge, tmp_path) -> Path:
 
 def shard(folder: Path, split: str = "train") -> Path:
     return next(folder.glob(f"*-{split}.tfrecord*"))
-
-
-def write_records(path: Path, records: list[bytes]) -> None:
-    """TFRecord framing, written independently of the reader."""
-
-    def crc(data: bytes) -> int:
-        value = google_crc32c.value(data)
-        return ((value >> 15 | value << 17) + 0xA282EAD8) % 2**32
-
-    with path.open("wb") as stream:
-        for record in records:
-            length = struct.pack("<Q", len(record))
-            stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
 
 
 def outcomes(source: RldsSource, images: bool = False) -> list:
@@ -81,7 +69,7 @@ def test_equals_tfds_byte_for_byte(bridge):
         rows = []
         for path, _ in shards:
             for i, record in read_records(scan(path)):
-                steps = reader.parse(record, str(path), i).steps
+                steps = reader.parse(record, str(path), i)
                 row = {"steps": len(steps["action"])}
                 for key in KEYS:
                     value = steps[key]
@@ -112,7 +100,7 @@ def test_bridge_conventions(bridge):
     """The first, empty action is left out; movement is the difference of states; the gripper is 0 or 1."""
     source = open_source("rlds", bridge)
     episodes = outcomes(source, images=True)
-    raw = [source.folder.reader(KEYS).parse(r, "x", i).steps for i, r in read_records(scan(shard(bridge)))]
+    raw = [source.folder.reader(KEYS).parse(r, "x", i) for i, r in read_records(scan(shard(bridge)))]
     assert max(np.abs(s["action"][0, :6]).max() for s in raw) < 1e-3
     for episode, steps in zip(episodes, raw, strict=True):
         state = steps["observation/state"]
@@ -165,6 +153,74 @@ def test_a_missing_feature_is_named(copy):
     found = outcomes(open_source("rlds", copy))
     assert isinstance(found[3], Problem) and found[3].field == "action" and found[3].record == 3
     assert sum(not isinstance(e, Problem) for e in found) == 24
+
+
+def test_a_feature_of_the_wrong_size_is_named(copy):
+    path = shard(copy)
+    reader = RldsFolder(copy).reader(KEYS)
+    records = [r for _, r in read_records(scan(path))]
+    example = reader.message.FromString(records[3])
+    example.features.feature["steps/action"].float_list.value.append(1.0)
+    records[3] = example.SerializeToString()
+    write_records(path, records)
+    found = outcomes(open_source("rlds", copy))
+    assert isinstance(found[3], Problem) and (found[3].record, found[3].field) == (3, "action")
+    assert "cannot reshape array of size 71" in found[3].reason
+
+
+def test_what_flags_claim_and_images_show_is_told(bridge):
+    told = "\n".join(open_source("rlds", bridge).notes)
+    assert "no step has is_last or is_terminal set; an episode ends where its record ends" in told
+    assert "episode_metadata/has_image_0 is false, yet observation/image_0 shows something" in told
+    assert "25 of 25 records of split val are also in train; neither can be held out" in told
+    assert "these steps are left out: the first 1 of each episode and the last, whose difference" in told
+    told = "\n".join(open_source("rlds", bridge, camera="observation/image_3").notes)
+    assert "images of observation/image_3 have one colour only: the camera was not connected" in told
+
+
+def test_an_empty_first_action_is_told(bridge, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("kind: eef_delta\ncontrol_rate: 5\naction: [{role: joint, key: action, index: [0, 1, 2, 3, 4, 5]}]\n")
+    notes = open_source("rlds", bridge, conventions=mine).notes
+    assert any("the first action of every episode is (almost) zero; skip_first: 1" in note for note in notes)
+
+
+def test_one_shard_of_several_may_be_missing(copy):
+    path = shard(copy)
+    records = [r for _, r in read_records(scan(path))]
+    info = json.loads((copy / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["12", "13"]
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    write_records(path, records[:12])
+    path.rename(path.with_name(path.name.replace("of-00001", "of-00002")))
+    found = outcomes(open_source("rlds", copy))
+    assert len(found) == 13 and isinstance(found[12], Problem)
+    assert found[12].file.endswith("train.tfrecord-00001-of-00002") and "is not there" in found[12].reason
+
+
+def test_features_that_are_not_plain_go_through_tfds(tmp_path):
+    import tensorflow_datasets as tfds
+
+    folder = RldsFolder.__new__(RldsFolder)
+    folder.steps = tfds.features.FeaturesDict(
+        {
+            "packed": tfds.features.Tensor(shape=(3,), dtype=np.float32, encoding="zlib"),
+            "plain": tfds.features.Tensor(shape=(2,), dtype=np.float32),
+            "flag": tfds.features.Scalar(dtype=np.bool_),
+        }
+    )
+    reader = folder.reader(["packed", "plain", "flag"])
+    assert set(reader.others) == {"packed"} and set(reader.plain) == {"plain", "flag"}
+    example = reader.message()
+    feature = example.features.feature
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    feature["steps/packed"].bytes_list.value.extend(zlib.compress(row.tobytes()) for row in values)
+    feature["steps/plain"].float_list.value.extend([1, 2, 3, 4])
+    feature["steps/flag"].int64_list.value.extend([0, 1])
+    steps = reader.parse(example.SerializeToString(), "x", 0)
+    np.testing.assert_array_equal(steps["packed"], values)
+    np.testing.assert_array_equal(steps["plain"], [[1, 2], [3, 4]])
+    assert steps["flag"].tolist() == [False, True] and steps["flag"].dtype == bool
 
 
 def test_bytes_that_are_no_example(copy):
