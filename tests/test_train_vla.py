@@ -153,7 +153,7 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     pairs = FrameBatch(b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]])
     asked, actions = m.tokens(pairs)
     pixels, keep = m.pixels(pairs.images), m.kept(4, 16, 0.5)
-    scores, _, pointer = m.network(pixels, asked, keep)
+    scores, _, pointer, names = m.network(pixels, asked, keep)
     model = m.network.model
     for i in range(4):
         for j in range(2):
@@ -162,6 +162,7 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
             alone = model(pixels[i : i + 1], ids, keep[i : i + 1])[0, len(prompt) - 1 : -1]  # (D, V)
             torch.testing.assert_close(scores[i, j], alone, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(pointer[0, 0], pointer[0, 1], atol=1e-3)
+    assert names.shape == (4, 2, 16) and not torch.allclose(names[0, 0], names[0, 1], atol=1e-3)
 
     torch.manual_seed(0)
     whole = m.losses(m.network, pairs)[0]

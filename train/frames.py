@@ -124,8 +124,7 @@ class FrameStream(IterableDataset[FrameBatch]):
     def batch(self, frames: list[Frame], generator: np.random.Generator) -> FrameBatch:
         """The batch of these frames."""
         data = self.data
-        count = 1 if self.augmentation is None else data.questions
-        asked = [questions(f, count, generator) for f in frames]  # B x Q
+        asked = [questions(f, data.questions, generator) for f in frames]  # B x Q
         points = [np.concatenate([f.points[:2], [q.item for q in a]]) for f, a in zip(frames, asked, strict=True)]
         size, augmentation = data.image_size, self.augmentation
         views = [view(f.image, p, data.conventions, size, augmentation, generator) for f, p in zip(frames, points, strict=True)]
@@ -148,7 +147,7 @@ class FrameData(L.LightningDataModule):
         image_size: side of the encoders' input in pixels.
         conventions: what lies between the environment's images and the model's, by name.
         augmentation: random changes of training images.
-        questions: instructions per training frame (Q): its own, and with more than one also those for other objects of its
+        questions: instructions per frame (Q): its own, and with more than one also those for other objects of its
             scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
         seed: of the order and the augmentation.
     """
@@ -169,7 +168,7 @@ class FrameData(L.LightningDataModule):
         self.batch_size, self.batches, self.validation_batches = batch_size, batches, validation_batches
         self.image_size, self.conventions = image_size, conventions_by_name(conventions)
         self.augmentation, self.questions, self.seed = augmentation, questions, seed
-        self.train_frames, self.validation_frames = Frames(data, others=questions > 1), Frames(data, validation=True)
+        self.train_frames, self.validation_frames = Frames(data, False, questions > 1), Frames(data, True, questions > 1)
 
     def passes(self) -> int:
         """Epochs so far, resumed ones included."""

@@ -94,10 +94,14 @@ class TrainedVLA(nn.Module):
         )
         self.query = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
         self.key = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
+        self.name = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
+        self.look = nn.Sequential(
+            nn.LayerNorm(model.vision_backbone.width), nn.Linear(model.vision_backbone.width, pointer_width)
+        )
 
     def forward(
         self, pixels: Tensor, asked: Questions, keep: Tensor, patches: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores of action tokens and heat maps.
 
         The visual tokens come before the text and see nothing of it: one pass through the model answers all questions
@@ -111,7 +115,8 @@ class TrainedVLA(nn.Module):
 
         Returns:
             scores (B, Q, D, V) of each action token; heat (B, 2, N) of hand and place over the patches; pointer (B, Q, K) to
-            the asked object over the kept ones; all as logits.
+            the asked object over the kept ones, from the decoder; names (B, Q, N), the same over all, from the encoders'
+            features and the bare words: the shortest way for them to learn what things are called. All are logits.
         """
         model = self.model
         features, _ = model.vision_backbone(pixels, patches)  # (B, N, C)
@@ -139,7 +144,12 @@ class TrainedVLA(nn.Module):
         query = self.query(_at(middle, ends))  # (B, Q, W)
         keys = self.key(middle[:, 1 : keep.shape[1] + 1])  # (B, K, W)
         pointer = query @ keys.transpose(1, 2) / math.sqrt(query.shape[-1])  # (B, Q, K)
-        return scores, self.heat(features).transpose(1, 2), pointer
+        first_words, words = text[:, : len(asked.common)], text[:, len(asked.common) :].unflatten(1, (q, t))  # (B, Q, T, H)
+        prompt = torch.arange(t, device=words.device) < asked.lengths[..., None]  # (B, Q, T)
+        total = first_words.sum(1, keepdim=True) + (words * prompt[..., None]).sum(2)  # (B, Q, H)
+        name = self.name(total / (len(asked.common) + asked.lengths[..., None]))  # (B, Q, W)
+        names = name @ self.look(features).transpose(1, 2) / math.sqrt(name.shape[-1])  # (B, Q, N)
+        return scores, self.heat(features).transpose(1, 2), pointer, names
 
 
 class PlainAttention(TorchFunctionMode):
@@ -337,7 +347,7 @@ class VLAModule(L.LightningModule):
         keep = self.kept(len(batch.images), total, share)
         plain = PlainAttention() if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), plain:
-            scores, heat, pointer = network(self.pixels(batch.images), asked, keep, patches)
+            scores, heat, pointer, names = network(self.pixels(batch.images), asked, keep, patches)
         target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 2 + Q, N), (B, 2 + Q)
         if patches is not None:
             target = target.gather(2, patches[:, None].expand(-1, target.shape[1], -1))
@@ -345,10 +355,11 @@ class VLAModule(L.LightningModule):
         # Where the patches around a point were dropped there is less to point at.
         left = target[:, 2:].gather(2, keep[:, None].expand(-1, pointer.shape[1], -1))  # (B, Q, K)
         pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B, Q)
+        names_loss = -(target[:, 2:] * names.float().log_softmax(-1)).sum(-1)  # (B, Q)
         taught = batch.labels.isfinite().all(-1)  # (B, Q)
         terms = {
             "action": self.action_loss(scores[taught], actions[taught]),
-            "heat": 2 * _mean(heat_loss, seen[:, :2]) + _mean(pointer_loss, seen[:, 2:]),
+            "heat": 2 * _mean(heat_loss, seen[:, :2]) + _mean(pointer_loss + names_loss, seen[:, 2:]),
         }
         return terms, {"scores": scores.detach(), "heat": heat.detach(), "pointer": pointer.detach(), "actions": actions}
 
@@ -389,19 +400,30 @@ class VLAModule(L.LightningModule):
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         terms, seen = self.losses(self.average.module, batch)
         space = self.network.model.action_space
-        right = (seen["scores"].argmax(-1) - seen["actions"]).abs()[:, 0]  # (B, D) bins, of the frame's own instruction
-        groups = {"translation": space.translation, "gripper": space.gripper}
+        off = (seen["scores"].argmax(-1) - seen["actions"]).abs()  # (B, Q, D) bins
         values = {f"val/{k}": v for k, v in terms.items()}
-        for name, dims in groups.items():
+        for name, dims in {"translation": space.translation, "gripper": space.gripper}.items():
             if dims:
-                off = right[:, list(dims)]
-                values[f"val/{name}_right"] = (off <= 4).float().mean()  # within 0.03 of the teacher's
-                values[f"val/{name}_error"] = off.float().mean() * 2 / self.network.model.config.n_action_bins
+                own = off[:, 0, list(dims)].float()  # of the frame's own instruction
+                values[f"val/{name}_right"] = (own <= 4).float().mean()  # within 0.03 of the teacher's
+                values[f"val/{name}_error"] = own.mean() * 2 / self.network.model.config.n_action_bins
         grid = self.network.model.config.grid
-        heat = torch.cat([seen["heat"], seen["pointer"][:, :1]], 1).float()  # (B, 3, N)
-        error = (expected_points(heat, grid, self.patch) - batch.points[:, :3]).norm(dim=-1)  # (B, 3)
+        heat = torch.cat([seen["heat"], seen["pointer"]], 1).float()  # (B, 2 + Q, N)
+        error = (expected_points(heat, grid, self.patch) - batch.points).norm(dim=-1)  # (B, 2 + Q)
         for k, name in enumerate(POINTS):
             values[f"val/{name}_pixels"] = error[:, k].nanmedian()
+        best = heat.argmax(-1)[..., None]  # (B, 2 + Q, 1)
+        best = torch.cat([best % grid, best // grid], -1) * self.patch + (self.patch - 1) / 2  # column and row, pixels
+        found = ((best - batch.points).abs().amax(-1) < 1.5 * self.patch)[:, 2:]  # (B, Q): that patch or one beside it
+        known = batch.points[:, 2:].isfinite().all(-1)
+        values["val/item_found"] = _mean(found[:, :1], known[:, :1])
+        if known[:, 1:].any():  # what else could have been asked for
+            taught = batch.labels[:, 1:].isfinite().all(-1)
+            others = off[:, 1:, list(space.translation)].float().mean(-1)
+            self.log("val/other_found", _mean(found[:, 1:], known[:, 1:]), batch_size=int(known[:, 1:].sum()))
+            if taught.any():
+                error = _mean(others, taught) * 2 / self.network.model.config.n_action_bins
+                self.log("val/other_translation_error", error, batch_size=int(taught.sum()))
         self.log_dict(values, batch_size=len(batch.images))
 
     def configure_optimizers(self) -> Any:
