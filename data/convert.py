@@ -24,6 +24,7 @@ from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space
 from spvla.errors import InputError
 
 OnError = Literal["skip", "stop"]
+BEYOND = 0.75  # of a dimension's bounds: actions further out are of another unit or sign
 MOST_TOLD = 20  # notes or problems of a kind, on the screen
 
 
@@ -164,14 +165,14 @@ def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool
 
 
 def beyond_scale(store: Path) -> list[str]:
-    """What contradicts the scale that a store was given from outside: a line per dimension whose actions lie beyond its
-    bounds by more than a tenth of their width."""
+    """What contradicts the scale that a store was given from outside: a line per dimension whose actions (q01 to q99) leave
+    its bounds by most of their width, as they do in another unit or with another gripper."""
     space, found = read_action_space(store), json.loads((store / "meta" / "stats.json").read_text())["action"]
     out = []
     for d, (low, high) in enumerate(zip(space.low, space.high, strict=True)):
-        slack = 0.1 * (high - low)
-        if found["min"][d] < low - slack or found["max"][d] > high + slack:
-            told = f"dimension {d} ({space.role(d)}) goes from {found['min'][d]:.4g} to {found['max'][d]:.4g}"
+        q01, q99 = found["q01"][d], found["q99"][d]
+        if max(low - q01, q99 - high) > BEYOND * max(high - low, 1e-6):
+            told = f"dimension {d} ({space.role(d)}) goes from {q01:.4g} to {q99:.4g}"
             out.append(f"{store}: {told}, its scale is for {low:.4g} to {high:.4g}; do units and signs agree?")
     return out
 

@@ -298,6 +298,7 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
     values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
     where = Path(values.get("data") or values.get("path") or ".")
     text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)
-    store = folder / f"{where.resolve().name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    name = where.resolve().name if not where.name.replace(".", "").isdecimal() else where.resolve().parent.name
+    store = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     relabel(store, **values)
     return store

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +288,24 @@ def test_workers_and_restarts_give_the_same_store(cr5, tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())  # nothing finished was done again
 
 
+def test_sigkill_and_restart_lose_and_repeat_nothing(cr5, tmp_path):
+    convert("lerobot", cr5, tmp_path / "one")
+    command = [sys.executable, "-m", "data", "convert", "--source", "lerobot", "--path", str(cr5), "--output"]
+    victim = subprocess.Popen([*command, str(tmp_path / "two"), "--workers", "2"], cwd=ROOT, start_new_session=True)
+    shards = tmp_path / "two" / ".shards"
+    while not list(shards.glob("[!.]*.parquet")) and victim.poll() is None:
+        time.sleep(0.005)
+    os.killpg(victim.pid, signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    kept = {p: p.stat().st_mtime_ns for p in shards.glob("[!.]*.parquet")}
+    assert kept and not (tmp_path / "two" / "meta").exists()
+    with pytest.raises(InputError, match="not finalised"):
+        list(read_episodes(tmp_path / "two"))
+    convert("lerobot", cr5, tmp_path / "two")
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
 def test_damaged_records_stop_or_are_skipped(bridge, tmp_path, capsys):
     folder = shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
     path = next(folder.glob("*-train.tfrecord*"))
@@ -317,6 +340,13 @@ def test_published_scale(shared, bridge, tmp_path, capsys):
     assert (space.q01[6], space.q99[6]) == (0, 1)
     rlbench = published_space(space, file, "rlbench")
     assert "rlbench has no mask" in capsys.readouterr().out and rlbench.q99[6] == 1
+    tenth = {k: [v / 10 for v in published[k]] for k in ("q01", "q99", "min", "max")}
+    (tmp_path / "tenth.json").write_text(json.dumps({"bridge_dataset": {"action": {**published, **tenth}}}))
+    convert("rlds", bridge, tmp_path / "wrong", statistics=tmp_path / "tenth.json")
+    assert (
+        "dimension 6 (gripper) goes from 0 to 1, its scale is for 0 to 0.1; do units and signs agree?"
+        in capsys.readouterr().out
+    )
     with pytest.raises(InputError, match="no usable entry for 'bridge_dataset'"):
         published_space(space, file)
     (tmp_path / "short.json").write_text(json.dumps({"x": {"action": {k: [0.0] for k in ("q01", "q99", "min", "max")}}}))

@@ -22,6 +22,7 @@ from data.rlds import read_records, scan
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
+from spvla.export import load_export
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
@@ -252,3 +253,21 @@ def test_labels_of_the_tiny_openvla_are_its_own_actions(shared, bridge, tmp_path
         np.testing.assert_allclose(episode.vla_actions[t], output.actions[0], atol=1e-6)
         np.testing.assert_allclose(episode.vla_confidence[t], output.confidence, rtol=1e-3)
         np.testing.assert_allclose(episode.vla_features[t], output.features, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_from_rlds_to_an_export_in_one_command(shared, tmp_path):
+    """configs/distill/openx.yaml as it is, with few steps; called again, it labels nothing anew."""
+    command = [sys.executable, "-m", "train", "distill", "--config", "configs/distill/openx.yaml", "--steps", "3"]
+    command += ["--gate_steps", "3", "--output", str(tmp_path / "export")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    export = load_export(tmp_path / "export")
+    assert export.space.control_rate == 5 and set(export.gates) == {"mlp", "ridge"}
+    (store,) = (tmp_path / "export" / ".relabelled").iterdir()
+    assert store.name.startswith("bridge_dataset-")
+    episodes = list(read_episodes(store))
+    assert len(episodes) == 25 and all(np.isfinite(e.vla_actions).all() for e in episodes)
+    times = {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    assert times == {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}
