@@ -99,6 +99,11 @@ def test_tokens_are_the_labels_in_the_models_units(tmp_path):
     back = model.conventions.to_environment(decoded, (6,))
     np.testing.assert_allclose(back[..., :6], b.labels[..., :6], atol=1 / 63)
     np.testing.assert_array_equal(back[..., 6], b.labels[..., 6])
+    slack = module(tmp_path / "model", rotation_slack=0.3).tokens(b)[1].numpy()
+    turned = model.statistics.denormalize(model.action_tokenizer.decode(slack))[..., 3:6]
+    wanted = b.labels[..., 3:6].numpy()
+    np.testing.assert_allclose(turned, np.sign(wanted) * np.maximum(np.abs(wanted) - 0.3, 0), atol=1 / 63)
+    np.testing.assert_array_equal(np.delete(slack, [3, 4, 5], -1), np.delete(actions.numpy(), [3, 4, 5], -1))
     assert word_tokenizer(WORDS).encode("pick up the blue milk").ids.count(0) == 1
 
 

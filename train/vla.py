@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
@@ -231,6 +232,8 @@ class VLAModule(L.LightningModule):
         keep: least and largest share of those that reach the decoder, drawn for each batch.
         smoothing: standard deviation, in bins, of a continuous dimension's target.
         rotation_weight: loss weight of rotation tokens; the other dimensions count 1.
+        rotation_slack: labels' rotations are taught as so much less, environment units, and none below it: from a teacher that
+            always levels the hand a little a student gets errors that add up, until its hand tilts.
         heat_weight: loss weight of the heat maps and the pointer.
         pointer_layer: decoder layer whose hidden states the pointer reads; by default the middle one.
         bf16: compute in bfloat16 where autocast allows; weights stay float32.
@@ -255,6 +258,7 @@ class VLAModule(L.LightningModule):
         keep: tuple[float, float] = (0.25, 1.0),
         smoothing: float = 2.0,
         rotation_weight: float = 0.1,
+        rotation_slack: float = 0.0,
         heat_weight: float = 0.3,
         pointer_layer: int | None = None,
         bf16: bool = True,
@@ -271,6 +275,7 @@ class VLAModule(L.LightningModule):
         self.warmup_steps, self.cooldown = warmup_steps, cooldown
         self.look, self.look_all = look, look_all
         self.keep, self.smoothing, self.heat_weight, self.bf16 = keep, smoothing, heat_weight, bf16
+        self.rotation_slack = rotation_slack
         self.patch = config.image_sizes[0] / config.grid
         self.first_bin = config.vocab - config.n_action_bins + 1  # ids from here on stand for one bin each
         space = model.action_space
@@ -295,6 +300,8 @@ class VLAModule(L.LightningModule):
         """Prompts and answers of a batch, and the action tokens (B, Q, D); where none is to be learnt, some."""
         model = self.network.model
         labels = batch.labels.nan_to_num().cpu().numpy()
+        turns = labels[..., model.action_space.rotation]
+        labels[..., model.action_space.rotation] = np.sign(turns) * np.maximum(np.abs(turns) - self.rotation_slack, 0)
         actions = torch.from_numpy(model.action_tokens(labels)).to(batch.images.device)  # (B, Q, D)
         actions = actions.clamp(min=self.first_bin)  # +1 itself has an id of its own, which means the last bin as well
         return Questions.of([model.tokenize(text) for text in batch.instructions], actions), actions
