@@ -381,6 +381,13 @@ class LiberoEnv:
         self.success = self._achieved()
         return self.success
 
+    def nudge(self, name: str, offset: ArrayLike) -> None:
+        """Displace the movable body ``name`` on its support by ``offset`` (2,), metres along world x and y, at once."""
+        joint = int(self._model.body_jntadr[self._bodies[self.scene.movable.index(name)]])
+        start = int(self._model.jnt_qposadr[joint])
+        self._data.qpos[start : start + 2] += np.asarray(offset, np.float64)
+        self._env.sim.forward()
+
     def _trade_places(self, names: Sequence[str], seed: int) -> None:
         joints = [int(self._model.body_jntadr[self._bodies[self.scene.movable.index(name)]]) for name in names]
         across = [int(self._model.jnt_qposadr[joint]) + axis for joint in joints for axis in (0, 1)]

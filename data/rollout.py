@@ -61,11 +61,78 @@ class ActionNoise:
 
 
 @dataclass(frozen=True)
+class RealTime:
+    """The world moves on while the policy thinks.
+
+    The action that answers an observation is executed as many control steps later as its computation took, rounded to
+    whole steps; until then the robot holds.
+
+    Args:
+        vla_ms: milliseconds of a step on which the VLA is asked; None: as measured. Other steps take what they took.
+        hold: ``stop`` (no motion, gripper as it is) or ``last`` (the last executed action again).
+    """
+
+    vla_ms: float | None = None
+    hold: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.hold not in ("stop", "last"):
+            raise InputError(f"real time: hold {self.hold!r} is neither stop nor last")
+        if self.vla_ms is not None and not self.vla_ms >= 0:
+            raise InputError(f"real time: vla_ms must not be negative, got {self.vla_ms}")
+
+    def delay(self, step: StepInfo, space: ActionSpace) -> int:
+        """Control steps that go by before the action of ``step`` is there."""
+        asked = "vla" in step.milliseconds
+        capture = step.milliseconds.get("capture", 0.0)  # the simulator renders; a camera has its own clock
+        ms = self.vla_ms if asked and self.vla_ms is not None else step.milliseconds["total"] - capture
+        return int(ms * space.control_rate / 1e3 + 0.5)
+
+    def held(self, action: FloatArray, last: FloatArray | None, space: ActionSpace) -> FloatArray:
+        """What is executed in place of ``action`` (D,), given the action before, (D,)."""
+        return space.stop(action if last is None else last) if self.hold == "stop" or last is None else last
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """Somebody moves the object that is asked for while the hand is on its way to it.
+
+    At a step drawn from 5 to 20 the object jumps ``distance`` metres in a direction drawn from the seed, unless the hand
+    is there already (closer than 8 cm).
+    """
+
+    distance: float = 0.04
+
+    def apply(self, env: LiberoEnv, item: str, seed: int) -> bool:
+        """Nudge ``item`` if this is the moment; whether it did."""
+        generator = np.random.default_rng([seed, 4])
+        when, angle = int(generator.integers(5, 21)), generator.uniform(0, 2 * np.pi)
+        if env.steps != when:
+            return False
+        state = env.privileged()
+        if np.linalg.norm(state.position(item) - state.eef_position) < 0.08:
+            return False
+        env.nudge(item, self.distance * np.array([np.cos(angle), np.sin(angle)]))
+        return True
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """A finished episode: what was executed, what the policy's steps cost, and the teacher's labels in the episode."""
+    """A finished episode: what was executed, what the policy's steps cost, and the teacher's labels in the episode.
+
+    ``nudged`` is the step at which the object was moved, None if it was not.
+    """
 
     episode: Episode
     steps: list[StepInfo]
+    nudged: int | None = None
+
+    @property
+    def reaction(self) -> int | None:
+        """Control steps from the nudge to the VLA's next look at the scene, None without either."""
+        if self.nudged is None:
+            return None
+        return next((i for i, s in enumerate(self.steps[self.nudged :]) if "vla" in s.milliseconds), None)
 
 
 class Driver(Protocol):
@@ -91,6 +158,8 @@ def rollout(
     images: bool = False,
     shuffle: bool = False,
     max_steps: int | None = None,
+    real_time: RealTime | None = None,
+    nudge: Nudge | None = None,
 ) -> Rollout:
     """Run ``policy`` from an initial state until success or the step limit.
 
@@ -106,6 +175,8 @@ def rollout(
         images: keep what the camera saw at every step, as JPEG; the environment must render.
         shuffle: the objects, all but the one that things are placed in or on, trade places.
         max_steps: step limit; None: the suite's.
+        real_time: the world moves on while the policy thinks (not to be joined with noise, driver or images); None: it waits.
+        nudge: the asked object is moved while the hand is on its way.
     """
     own = instruction is None or instruction == env.task.instruction
     instruction = env.task.instruction if instruction is None else instruction
@@ -125,7 +196,20 @@ def rollout(
     labels: list[VLAOutput | None] = []
     privileged: list[FloatArray] = []
     done = False
-    while not done and env.steps < (max_steps or env.task.max_steps):
+    item = parse_goal(instruction, env.scene).item if nudge else None
+    nudged: int | None = None
+    limit = max_steps or env.task.max_steps
+
+    def execute(action: FloatArray, state: FloatArray, output: VLAOutput | None) -> bool:
+        actions.append(action)
+        states.append(state)
+        labels.append(output)
+        privileged.append(env.privileged().to_vector())
+        return env.step(action)
+
+    while not done and env.steps < limit:
+        if nudge is not None and item is not None and nudge.apply(env, item, seed):
+            nudged = env.steps
         state = env.state()
         seen: list[LiberoObservation] = []
 
@@ -144,20 +228,28 @@ def rollout(
         if noise is not None:
             action = noise(action)
             policy.executed(action)
-        actions.append(action)
-        states.append(state)
-        labels.append(output)
         if images:
             frames.append(encode_jpeg(observe().require_image()))
-        privileged.append(env.privileged().to_vector())
-        done = env.step(action)
+        delay = real_time.delay(policy.last_step, policy.space) if real_time else 0
+        if real_time and delay:
+            held = real_time.held(action, actions[-1] if actions else None, policy.space)
+            policy.executed(held)
+            done = execute(held, state, output)
+            for k in range(1, delay + 1):
+                if done or env.steps >= limit:
+                    break
+                state = env.state()
+                policy.waited(now := action if k == delay else held, state)
+                done = execute(now, state, None)
+        else:
+            done = execute(action, state, output)
     episode = record_to_episode(actions, states, labels, policy.steps, policy.space)
     episode.instruction = instruction
     if images:
         episode.images = {CAMERA: frames}
     episode.environment_states = np.asarray(privileged, np.float32)
     episode.success = bool(done)
-    return Rollout(episode, list(policy.steps))
+    return Rollout(episode, list(policy.steps), nudged)
 
 
 def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArray[np.bool_]:

@@ -118,7 +118,7 @@ class Windows:
         past = frames[:, None] + np.arange(-self.history, 0)  # (B, n)
         mask = (past >= start[:, None]).astype(np.float32)
         past = np.maximum(past, start[:, None])
-        sources = a["sources"][past] * mask
+        sources = (a["sources"][past] == Source.GENERATOR) * mask
         if hidden is None:
             last = a["last_vla"][frames]
         else:

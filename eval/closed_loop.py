@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from data.collect import episode_seed, parse_range
 from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
-from data.rollout import deviations, rollout
+from data.rollout import Nudge, RealTime, deviations, rollout
 from eval.output import table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.errors import InputError
@@ -109,6 +109,8 @@ class Setting:
     policy_options: dict[str, Any] | None = None
     pruning: dict[str, dict[str, Any]] | None = None
     max_steps: int | None = None
+    real_time: RealTime | None = None
+    nudge: Nudge | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,15 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     with LiberoEnv(group.task, render=needs_images(vla)) as env:
         for cell, init_state, seed in group.jobs:
             policy = policies.setdefault(cell, make_policy(cell, vla, export, setting))
-            result = rollout(env, policy, init_state=init_state, seed=seed, teacher=teacher)
+            result = rollout(
+                env,
+                policy,
+                init_state=init_state,
+                seed=seed,
+                teacher=teacher,
+                real_time=setting.real_time,
+                nudge=setting.nudge,
+            )
             episode, stats = result.episode, policy.stats()
             generated = np.array([s.source == Source.GENERATOR for s in result.steps])
             deviating = deviations(episode, policy.space, tolerance) if teacher else None
@@ -166,6 +176,10 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                 "vla_calls": int(stats["vla_calls"]),
                 "generated": int(generated.sum()),
                 "deviating": None if deviating is None else int(deviating.sum()),
+                "held": int(stats["held"]),
+                "seconds": len(result.steps) / policy.space.control_rate,
+                "nudged": result.nudged,
+                "reaction": result.reaction,
                 "fallbacks": int(stats["fallbacks"]),
                 "switches": int(stats["switches"]),
                 "visual_tokens_mean": stats.get("visual_tokens_mean"),
@@ -174,6 +188,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                 "trace": {
                     "actions": np.round(episode.actions, 3).tolist(),
                     "generated": generated.astype(int).tolist(),
+                    "held": [int(s.source == Source.HELD) for s in result.steps],
                     "visual_tokens": [s.visual_tokens and s.visual_tokens[0] for s in result.steps],
                     "probability": [None if s.probability is None else round(s.probability, 3) for s in result.steps],
                 },
@@ -254,10 +269,20 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
             "skipped": float(1 - calls.sum() / steps.sum()),
             "vla_calls_per_episode": float(calls.mean()),
             "steps_per_episode": float(steps.mean()),
+            "seconds_per_episode": float(np.mean([e["seconds"] for e in es])),
+            "held_per_episode": float(np.mean([e["held"] for e in es])),
             "generated_run_length_mean": float(np.mean(runs)) if runs else 0.0,
             "fallbacks": int(sum(e["fallbacks"] for e in es)),
             "switches": int(sum(e["switches"] for e in es)),
         }
+        if nudged := [e for e in es if e["nudged"] is not None]:
+            reactions = [e["reaction"] for e in nudged if e["reaction"] is not None]
+            row |= {
+                "nudged": len(nudged),
+                "nudged_successes": sum(e["success"] for e in nudged),
+                "reaction_steps_mean": float(np.mean(reactions)) if reactions else None,
+                "reaction_steps_max": max(reactions, default=None),
+            }
         seeing = [e for e in es if e["visual_tokens_mean"] is not None]
         if seeing:
             weights = [e["vla_calls"] for e in seeing]
@@ -292,6 +317,10 @@ def closed_loop(
     max_generated_run: int | None = None,
     max_steps: int | None = None,
     label: bool = True,
+    real_time: bool = False,
+    vla_ms: float | None = None,
+    hold: Literal["stop", "last"] = "stop",
+    nudge: float = 0.0,
     timing_episodes: int = 5,
     workers: int = 2,
     seed: int = 0,
@@ -318,6 +347,11 @@ def closed_loop(
         max_generated_run: longest run of generated actions; the export's default if omitted.
         max_steps: step limit of an episode; the suite's if omitted.
         label: ask the VLA for its action on generated steps too, outside the policy's time, to measure deviation.
+        real_time: the simulated world moves on while the policy thinks, at the robot's control rate.
+        vla_ms: real time: milliseconds of a step that asks the VLA, such as 240 for OpenVLA on an RTX 4090; as measured if
+            omitted.
+        hold: real time: what the robot does meanwhile: stop, or repeat the last action.
+        nudge: metres by which the asked object is moved while the hand is on its way; 0: not at all.
         timing_episodes: episodes for the timing after the success cells; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
@@ -331,7 +365,11 @@ def closed_loop(
         policy_options=dict(policy_options) or None,
         pruning=dict(pruning) or None,
         max_steps=max_steps,
+        real_time=RealTime(vla_ms, hold) if real_time else None,
+        nudge=Nudge(nudge) if nudge else None,
     )
+    if vla_ms is not None and not real_time:
+        raise InputError("vla_ms: counts in real time only; add --real_time true")
     for cell in wanted:
         make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
     del vla
@@ -388,7 +426,9 @@ def closed_loop(
     _write_traces(output / "traces.json.gz", mine)
     facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
     path = write_summary(output, "closed_loop", rows, **facts, timing_episodes=timing_episodes)
-    text = table(rows, COLUMNS)
+    extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
+    extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
+    text = table(rows, [*COLUMNS, *extra])
     (output / "table.txt").write_text(text + "\n")
     print(text)
     print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt")

@@ -110,6 +110,16 @@ class ActionSpace:
         """Actions (..., D) clipped to the bounds, environment units."""
         return np.clip(np.asarray(actions, np.float32), np.asarray(self.low, np.float32), np.asarray(self.high, np.float32))
 
+    def stop(self, last: FloatArray) -> FloatArray:
+        """The action (D,) that keeps a robot where it is, given the ``last`` one, environment units.
+
+        No motion where actions are deltas or velocities, the last target where they are positions; the gripper stays.
+        """
+        out = np.array(last, np.float32)
+        if not self.kind.endswith(("_absolute", "_position")):
+            out[list(self.continuous)] = 0.0
+        return out
+
     def snap_gripper(self, normalized: FloatArray) -> FloatArray:
         """Normalised actions (..., D) with binary gripper dimensions set to the nearer end, -1 or +1."""
         if not (self.binary_gripper and self.gripper):

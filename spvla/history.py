@@ -23,6 +23,7 @@ class Source(IntEnum):
 
     VLA = 0
     GENERATOR = 1
+    HELD = 2  # nobody: the robot held or stopped because the VLA's answer was late or did not come
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ActionHistory:
         self.generated_run = 0  # generated actions since the VLA last acted
         self.actions = np.zeros((n, d), np.float32)  # environment units
         self.normalized = np.zeros((n, d), np.float32)
-        self.sources = np.zeros(n, np.float32)
+        self.sources = np.zeros(n, np.float32)  # 1 where the generator acted
         self.mask = np.zeros(n, np.float32)
         self.states: FloatArray | None = None  # (n + 1, S) once a state was observed
         self.vla_output: VLAOutput | None = None
@@ -112,7 +113,7 @@ class ActionHistory:
         for buffer, value in (
             (self.actions, action),
             (self.normalized, normalized),
-            (self.sources, float(source)),
+            (self.sources, float(source == Source.GENERATOR)),
             (self.mask, 1.0),
         ):
             buffer[:-1] = buffer[1:]

@@ -223,6 +223,26 @@ class SPVLAPolicy:
         if self._writer is not None:
             self._record.actions[-1] = np.array(action, np.float32)
 
+    def waited(self, action: FloatArray, state: NDArray[np.floating] | None = None) -> None:
+        """Tell the policy that a control step went by without asking it: its last answer was late.
+
+        Args:
+            action: what was executed, (D,), environment units: what the robot holds meanwhile, or in the end the answer.
+            state: proprioception (S,) before that step.
+        """
+        if not self.steps:
+            raise InputError("policy: waited() comes after the select_action() that was waited for")
+        action = np.array(action, np.float32)
+        self.history.observe(state)
+        self.history.act(action, Source.HELD)
+        step = StepInfo(Source.HELD, False, "waited")
+        self.steps.append(step)
+        if self._writer is not None:
+            self._record.actions.append(action)
+            self._record.states.append(None if state is None else np.array(state, np.float32))
+            self._record.outputs.append(None)
+            self._record.steps.append(step)
+
     def _decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         assert self.scheduler is not None
         if history.vla_age == 0:
@@ -302,19 +322,20 @@ def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
 def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
     """Counts and costs of an episode's steps.
 
-    Returns ``steps, vla_calls, generated, fallbacks, switches`` (changes of who acts), ``generated_runs``,
+    Returns ``steps, vla_calls, generated, held, fallbacks, switches`` (changes of who acts), ``generated_runs``,
     ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode ``would_skip`` and
     ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
     """
     if not steps:
-        return {"steps": 0, "vla_calls": 0, "generated": 0, "fallbacks": 0, "switches": 0}
+        return {"steps": 0, "vla_calls": 0, "generated": 0, "held": 0, "fallbacks": 0, "switches": 0}
     generated = np.array([s.source == Source.GENERATOR for s in steps])
     runs = run_lengths(generated)
-    ms = np.array([s.milliseconds["total"] for s in steps])
+    ms = np.array([s.milliseconds["total"] for s in steps if "total" in s.milliseconds])
     out: dict[str, float] = {
         "steps": len(steps),
         "vla_calls": sum("vla" in s.milliseconds for s in steps),
         "generated": int(generated.sum()),
+        "held": sum(s.source == Source.HELD for s in steps),
         "fallbacks": sum(s.fallback for s in steps),
         "switches": int((generated[1:] != generated[:-1]).sum()),
         "generated_runs": len(runs),

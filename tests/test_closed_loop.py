@@ -63,6 +63,7 @@ def test_a_cell_that_cannot_be_made_is_named():
 def test_rows_weigh_tokens_by_calls():
     def episode(cell, tokens, calls):
         counts = {"steps": 10, "vla_calls": calls, "generated": 10 - calls, "fallbacks": 0, "switches": 0, "deviating": None}
+        counts |= {"seconds": 0.5, "held": 0, "nudged": None, "reaction": None}
         where = {"suite": "s", "task": 0, "init_state": calls, "seed": 0, "success": True, "generated_run_lengths": []}
         facts = {"generator": "none", "scheduler": "none", "pruning": "half", "risk": None}
         return {"cell": cell, **facts, **where, **counts, "visual_tokens_mean": tokens, "visual_tokens_total": 256}
