@@ -46,10 +46,10 @@ def make_store(folder: Path, steps: int, seed: int = 0) -> None:
     for shard in tqdm(range(max(1, steps // (EPISODE * per_shard))), desc="making a store", unit="shard"):
         episodes = []
         for _ in range(per_shard):
-            actions = g.uniform(-1, 1, (EPISODE, 7)).astype(np.float32)
-            states = np.cumsum(actions[:, [0, 1, 2, 3, 4, 5, 6, 6]], axis=0) * 0.01
+            actions = g.uniform(-1, 1, (EPISODE, LIBERO.dim)).astype(np.float32)
+            states = np.cumsum(actions, axis=0) * 0.01
             sources = (g.random(EPISODE) < 0.5).astype(np.uint8)
-            times = np.arange(EPISODE) / 20
+            times = np.arange(EPISODE) / LIBERO.control_rate
             episodes.append(Episode(actions, "random motion", times, states, sources, vla_actions=actions))
         writer.write(f"shard-{shard:06d}", episodes)
     writer.finalize()
