@@ -32,7 +32,7 @@ from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
 CACHE_VERSION = 3
-GIVEN_UP = 150  # a failed episode's later steps are left out: things lie where nobody can reach them
+GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
 

@@ -22,7 +22,7 @@ STALL_STEPS, STALL_DISTANCE = 15, 0.012  # a hand that moves less than this many
 HELP_STEPS = (8, 30)  # how long the teacher then acts
 HEAD_STEPS = 70  # most steps that the teacher acts at an episode's beginning ...
 HEAD_SHARE = 0.4  # ... in this share of the episodes
-PATIENCE = 150  # steps after which the teacher finishes the task
+PATIENCE = 110  # steps after which the teacher finishes the task
 
 
 class Student:

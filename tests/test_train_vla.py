@@ -130,21 +130,20 @@ def test_heat_map_targets_are_points():
 
 def test_dropped_tokens_are_a_choice_of_ascending_ones(tmp_path):
     m = module(tmp_path / "model")
-    kept = m.kept(5, 16, 0.5)
+    kept = m.draw(torch.ones(5, 16), 0.5)
     assert kept.shape == (5, 8) and bool((kept.diff() > 0).all()) and not bool((kept[0] == kept[1]).all())
-    assert m.kept(2, 16, 1.0).tolist() == [list(range(16))] * 2
+    assert m.draw(torch.ones(2, 16), 1.0).tolist() == [list(range(16))] * 2
 
 
 def test_encoders_may_see_a_part_of_the_patches(tmp_path):
     """Those with much in them more often; seeing all of them by their numbers is seeing the image."""
     m, b = module(tmp_path / "model"), batch()
     b.images[:, :, 16:] = torch.randint(0, 256, (8, 32, 16, 3), dtype=torch.uint8)  # the left half's patches are plain
-    assert m.patches(b.images, 1.0) is None
-    chosen = torch.cat([m.patches(b.images, 0.5) for _ in range(50)])
+    chosen = torch.cat([m.draw(m.contents(b.images), 0.5) for _ in range(50)])
     assert chosen.shape == (400, 8) and bool((chosen.diff() > 0).all())
     assert (chosen % 4 >= 2).float().mean() > 0.7
     asked, _ = m.tokens(b)
-    pixels, keep, everything = m.pixels(b.images), m.kept(8, 16, 0.5), torch.arange(16).expand(8, 16)
+    pixels, keep, everything = m.pixels(b.images), m.draw(torch.ones(8, 16), 0.5), torch.arange(16).expand(8, 16)
     for a, e in zip(m.network(pixels, asked, keep, everything), m.network(pixels, asked, keep), strict=True):
         torch.testing.assert_close(a, e)
     terms, seen = m.losses(m.network, b, 0.5, 0.5)
@@ -157,7 +156,7 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     m, b = module(tmp_path / "model").eval(), batch()
     pairs = FrameBatch(b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]])
     asked, actions = m.tokens(pairs)
-    pixels, keep = m.pixels(pairs.images), m.kept(4, 16, 0.5)
+    pixels, keep = m.pixels(pairs.images), m.draw(torch.ones(4, 16), 0.5)
     scores, _, pointer, names = m.network(pixels, asked, keep)
     model = m.network.model
     for i in range(4):

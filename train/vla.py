@@ -227,9 +227,9 @@ class VLAModule(L.LightningModule):
         cooldown: ... over the last share of the trainer's ``max_steps`` it falls to zero.
         averaging: decay of the exponential average of the weights.
         look: least and largest share of the image's patches that the encoders see in training, drawn for each batch: the
-            fewer, the cheaper the step. Patches with much in them are seen more often.
+            fewer, the cheaper the step. Patches with much in them are chosen more often, as a pruner chooses them.
         look_all: share of the batches whose encoders see everything.
-        keep: least and largest share of those that reach the decoder, drawn for each batch.
+        keep: least and largest share of those that reach the decoder, drawn for each batch, chosen likewise.
         smoothing: standard deviation, in bins, of a continuous dimension's target.
         rotation_weight: loss weight of rotation tokens; the other dimensions count 1.
         rotation_slack: labels' rotations are taught as so much less, environment units, and none below it: from a teacher that
@@ -306,23 +306,17 @@ class VLAModule(L.LightningModule):
         actions = actions.clamp(min=self.first_bin)  # +1 itself has an id of its own, which means the last bin as well
         return Questions.of([model.tokenize(text) for text in batch.instructions], actions), actions
 
-    def kept(self, batch: int, total: int, share: float) -> Tensor:
-        """A random choice among ``total`` visual tokens for each row, ascending: (B, K)."""
-        count = max(1, round(share * total))
-        return torch.rand(batch, total, device=self.device).argsort(1)[:, :count].sort(1).values
-
-    def patches(self, images: Tensor, share: float) -> Tensor | None:
-        """A random choice of patches of images (B, S, S, 3), ascending, (B, M); None for all.
-
-        Drawn without replacement (Gumbel's trick) with a probability that grows with the spread of a patch's green.
-        """
-        if share >= 1:
-            return None
+    def contents(self, images: Tensor) -> Tensor:
+        """How much there is in each patch of images (B, S, S, 3): (B, N), positive. The spread of its green, half of it."""
         grid, side = self.network.model.config.grid, round(self.patch)
-        green = images[..., 1].view(-1, grid, side, grid, side)[:, :, ::2, :, ::2]  # (B, row, y, column, x); half of it will do
-        spread = green.transpose(2, 3).flatten(3).float().std(3).flatten(1)  # (B, N)
-        weight = (spread + 4).log() - torch.empty_like(spread).exponential_().log()
-        return weight.topk(max(1, round(share * grid**2)), dim=1).indices.sort(1).values
+        green = images[..., 1].view(-1, grid, side, grid, side)[:, :, ::2, :, ::2]  # (B, row, y, column, x)
+        return green.transpose(2, 3).flatten(3).float().std(3).flatten(1) + 4
+
+    @staticmethod
+    def draw(weights: Tensor, share: float) -> Tensor:
+        """A share of the N places, ascending, (B, K), without replacement (Gumbel's trick), likelier by weight (B, N)."""
+        chance = weights.log() - torch.empty_like(weights).exponential_().log()
+        return chance.topk(max(1, round(share * weights.shape[1])), dim=1).indices.sort(1).values
 
     # ------------------------------------------------------------------------------------------------------ loss
 
@@ -349,9 +343,9 @@ class VLAModule(L.LightningModule):
             share: share of those that reach the decoder.
         """
         asked, actions = self.tokens(batch)
-        patches = self.patches(batch.images, look)
-        total = self.network.model.config.grid**2 if patches is None else patches.shape[1]
-        keep = self.kept(len(batch.images), total, share)
+        contents = self.contents(batch.images)  # (B, N)
+        patches = None if look >= 1 else self.draw(contents, look)
+        keep = self.draw(contents if patches is None else contents.gather(1, patches), share)
         plain = PlainAttention() if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), plain:
             scores, heat, pointer, names = network(self.pixels(batch.images), asked, keep, patches)
