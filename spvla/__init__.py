@@ -10,7 +10,7 @@ from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export, save_export
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy, StepInfo
-from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
 
 __all__ = [
     "LIBERO",
@@ -22,6 +22,7 @@ __all__ = [
     "SPVLAPolicy",
     "StepInfo",
     "VLAOutput",
+    "VLAUnavailable",
     "accelerate",
     "load_export",
     "save_export",

@@ -105,6 +105,7 @@ def accelerate(
     max_generated_run: int | None = None,
     shadow: bool = False,
     record: str | Path | None = None,
+    when_unavailable: str = "raise",
 ) -> SPVLAPolicy:
     """Put a frozen VLA, a distilled generator and its gate together.
 
@@ -121,6 +122,8 @@ def accelerate(
         max_generated_run: generated actions in a row; the export's default if None.
         shadow: the VLA acts on every step, what would have been skipped is recorded.
         record: folder of a rollout store for finished episodes.
+        when_unavailable: what to do while a remote VLA does not answer: ``raise``, ``stop``, ``hold`` or ``generator``, see
+            :class:`~spvla.policy.SPVLAPolicy`.
     """
     loaded = load_export(export) if isinstance(export, str | Path) else export
     defaults = dict(loaded.defaults) if loaded else {}
@@ -135,6 +138,7 @@ def accelerate(
         "tolerance": loaded.tolerance if loaded else 0.2,
         "shadow": shadow,
         "record": record,
+        "when_unavailable": when_unavailable,
     }
     if generator == "none":
         return SPVLAPolicy(vla, None, None, pruner, **options)

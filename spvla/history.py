@@ -83,10 +83,14 @@ class ActionHistory:
         self.vla_action = np.zeros(d, np.float32)  # normalised
         self.vla_state: FloatArray | None = None
         self.vla_age = 0
+        self._observed = False  # since the last action
         self._window: Window | None = None
 
     def observe(self, state: NDArray[np.floating] | None) -> None:
-        """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none."""
+        """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none.
+
+        Before the next action a second call replaces the first: a step that failed may be tried again.
+        """
         self._window = None
         if state is None:
             if self.states is not None and self.states.shape[1] > 0:
@@ -97,14 +101,16 @@ class ActionHistory:
             raise InputError(f"observation.state: expected shape (S,), got {state.shape}")
         if not np.isfinite(state).all():
             raise InputError("observation.state: contains NaN or infinity")
-        if self.states is None:
+        if self.states is None or not self.steps:
             self.states = np.repeat(state[None], self.length + 1, axis=0)
             self.vla_state = state.copy()
         elif state.shape[0] != self.states.shape[1]:
             raise InputError(f"observation.state: {state.shape[0]} values, earlier steps had {self.states.shape[1]}")
         else:
-            self.states[:-1] = self.states[1:]
+            if not self._observed:
+                self.states[:-1] = self.states[1:]
             self.states[-1] = state
+        self._observed = True
 
     def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
         """Take in the executed action (D,), environment units, who made it, and the VLA's output if it was asked."""
@@ -119,9 +125,11 @@ class ActionHistory:
             buffer[:-1] = buffer[1:]
             buffer[-1] = value
         self.steps += 1
+        self._observed = False
         self.vla_age += self.vla_age > 0
-        self.generated_run = self.generated_run + 1 if source == Source.GENERATOR else 0
+        self.generated_run += source == Source.GENERATOR
         if source == Source.VLA:
+            self.generated_run = 0
             # The VLA's own words, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
             self.vla_age = 1

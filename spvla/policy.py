@@ -24,7 +24,9 @@ from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.pruning.pruner import TokenPruner
 from spvla.scheduling.base import Decision, Scheduler
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
+
+WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class StepInfo:
         error: shadow mode only: its largest absolute error over the continuous dimensions, normalised units.
         keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
         visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
-        milliseconds: wall clock by stage: ``scheduling``, ``vla``, the VLA's own stages as ``vla/<stage>``, ``total``.
+        unavailable: why the VLA could not be asked, or None; the action is then the safe one.
+        milliseconds: wall clock by stage: ``scheduling``, ``vla``, the VLA's own stages as ``vla/<stage>``, ``unavailable``
+            (asking in vain), ``total``.
     """
 
     source: Source
@@ -53,6 +57,7 @@ class StepInfo:
     error: float | None = None
     keep_mass: float | None = None
     visual_tokens: tuple[int, int] | None = None
+    unavailable: str | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -80,6 +85,10 @@ class SPVLAPolicy:
         tolerance: error beyond which a proposal counts as deviating (normalised units; shadow mode).
         shadow: the VLA acts on every step; what would have been skipped, and how far off it was, is recorded.
         record: folder of a rollout store that finished episodes are written to.
+        when_unavailable: what to do while the VLA raises :class:`~spvla.vlas.base.VLAUnavailable`: ``raise``; ``stop``
+            (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
+            robot moving; ``generator``, follow its proposals up to ``max_generated_run``, then stop. Until the VLA answers
+            again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
     """
 
     def __init__(
@@ -94,11 +103,14 @@ class SPVLAPolicy:
         tolerance: float = 0.2,
         shadow: bool = False,
         record: str | Path | None = None,
+        when_unavailable: str = "raise",
     ) -> None:
         if (generator is None) != (scheduler is None):
             raise InputError("policy: a generator needs a scheduler and a scheduler a generator; give both or neither")
         if max_generated_run < 1:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
+        if when_unavailable not in WHEN_UNAVAILABLE:
+            raise InputError(f"policy: when_unavailable {when_unavailable!r} is not one of {', '.join(WHEN_UNAVAILABLE)}")
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
@@ -112,11 +124,13 @@ class SPVLAPolicy:
         self.max_generated_run = max_generated_run
         self.tolerance = tolerance
         self.shadow = shadow
+        self.when_unavailable = when_unavailable
         length = max([1] + [part.history_length for part in (generator, scheduler) if part is not None])
         self.history = ActionHistory(self.space, length)
         self.steps: list[StepInfo] = []
         self.last_output: VLAOutput | None = None  # what the VLA said in the last step, None if it was not asked
         self._queue: deque[FloatArray] = deque()
+        self._waiting = False  # the VLA could not be asked in the last step
         self._instruction: str | None = None
         self._writer = None if record is None else RolloutWriter(record, self.space, policy=type(vla).__name__)
         self._episodes = 0
@@ -129,6 +143,7 @@ class SPVLAPolicy:
         self._instruction = instruction
         self.history.reset()
         self._queue.clear()
+        self._waiting = False
         self.steps = []
         self._record = _Record()
 
@@ -173,6 +188,7 @@ class SPVLAPolicy:
 
         output: VLAOutput | None = None
         keep_mass: float | None = None
+        unavailable: str | None = None
         if proposal is not None and intuitive and not refused and not self.shadow:
             action, source = proposal.actions[0], Source.GENERATOR
         elif self._queue:
@@ -181,13 +197,20 @@ class SPVLAPolicy:
             keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)
             seen = observation if isinstance(observation, Observation) else observation()
             asked = perf_counter()
-            output = self.vla.predict(seen, keep_mass=keep_mass)
             times["capture"] = 1e3 * (asked - scheduled)
-            times["vla"] = 1e3 * (perf_counter() - asked)
-            times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
-            actions = self._check(output)
-            action, source = actions[0], Source.VLA
-            self._queue.extend(actions[1:])
+            try:
+                output = self.vla.predict(seen, keep_mass=keep_mass)
+            except VLAUnavailable as failure:
+                action, source = self._safe_action(proposal, failure)
+                unavailable = str(failure)
+                times["unavailable"] = 1e3 * (perf_counter() - asked)
+            else:
+                times["vla"] = 1e3 * (perf_counter() - asked)
+                times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
+                actions = self._check(output)
+                action, source = actions[0], Source.VLA
+                self._queue.extend(actions[1:])
+            self._waiting = unavailable is not None
 
         deviates, error = None, None
         if self.shadow and output is not None and proposal is not None and previous is not None:
@@ -200,13 +223,14 @@ class SPVLAPolicy:
         step = StepInfo(
             source=source,
             intuitive=intuitive,
-            reason="refused" if refused else decision.reason,
+            reason="refused" if refused else "unavailable" if unavailable is not None else decision.reason,
             probability=decision.probability,
             fallback=refused,
             deviates=deviates,
             error=error,
             keep_mass=keep_mass,
             visual_tokens=None if output is None else output.visual_tokens,
+            unavailable=unavailable,
             milliseconds=times,
         )
         self.steps.append(step)
@@ -247,9 +271,22 @@ class SPVLAPolicy:
         assert self.scheduler is not None
         if history.vla_age == 0:
             return Decision(False, "first step")
+        if self._waiting:
+            return Decision(False, "unavailable")
         if history.generated_run >= self.max_generated_run:
             return Decision(False, "run limit")
         return self.scheduler.decide(history, proposal)
+
+    def _safe_action(self, proposal: Proposal | None, error: VLAUnavailable) -> tuple[FloatArray, Source]:
+        last = self.history.last_action
+        if self.when_unavailable == "raise" or last is None:
+            raise error
+        if self.when_unavailable == "hold":
+            return last.copy(), Source.HELD
+        may_go_on = self.when_unavailable == "generator" and self.history.generated_run < self.max_generated_run
+        if may_go_on and proposal is not None and self.space.admissible(proposal.actions[0], last):
+            return proposal.actions[0], Source.GENERATOR
+        return self.space.stop(last), Source.HELD
 
     def _check(self, output: VLAOutput) -> FloatArray:
         actions = output.actions
@@ -324,7 +361,7 @@ def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
 
     Returns ``steps, vla_calls, generated, held, fallbacks, switches`` (changes of who acts), ``generated_runs``,
     ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode ``would_skip`` and
-    ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
+    ``would_deviate`` (steps), ``visual_tokens_mean`` if the VLA reports them, and ``unavailable`` (steps) if it ever was.
     """
     if not steps:
         return {"steps": 0, "vla_calls": 0, "generated": 0, "held": 0, "fallbacks": 0, "switches": 0}
@@ -347,6 +384,8 @@ def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
     if shadow:
         out["would_skip"] = sum(s.intuitive and not s.fallback for s in shadow)
         out["would_deviate"] = sum(s.intuitive and not s.fallback and bool(s.deviates) for s in shadow)
+    if unavailable := sum(s.unavailable is not None for s in steps):
+        out["unavailable"] = unavailable
     tokens = [s.visual_tokens[0] for s in steps if s.visual_tokens is not None]
     if tokens:
         out["visual_tokens_mean"] = float(np.mean(tokens))

@@ -13,6 +13,7 @@ from spvla.policy import run_lengths
 from spvla.pruning import TokenPruner
 from spvla.scheduling.base import Decision
 from spvla.scheduling.rules import ReleaseRule
+from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 
@@ -48,7 +49,7 @@ def run(policy, steps, state=True):
 
 
 def sources(policy):
-    return "".join("VG"[s.source] for s in policy.steps)
+    return "".join("VGH"[s.source] for s in policy.steps)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -179,6 +180,92 @@ def test_misuse_is_told():
         accelerate(ScriptedVLA(actions()), scheduler="learned")
     with pytest.raises(InputError, match="z_xy"):
         accelerate(ScriptedVLA(actions()), scheduler="release", rule={"z_xy": 1})
+
+
+class Flaky(ScriptedVLA):
+    """Cannot be asked while its count of calls lies in ``down``."""
+
+    down = range(0)
+    asked = 0
+
+    def predict(self, observation, keep_mass=1.0):
+        self.asked += 1
+        if self.asked - 1 in self.down:
+            raise VLAUnavailable("no answer in 0.5 s")
+        return super().predict(observation, keep_mass)
+
+
+def flaky(down, when, run_limit=3):
+    vla = Flaky(actions())
+    vla.down = down
+    policy = SPVLAPolicy(vla, LastActionGenerator(LIBERO), Always(), max_generated_run=run_limit, when_unavailable=when)
+    return vla, policy
+
+
+@pytest.mark.parametrize("when", ["stop", "hold", "generator"])
+def test_while_the_vla_does_not_answer_the_action_is_safe_and_then_it_is_the_vlas_again(when):
+    vla, policy = flaky(range(1, 6), when)
+    policy.reset("be careful")
+    out = np.array([policy.select_action(Observation(state=np.zeros(3))) for _ in range(13)])
+    down = [s.unavailable is not None for s in policy.steps]
+    assert down == [False] * 4 + [True] * 5 + [False] * 4, "asked at every step until it answers"
+    assert all("0.5 s" in s.unavailable and s.reason == "unavailable" for s in policy.steps[4:9])
+    assert [s.source for s in policy.steps[4:9]] == [Source.HELD] * 5  # the run was used up before
+    safe = np.where(np.arange(7) == 6, out[3], 0) if when != "hold" else out[3]
+    np.testing.assert_array_equal(out[4:9], np.tile(safe, (5, 1)))
+    np.testing.assert_array_equal(out[9], vla.actions[1])
+    assert [s.source for s in policy.steps[9:]] == [Source.VLA, *[Source.GENERATOR] * 3]
+    stats = policy.stats()
+    assert (stats["unavailable"], stats["vla_calls"], stats["held"]) == (5, 2, 5)
+
+
+def test_the_generator_goes_on_within_its_limit_while_the_vla_does_not_answer():
+    class Never(Always):
+        def decide(self, history, proposal):
+            return Decision(False, "never")
+
+    vla, policy = flaky(range(2, 100), "generator", run_limit=4)
+    policy.scheduler = Never()
+    run(policy, 9)
+    assert sources(policy) == "VVGGGGHHH"
+    vla.down = range(0)
+    policy.select_action(Observation(state=np.zeros(8)))
+    assert policy.last_step.source == Source.VLA and policy.last_step.unavailable is None
+
+
+def test_nothing_is_safe_before_the_first_action_and_raising_is_the_default():
+    for down, when in ((range(0, 9), "stop"), (range(1, 9), "raise")):
+        vla, policy = flaky(down, when)
+        policy.reset("x")
+        with pytest.raises(VLAUnavailable, match="no answer"):
+            for _ in range(5):
+                policy.select_action(Observation(state=np.zeros(8)))
+        vla.down = range(0)
+        policy.select_action(Observation(state=np.zeros(8)))
+        assert policy.last_step.source == Source.VLA
+    with pytest.raises(InputError, match="when_unavailable 'pray' is not one of raise, stop, hold, generator"):
+        SPVLAPolicy(ScriptedVLA(actions()), when_unavailable="pray")
+
+
+def test_a_step_that_failed_leaves_no_trace_in_the_history():
+    class Choosy(ScriptedVLA):
+        def predict(self, observation, keep_mass=1.0):
+            observation.require_image()
+            return super().predict(observation, keep_mass)
+
+    image = np.zeros((4, 4, 3), np.uint8)
+    seen = []
+    for stumble in (False, True):
+        policy = SPVLAPolicy(Choosy(actions()), RidgeGenerator(LIBERO), ReleaseRule(LIBERO))
+        policy.reset("x")
+        for t in range(6):
+            if stumble:
+                with pytest.raises(InputError, match="needs an image"):
+                    policy.select_action(Observation(None, np.full(3, 7.0)))
+            policy.select_action(Observation(image, np.full(3, t)))
+        seen.append(policy.history.states.copy())
+        assert policy.history.steps == len(policy.steps) == 6
+    np.testing.assert_array_equal(*seen)
 
 
 def test_recorded_episodes_are_a_store_that_training_reads(tmp_path):

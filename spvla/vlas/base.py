@@ -36,6 +36,10 @@ class VLAOutput:
     timings: dict[str, float] = field(default_factory=dict)
 
 
+class VLAUnavailable(RuntimeError):
+    """The VLA cannot be asked now: its machine does not answer. A later call may succeed."""
+
+
 @runtime_checkable
 class VLA(Protocol):
     """A frozen policy. The instruction lives in :meth:`reset`; :meth:`predict` is called when the VLA must act."""
@@ -48,7 +52,11 @@ class VLA(Protocol):
         """Start an episode with ``instruction``."""
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning)."""
+        """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning).
+
+        Raises:
+            VLAUnavailable: it cannot be asked now; the joint policy may act safely in its place.
+        """
 
 
 @runtime_checkable
