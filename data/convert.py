@@ -137,6 +137,12 @@ def make_setting(
     return Setting(source, str(path), conventions, split, camera, images, numbers, text)
 
 
+def require_one(command: str, data: Path | None, source: str | None, path: Path | None) -> None:
+    """Raise :class:`InputError` unless ``command`` was given either a rollout store or a source and its path."""
+    if (data is None) == (source is None) or (source is None) != (path is None):
+        raise InputError(f"{command}: name either data (a rollout store) or source and path")
+
+
 def tell(what: str, lines: Sequence[Any]) -> None:
     """Print lines that begin with ``what``, the first :data:`MOST_TOLD` of them."""
     for line in lines[:MOST_TOLD]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.convert import make_setting, tell
-from data.sources import Problem, SourceName
+from data.convert import make_setting, require_one, tell
+from data.sources import Problem, Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
-from spvla.history import Source
+from spvla.history import Source as Actor
 
+MOST_STEPS = 2_000_000  # whose actions are looked at in one go
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -44,8 +46,7 @@ def inspect(
         output: PNG file for a picture of some trajectories with their labels.
         trajectories: how many, spread over the episodes.
     """
-    if (data is None) == (source is None) or (source is None) != (path is None):
-        raise InputError("inspect: name either data (a rollout store) or source and path")
+    require_one("inspect", data, source, path)
     if data is not None:
         store = RolloutStore(data)
         shown = _describe_store(store)
@@ -58,21 +59,64 @@ def inspect(
         found = setting.open()
         space = found.space
         tell("note", found.notes)
-        episodes = [e for part in found.parts for e in found.episodes(part)]
-        tell("cannot be used", [e for e in episodes if isinstance(e, Problem)])
-        good = [e for e in episodes if isinstance(e, Episode)]
+        sample = Sample.of(found)
+        tell("cannot be used", sample.problems)
+        good = sample.kept
         if not good:
-            raise InputError(f"{path}: no episode can be used")
-        told = f"{len(good)} episodes, {sum(map(len, good))} steps at {space.control_rate:g} Hz ({space.name}, {space.kind})"
+            first = f"; the first problem: {sample.problems[0]}" if sample.problems else ""
+            raise InputError(f"{path}: no episode can be used{first}")
+        lengths = np.array(sample.lengths)
+        told = f"{len(lengths)} episodes, {lengths.sum()} steps at {space.control_rate:g} Hz ({space.name}, {space.kind})"
         print(f"{path}: {told}; camera {found.camera}, {found.image_shape}")
-        _lengths(np.array([len(e) for e in good]))
-        for text, count in sorted(Counter(e.instruction for e in good).items()):
-            print(f"  {count:5d} episodes  {text}")
+        _lengths(lengths)
+        for text, count in sorted(sample.instructions.items()):
+            print(f"  {count:5d} episodes  {text or '(no instruction)'}")
+        if sample.every > 1:
+            print(f"of every {sample.every}th episode:")
         _actions(np.concatenate([e.actions for e in good]), space)
         shown = [good[i] for i in np.linspace(0, len(good) - 1, min(trajectories, len(good))).astype(int)]
     if output is not None:
         draw(shown, space, output)
         print(f"written: {output}")
+
+
+@dataclass
+class Sample:
+    """What one pass over a data set finds, in constant memory: counts of all episodes, and every k-th one whole.
+
+    Args:
+        lengths: steps of each episode.
+        instructions: episodes by instruction.
+        problems: what cannot be used.
+        kept: every ``every``-th usable episode, at most about :data:`MOST_STEPS` steps.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    instructions: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    kept: list[Episode] = field(default_factory=list)
+    every: int = 1
+
+    @classmethod
+    def of(cls, source: Source) -> Sample:
+        """Read a data set."""
+        from tqdm import tqdm
+
+        out, steps = cls(), 0
+        for part in tqdm(source.parts, desc=f"inspect {source.name}", unit="part", mininterval=1.0, leave=False):
+            for found in source.episodes(part):
+                if isinstance(found, Problem):
+                    out.problems.append(found)
+                    continue
+                if len(out.lengths) % out.every == 0:
+                    out.kept.append(found)
+                    steps += len(found)
+                out.lengths.append(len(found))
+                out.instructions[found.instruction] += 1
+                if steps > MOST_STEPS and len(out.kept) > 1:
+                    out.kept, out.every = out.kept[::2], 2 * out.every
+                    steps = sum(map(len, out.kept))
+        return out
 
 
 def _describe_store(store: RolloutStore) -> list[Episode]:
@@ -90,7 +134,7 @@ def _describe_store(store: RolloutStore) -> list[Episode]:
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")
-    _actions(space.denormalize(a["actions"]), space)
+    _actions(space.denormalize(a["actions"][:: 1 + store.frames // MOST_STEPS]), space)
     return []
 
 
@@ -131,7 +175,7 @@ def draw(episodes: Sequence[Episode], space: ActionSpace, output: Path) -> None:
         for d in range(space.dim):
             panel = axes[d][column]
             panel.plot(times, episode.actions[:, d], color="tab:blue", linewidth=1, label="executed")
-            if episode.sources is not None and (made := episode.sources == Source.GENERATOR).any():
+            if episode.sources is not None and (made := episode.sources == Actor.GENERATOR).any():
                 panel.plot(
                     times[made], episode.actions[made, d], ".", color="tab:orange", markersize=3, label="by the generator"
                 )

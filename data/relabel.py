@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.convert import OnError, Setting, Shards, make_setting, record_of, tell, tell_end
+from data.convert import OnError, Setting, Shards, make_setting, record_of, require_one, tell, tell_end
 from data.images import ImageCheck, encode_images
 from data.sources import DataError, Part, Problem, SourceName, deal
 from spvla.episodes import Episode
@@ -257,8 +257,7 @@ def relabel(
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.ddp import DDPStrategy
 
-    if (data is None) == (source is None) or (source is None) != (path is None):
-        raise InputError("relabel: name either data (a rollout store) or source and path")
+    require_one("relabel", data, source, path)
     facts = {"policy": policy, "checkpoint": checkpoint, "options": policy_options}
     where = data if data is not None else path
     assert where is not None

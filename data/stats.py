@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.convert import OnError, Setting, make_setting, tell
+from data.convert import OnError, Setting, make_setting, require_one, tell
 from data.parallel import chunks, run_groups
 from data.sources import DataError, Part, Problem, SourceName
 from spvla.actions import ActionSpace
@@ -111,8 +111,7 @@ def stats(
     """
     from tqdm import tqdm
 
-    if (data is None) == (source is None) or (source is None) != (path is None):
-        raise InputError("stats: name either data (a rollout store) or source and path")
+    require_one("stats", data, source, path)
     setting = make_setting(source or "lerobot", data or path or Path(), conventions, split, None, False, episodes)
     found = setting.open()
     tell("note", found.notes)

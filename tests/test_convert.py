@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
+import data.inspect
 from data.convert import convert, published_space
 from data.inspect import inspect
 from data.openx import Conventions, binarize, difference, load_table, quaternion_to_euler, relative, standardize
@@ -262,6 +263,14 @@ def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
     shutil.rmtree(tmp_path / "store" / ".shards")
     convert("rlds", folder, tmp_path / "store")
     assert len(list(read_episodes(tmp_path / "store"))) == 25
+
+
+def test_inspecting_takes_constant_memory(cr5, capsys, monkeypatch):
+    monkeypatch.setattr(data.inspect, "MOST_STEPS", 3000)
+    inspect(source="lerobot", path=cr5)
+    told = capsys.readouterr().out
+    assert "81 episodes, 18039 steps at 10 Hz" in told and "of every 8th episode" in told
+    assert "81 episodes  put the banana on the plate" in told
 
 
 def test_joint_velocities_convert(cr5, tmp_path, capsys):
