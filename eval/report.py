@@ -22,22 +22,23 @@ import numpy as np
 from spvla.errors import InputError
 
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
-VLA_COLOUR, GENERATOR_COLOUR = "#4c78a8", "#f58518"
-TRACES = 6
+VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
+SPEAKING = 0.05  # share of skipped steps that deviate, up to which a risk is recommended
+TRACES = 4
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --faint: #8884; --accent: #2f6db5; --good: #2e7d32; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --paper: #14191f; --accent: #7fb2ea; --good: #81c784; } }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1080px;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1280px;
   padding: 1.5rem }
 h1 { font-size: 1.7rem; margin: 0 }
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 p { max-width: 46rem } .note { opacity: .75; font-size: .87rem }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; width: 100% }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .82rem; width: 100% }
+th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 tr.best td { color: var(--good); font-weight: 600 }
 figure { margin: .5rem 0 1rem } figure svg { width: 100%; height: auto; color: var(--ink) }
@@ -125,13 +126,25 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
     """Headline figures, table, calls against success, risk, run lengths and traces of one closed-loop evaluation."""
     rows = summary["rows"]
     best = best_row(rows)
-    parts = [f"<h2>Closed loop: {html.escape(summary['suite'])}</h2>"]
+    setting = summary.get("real_time"), summary.get("nudge")
+    kinds = [
+        "" if v is None else name for v, name in zip(setting, (", in real time", ", objects moved on the way"), strict=True)
+    ]
+    parts = [f"<h2>Closed loop: {html.escape(summary['suite'] + ''.join(kinds))}</h2>"]
     tasks, states = len(summary["tasks"]), summary["init_states"]
     kind = "seeded resets" if summary.get("random_resets") else f"initial states {states}"
     parts.append(
         f"<p>Policy <b>{html.escape(summary['policy'])}</b>, {tasks} tasks, {html.escape(kind)}, paired by task, initial state "
         "and seed. Calls of failed episodes count up to the step limit.</p>"
     )
+    if setting[0]:
+        ms = setting[0]["vla_ms"]
+        parts.append(
+            f"<p>The world moves on while the policy thinks: {'the measured time' if ms is None else f'{ms:g} ms'} a VLA call; "
+            f"meanwhile the robot {'stops' if setting[0]['hold'] == 'stop' else 'repeats its last action'}.</p>"
+        )
+    if setting[1]:
+        parts.append(f"<p>The asked object is moved by {100 * setting[1]['distance']:g} cm while the hand is on its way.</p>")
     if best is not None:
         r, low = rows[best], 100 * rows[best]["paired_delta_ci95"][0]
         high = 100 * r["paired_delta_ci95"][1]
@@ -171,20 +184,34 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
                 f"{r['policy_ms_per_step_p50']:.2f}" if "policy_ms_per_step_p50" in r else "–",
             ]
         )
+    for column, name in MORE_COLUMNS.items():
+        if any(r.get(column) for r in rows):
+            header += f"|{name}"
+            for r, cells in zip(rows, body, strict=True):
+                cells.append("–" if r.get(column) is None else f"{r[column]:.3g}")
     parts.append(html_table(header.split("|"), body, best))
 
-    def calls_against_success(f: Any) -> None:
-        axis = f.add_subplot()
-        names = list(dict.fromkeys(map(scheduling_name, rows)))
-        for k, name in enumerate(names):
-            mine = sorted((r for r in rows if scheduling_name(r) == name), key=lambda r: r["vla_calls_per_episode"])
-            x, y = [r["vla_calls_per_episode"] for r in mine], np.array([100 * r["success_rate"] for r in mine])
-            ci = 100 * np.array([r["success_ci95"] for r in mine]).T
-            axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=name)
-        axis.set(xlabel="VLA calls per episode", ylabel="success %", xlim=(0, None))
-        axis.legend(fontsize=8)
+    def against_success(column: str, label: str) -> str:
+        def draw(f: Any) -> None:
+            axis = f.add_subplot()
+            names = list(dict.fromkeys(map(scheduling_name, rows)))
+            for k, name in enumerate(names):
+                mine = sorted((r for r in rows if scheduling_name(r) == name), key=lambda r: r[column])
+                x, y = [r[column] for r in mine], np.array([100 * r["success_rate"] for r in mine])
+                ci = 100 * np.array([r["success_ci95"] for r in mine]).T
+                axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=name)
+            axis.set(xlabel=label, ylabel="success %", xlim=(0, None))
+            axis.legend(fontsize=8)
 
-    pictures = [figure(svg(calls_against_success), "Calls against success; bars are 95 % Wilson intervals.")]
+        return figure(svg(draw), f"{label} against success; bars are 95 % Wilson intervals.")
+
+    pictures = [against_success("vla_calls_per_episode", "VLA calls per episode")]
+    for column, label in (
+        ("policy_seconds_per_episode", "Policy seconds per episode"),
+        *((("seconds_per_episode", "Seconds per episode"),) if setting[0] else ()),
+    ):
+        if all(column in r for r in rows):
+            pictures.append(against_success(column, label))
     knob = [r for r in rows if r.get("risk") is not None]
     if len(knob) > 1:
 
@@ -229,15 +256,26 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+MORE_COLUMNS = {
+    "held_per_episode": "waiting steps",
+    "nudged": "moved",
+    "nudged_successes": "success, moved",
+    "reaction_steps_mean": "steps to the VLA",
+    "reaction_steps_max": "at most",
+}
+
+
 def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     """Action traces of the best cell, coloured by who acted, with the gate's probability."""
     mine = [t for t in traces if t["cell"] == row["cell"]][:TRACES]
     parts = [f"<h3>Who acted: {html.escape(cell_name(row))}</h3>"]
     for t in mine:
         actions, generated = np.array(t["trace"]["actions"]), np.array(t["trace"]["generated"], bool)
+        colours = np.where(generated, GENERATOR_COLOUR, VLA_COLOUR)
+        colours[np.array(t["trace"].get("held", []), bool).nonzero()] = HELD_COLOUR  # in real time only
         p = np.array([np.nan if v is None else v for v in t["trace"]["probability"]])
 
-        def draw(f: Any, actions: np.ndarray = actions, generated: np.ndarray = generated, p: np.ndarray = p) -> None:
+        def draw(f: Any, actions: np.ndarray = actions, colours: np.ndarray = colours, p: np.ndarray = p) -> None:
             axis, bar = f.subplots(2, 1, sharex=True, height_ratios=[5, 1])
             steps = np.arange(len(actions))
             for d in range(actions.shape[1]):
@@ -245,7 +283,7 @@ def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
                     axis.plot(steps, actions[:, d], lw=1, color=COLOURS[d % 7], label=str(d))
             axis.legend(ncols=7, fontsize=7, loc="upper right", title="action dimension", title_fontsize=7)
             axis.set(ylabel="action", ylim=(-1.15, 1.6))
-            bar.bar(steps, 1, width=1, color=np.where(generated, GENERATOR_COLOUR, VLA_COLOUR))
+            bar.bar(steps, 1, width=1, color=colours)
             bar.plot(steps, p, color="#010203", lw=0.7)
             bar.set(yticks=[], xlabel="control step", xlim=(-0.5, len(actions) - 0.5))
             bar.grid(False)
@@ -253,8 +291,9 @@ def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
         outcome = "success" if t["success"] else "failure"
         caption = (
             f"{t['task_name'].replace('_', ' ')}, initial state {t['init_state']}: {outcome}. Blue: the VLA acted; orange: "
+            f"the generator{'; grey: nobody, while the VLA computed' if HELD_COLOUR in colours else ''}. "
         )
-        parts.append(figure(svg(draw, 9, 2.3), caption + "the generator. Line in the bar: probability of deviating (0 to 1)."))
+        parts.append(figure(svg(draw, 9, 2.3), caption + "Line in the bar: probability of deviating (0 to 1)."))
     return "".join(parts)
 
 
@@ -276,7 +315,7 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
         ]
         for r in summary["rows"]
     ]
-    parts.append(html_table(header.split("|"), body))
+    parts.append(html_table(header.split("|"), body) + risk_advice(summary["rows"]))
 
     def lines(rows: Sequence[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str) -> str:
         def draw(f: Any) -> None:
@@ -310,6 +349,56 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
     return "".join(parts) + f"<div class=pair>{''.join(pictures)}</div>"
 
 
+def risk_advice(rows: Sequence[dict[str, Any]]) -> str:
+    """Which risk these episodes speak for: the largest that held, and at which few of the skipped steps deviated."""
+    parts = []
+    for name in dict.fromkeys(r["generator"] for r in rows if "skipped" in r):
+        fit = [
+            r
+            for r in rows
+            if r["generator"] == name and r.get("within_risk") and (r["deviating_among_skipped"] or 0) <= SPEAKING
+        ]
+        if fit:
+            r = max(fit, key=lambda r: r["risk"])
+            parts.append(f"{name} at {r['risk']:g} (skips {percent(r['skipped'])} %)")
+    if not parts:
+        return "<p>No gate keeps its risk on these episodes: calibrate on rollouts like them before acting.</p>"
+    return (
+        f"<p>Largest risk that was kept, with at most {percent(SPEAKING)} % of the skipped steps off by more than the "
+        f"tolerance: <b>{html.escape('; '.join(parts))}</b>.</p>"
+    )
+
+
+def latency_section(folder: Path, summary: dict[str, Any]) -> str:
+    """Milliseconds by stage, stacked, and the table."""
+    stages = summary.get("stages")
+    by = "pruning" if stages else "generator"
+    order: tuple[str, ...] = ("proposal", "gate", "bookkeeping")
+    if stages:
+        inner = ("queries_keys", "score", "contours", "selection")
+        order = ("preprocess", "vision", *inner, "projector", "prefill", "decode")
+        bars = {
+            n: {s["stage"]: s["p50"] for s in stages if s["pruning"] == n} for n in dict.fromkeys(s["pruning"] for s in stages)
+        }
+    else:
+        bars = {r["generator"]: {k: r[f"{k}_ms_p50"] for k in order} for r in summary["rows"]}
+
+    def draw(f: Any) -> None:
+        axis = f.add_subplot()
+        left = np.zeros(len(bars))
+        for k, stage in enumerate(s for s in order if any(s in v for v in bars.values())):
+            width = np.array([v.get(stage, 0.0) for v in bars.values()])
+            axis.barh(list(bars), width, left=left, height=0.6, color=f"C{k}", label=stage.replace("_", " "))
+            left += width
+        axis.invert_yaxis()
+        axis.set(xlabel="milliseconds (medians)")
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+    facts = ", ".join(f"{k} {summary[k]}" for k in ("device", "dtype", "threads", "attention") if k in summary)
+    picture = figure(svg(draw, 9, 1.4 + 0.45 * len(bars)), f"By stage; {facts}.")
+    return plain_section(folder, summary).replace("</h2>", f" by {by}</h2>{picture}", 1)
+
+
 def plain_section(folder: Path, summary: dict[str, Any]) -> str:
     """A results file as its table."""
     rows = summary["rows"]
@@ -318,7 +407,7 @@ def plain_section(folder: Path, summary: dict[str, Any]) -> str:
     return f"<h2>{html.escape(summary['kind'].capitalize())}</h2>" + html_table([c.replace("_", " ") for c in columns], body)
 
 
-SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section}
+SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section, "latency": latency_section}
 
 
 def report(results: Path, output: Path, title: str = "SP-VLA: learned against linear") -> None:
@@ -338,7 +427,12 @@ def report(results: Path, output: Path, title: str = "SP-VLA: learned against li
     if not found:
         raise InputError(f"{results}: no summary.json below it; run an evaluation with --output there first")
     order = ["closed_loop", "offline", "latency", "data"]
-    found.sort(key=lambda x: order.index(x[1]["kind"]) if x[1].get("kind") in order else len(order))
+
+    def rank(entry: tuple[Path, dict[str, Any]]) -> tuple[int, int]:  # by kind, then the largest evaluation first
+        kind, rows = entry[1].get("kind"), entry[1]["rows"]
+        return order.index(kind) if kind in order else len(order), -sum(r.get("episodes", 0) for r in rows)
+
+    found.sort(key=rank)
     body = "".join(SECTIONS.get(summary["kind"], plain_section)(folder, summary) for folder, summary in found)
     sources = ", ".join(str((folder / "summary.json").relative_to(results)) for folder, _ in found)
     machine = found[0][1].get("machine", {})
