@@ -6,6 +6,7 @@ is one line on stderr and exit code 2; Ctrl-C is exit code 130, and nothing that
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
@@ -57,4 +58,6 @@ def guard(call: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues where it was", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
