@@ -120,11 +120,16 @@ class Nudge:
 class Rollout:
     """A finished episode: what was executed, what the policy's steps cost, and the teacher's labels in the episode.
 
-    ``nudged`` is the step at which the object was moved, None if it was not.
+    Args:
+        episode: as recorded.
+        steps: the policy's own record.
+        outputs: per step what the policy's own VLA said, None where it was not asked.
+        nudged: the step at which the object was moved, None if it was not.
     """
 
     episode: Episode
     steps: list[StepInfo]
+    outputs: list[VLAOutput | None]
     nudged: int | None = None
 
     @property
@@ -194,6 +199,7 @@ def rollout(
     actions: list[FloatArray] = []
     states: list[FloatArray | None] = []
     labels: list[VLAOutput | None] = []
+    outputs: list[VLAOutput | None] = []
     privileged: list[FloatArray] = []
     done = False
     item = parse_goal(instruction, env.scene).item if nudge else None
@@ -220,6 +226,7 @@ def rollout(
 
         action = policy.select_action(observe, state=state)
         output = policy.last_output
+        outputs.append(output)
         if output is None and teacher is not None:
             output = teacher.predict(observe())
         if driver is not None:
@@ -249,7 +256,7 @@ def rollout(
         episode.images = {CAMERA: frames}
     episode.environment_states = np.asarray(privileged, np.float32)
     episode.success = bool(done)
-    return Rollout(episode, list(policy.steps), nudged)
+    return Rollout(episode, list(policy.steps), outputs, nudged)
 
 
 def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArray[np.bool_]:

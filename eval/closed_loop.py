@@ -19,7 +19,8 @@ import torch
 from data.collect import episode_seed, parse_range
 from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
-from data.rollout import Nudge, RealTime, deviations, rollout
+from data.rollout import Nudge, RealTime, Rollout, deviations, rollout
+from eval.film import write_film
 from eval.output import table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.errors import InputError
@@ -28,6 +29,7 @@ from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
 from spvla.vlas.base import VLA
+from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
 
 COLUMNS = (
@@ -120,6 +122,8 @@ class Group:
     task: Task
     jobs: tuple[tuple[Cell, int | None, int], ...]  # cell, initial state, seed
     setting: Setting
+    films: Path | None = None  # where films of the episode below go, of every cell
+    filmed: tuple[int | None, int] | None = None  # initial state, seed
 
 
 def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> SPVLAPolicy:
@@ -151,15 +155,19 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     with LiberoEnv(group.task, render=needs_images(vla)) as env:
         for cell, init_state, seed in group.jobs:
             policy = policies.setdefault(cell, make_policy(cell, vla, export, setting))
+            film = group.films is not None and (init_state, seed) == group.filmed
             result = rollout(
                 env,
                 policy,
                 init_state=init_state,
                 seed=seed,
                 teacher=teacher,
+                images=film,
                 real_time=setting.real_time,
                 nudge=setting.nudge,
             )
+            if film and group.films is not None:
+                _film(group.films, cell, policy, result)
             episode, stats = result.episode, policy.stats()
             generated = np.array([s.source == Source.GENERATOR for s in result.steps])
             deviating = deviations(episode, policy.space, tolerance) if teacher else None
@@ -193,6 +201,14 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                     "probability": [None if s.probability is None else round(s.probability, 3) for s in result.steps],
                 },
             }
+
+
+def _film(folder: Path, cell: Cell, policy: SPVLAPolicy, result: Rollout) -> None:
+    """Write the film of an episode, as the VLA sees it where it says how."""
+    (frames,) = result.episode.images.values()
+    view = getattr(policy.vla, "view", lambda image: image)
+    images = [view(decode_image(frame)) for frame in frames]
+    write_film(folder, cell.name, images, result.steps, result.outputs, policy.space.control_rate)
 
 
 def measure_time(
@@ -321,6 +337,7 @@ def closed_loop(
     vla_ms: float | None = None,
     hold: Literal["stop", "last"] = "stop",
     nudge: float = 0.0,
+    films: bool = True,
     timing_episodes: int = 5,
     workers: int = 2,
     seed: int = 0,
@@ -352,6 +369,7 @@ def closed_loop(
             omitted.
         hold: real time: what the robot does meanwhile: stop, or repeat the last action.
         nudge: metres by which the asked object is moved while the hand is on its way; 0: not at all.
+        films: where the policy sees images, film the first episode of every cell (not in real time).
         timing_episodes: episodes for the timing after the success cells; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
@@ -372,6 +390,7 @@ def closed_loop(
         raise InputError("vla_ms: counts in real time only; add --real_time true")
     for cell in wanted:
         make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
+    films = films and needs_images(vla) and not real_time
     del vla
     free_memory()
     output.mkdir(parents=True, exist_ok=True)
@@ -403,7 +422,8 @@ def closed_loop(
         waiting = [(c, i, s) for i, s in episodes for c in wanted if (c.name, task.index, i, s) not in have]
         left += len(waiting)
         parts = max(1, min(workers, len(waiting) // 10)) if waiting else 0
-        groups += [Group(task, tuple(part), setting) for part in chunks(waiting, parts)]
+        film = (output / "films", episodes[0]) if films and task == chosen[0] else (None, None)
+        groups += [Group(task, tuple(part), setting, *film) for part in chunks(waiting, parts)]
     from tqdm import tqdm
 
     total = len(wanted) * sum(map(len, jobs.values()))
@@ -431,7 +451,7 @@ def closed_loop(
     text = table(rows, [*COLUMNS, *extra])
     (output / "table.txt").write_text(text + "\n")
     print(text)
-    print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt")
+    print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
 
 
 def _fingerprint(export: str | None) -> str | None:

@@ -7,6 +7,7 @@ takes the page's own text colour, so that the page reads in light, in dark and o
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import html
@@ -46,6 +47,8 @@ figure { margin: .5rem 0 1rem } figure svg { width: 100%; height: auto; color: v
 .headline { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
 .headline div { border: 1px solid var(--faint); border-radius: 8px; padding: .6rem 1rem; min-width: 9rem }
 .headline b { display: block; font-size: 1.5rem; color: var(--accent) }
+.film { display: flex; gap: .8rem; align-items: center; margin: .4rem 0 }
+.film img { width: 0; flex: 1; min-width: 300px } .film video { width: 190px }
 @media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid } }
 """
 
@@ -250,10 +253,33 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
 
             pictures.append(figure(svg(run_histogram), "How long the generator acts before the VLA takes over."))
     parts.append(f"<div class=pair>{''.join(pictures)}</div>")
+    parts.append(film_section(folder / "films", rows, best))
     traces = folder / "traces.json.gz"
     if traces.exists() and best is not None:
         parts.append(trace_section(json.loads(gzip.decompress(traces.read_bytes())), rows[best]))
     return "".join(parts)
+
+
+def film_section(folder: Path, rows: Sequence[dict[str, Any]], best: int | None) -> str:
+    """A strip of frames and a film of one episode of each cell, as far as there are any; the best one's is open."""
+    parts: list[str] = []
+    for i, r in enumerate(rows):
+        strip, film = folder / f"{r['cell']}.jpg", folder / f"{r['cell']}.mp4"
+        if strip.exists():
+            image, video = (base64.b64encode(p.read_bytes()).decode() if p.exists() else "" for p in (strip, film))
+            name = html.escape(cell_name(r))
+            player = f"<video controls muted loop src='data:video/mp4;base64,{video}'></video>" if video else ""
+            parts.append(
+                f"<details{' open' if i == (best or 0) else ''}><summary>{name}</summary>"
+                f"<div class=film><img alt='{name}' src='data:image/jpeg;base64,{image}'>{player}</div></details>"
+            )
+    if not parts:
+        return ""
+    caption = (
+        "What the encoders saw in the first episode, dark: visual tokens that did not reach the language model. The border "
+        "and the bar below say who acted: blue the VLA, orange the generator."
+    )
+    return f"<h3>One episode</h3>{''.join(parts)}<p class=note>{caption}</p>"
 
 
 MORE_COLUMNS = {

@@ -7,8 +7,11 @@ import pytest
 import yaml
 
 from eval.closed_loop import Cell, Setting, cell_pruner, make_policy, parse_cells, summarise
+from eval.film import bar, draw
 from spvla import InputError, load_export
+from spvla.history import Source
 from spvla.pruning import TokenPruner
+from spvla.vlas.base import VLAOutput
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
@@ -71,6 +74,17 @@ def test_rows_weigh_tokens_by_calls():
     (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})
     assert row["visual_tokens_mean"] == pytest.approx(110) and row["visual_tokens_total"] == 256
     assert (row["cell"], row["pruning"]) == ("vla+half", "half")
+
+
+def test_frames_show_what_reached_the_language_model_and_who_acted():
+    image = np.full((224, 224, 3), 200, np.uint8)
+    output = VLAOutput(np.zeros((1, 7), np.float32), visual_tokens=(2, 16), kept_tokens=np.array([0, 5]))
+    frame = draw(image, Source.VLA, output)
+    patches = np.array([[frame[r * 80 + 40, c * 80 + 40, 0] for c in range(4)] for r in range(4)])
+    assert (np.flatnonzero(patches > 150) == [0, 5]).all() and (patches[patches <= 150] == 50).all()
+    assert tuple(frame[0, 0]) != tuple(draw(image, Source.GENERATOR, None)[0, 0])
+    colours = bar([Source.VLA, Source.GENERATOR, Source.HELD, Source.VLA], 2)
+    assert len(np.unique(colours[0, :240], axis=0)) == 3 and (colours[0, 240:] == 40).all()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -219,6 +219,7 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     """Collect, distil, closed loop in every suite by its shipped configuration, and accelerate in code."""
     pytest.importorskip("libero", reason="the libero extra is not installed")
     train = pytest.importorskip("train.__main__").COMMANDS
+    av = pytest.importorskip("av", reason="the eval extra is not installed")
     from data.store import RolloutStore
 
     vla = ("--policy", "openvla", "--checkpoint", checkpoint, "--tasks", 0, "--workers", 1, "--max_steps")
@@ -245,6 +246,8 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
         assert rows["vla"]["visual_tokens_mean"] == 64 and rows["vla+half"]["visual_tokens_mean"] == 32
         assert rows["vla"]["steps_per_episode"] == 6
     assert rows["vla+half"]["vla_prefill_ms_p50"] > 0
+    with av.open(str(output / "films" / "vla+half.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 6
     assert call(EVAL, "report", "--results", tmp_path, "--output", tmp_path / "report.html") == 0
     assert "VLA, pruning half" in (tmp_path / "report.html").read_text()
 

@@ -25,6 +25,7 @@ class VLAOutput:
         confidence: probability of the chosen action per dimension, float32 (D,), first action of the chunk.
         features: pooled hidden state, float32 (F,).
         visual_tokens: (kept, total) visual tokens that reached the language model.
+        kept_tokens: which ones, ascending, int64 (K,).
         timings: milliseconds by stage.
     """
 
@@ -33,6 +34,7 @@ class VLAOutput:
     confidence: FloatArray | None = None
     features: FloatArray | None = None
     visual_tokens: tuple[int, int] | None = None
+    kept_tokens: NDArray[np.int64] | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
 

@@ -559,6 +559,10 @@ class OpenVLA(nn.Module):
         twin._prompt = None
         return twin
 
+    def view(self, image: UInt8Array) -> UInt8Array:
+        """What the encoders see of the environment's ``image``, uint8 (S, S, 3): tokens are its patches, row by row."""
+        return self.conventions.apply_image(image, self.config.image_sizes[-1])
+
     @property
     def backend(self) -> dict[str, str]:
         """``device``, ``dtype`` and ``attention`` (kernels that torch may choose from), for reports of timing."""
@@ -588,8 +592,7 @@ class OpenVLA(nn.Module):
         space, statistics, pruner = self.action_space, self.statistics, self.pruner
         assert statistics is not None
         clock = Stopwatch(self.device)
-        size = self.config.image_sizes[-1]
-        images = [self.conventions.apply_image(o.require_image(), size) for o in observations]
+        images = [self.view(o.require_image()) for o in observations]
         pixels = torch.stack([pixel_values(image, self.config) for image in images])  # (B, 3 x encoders, S, S)
         pixels = pixels.to(self.device)
         clock.lap("preprocess")
@@ -633,6 +636,7 @@ class OpenVLA(nn.Module):
         confidence_array = torch.stack(confidence, 1).cpu().numpy()  # (B, D)
         pooled = torch.stack(states).float().mean(0).cpu().numpy()  # (B, H)
         clock.lap("decode")
+        kept = [k.cpu().numpy() for k in keep]
         timings = {name: ms / len(images) for name, ms in clock.laps.items()}
         return [
             VLAOutput(
@@ -641,6 +645,7 @@ class OpenVLA(nn.Module):
                 confidence=confidence_array[i],
                 features=pooled[i],
                 visual_tokens=(len(keep[i]), total),
+                kept_tokens=kept[i],
                 timings=dict(timings),
             )
             for i in range(len(images))
