@@ -196,8 +196,13 @@ def bench_data(
         store = RolloutStore(folder)
         rows += bench_windows(store, batch_size, repeats, seed)
     path = write_summary(output, "data", rows, frames=store.frames, batch_size=batch_size, history=12, horizon=4)
-    print(table(rows, ["reader", "per_second", "per_cpu_second", "beside", "ratio_per_second", "ratio_per_cpu_second"]))
+    columns = ["reader", "per_second", "per_cpu_second", "beside", "ratio_per_second", "ratio_per_cpu_second"]
+    lines = [table(rows, columns)]
     for row in rows:
-        if "rss_anon_growth_mib" in row:
-            print(f"{row['reader']}: RssAnon {row['rss_anon_mib']:.0f} MiB, growth by pass {row['rss_anon_growth_mib']} MiB")
+        if "rss_anon_mib" in row:
+            lines.append(
+                f"{row['reader']}: RssAnon {row['rss_anon_mib']:.0f} MiB, growth by pass {row['rss_anon_growth_mib']} MiB"
+            )
+    (output / "table.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
     print(f"{store.frames} steps of windows; written: {path}")
