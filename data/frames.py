@@ -31,7 +31,7 @@ from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
@@ -44,11 +44,13 @@ class Question:
         instruction: the words.
         label: what the teacher would do then, float32 (D,); NaN where that is not worth teaching: the hand is busy.
         item: where the asked object is in the image, column and row in pixels, float32 (2,).
+        position: where it is in the world, metres, float32 (3,).
     """
 
     instruction: str
     label: NDArray[np.float32]
     item: NDArray[np.float32]
+    position: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Frame:
         instruction: what was asked for.
         label: the teacher's action at this state, environment units, float32 (D,).
         points: where :data:`POINTS` are in ``image``, column and row in pixels, float32 (3, 2); NaN if unknown.
+        positions: where they are in the world, metres, float32 (3, 3).
         others: what else could have been asked for.
     """
 
@@ -67,6 +70,7 @@ class Frame:
     instruction: str
     label: NDArray[np.float32]
     points: NDArray[np.float32]
+    positions: NDArray[np.float32]
     others: tuple[Question, ...] = ()
 
 
@@ -113,14 +117,18 @@ class Frames:
     def __getitem__(self, index: int) -> Frame:
         shard = int(np.searchsorted(self.offsets, index, side="right")) - 1
         (table, instruction, asked), row = self._tables[shard], index - int(self.offsets[shard])
-        label, points = (np.asarray(table[name][row].values, np.float32) for name in ("label", "points"))
+
+        def values(name: str, *shape: int) -> NDArray[np.float32]:
+            return np.asarray(table[name][row].values, np.float32).reshape(shape)
+
         others: tuple[Question, ...] = ()
         if asked:
-            labels = np.asarray(table["other_labels"][row].values, np.float32).reshape(len(asked), -1)
-            items = np.asarray(table["other_items"][row].values, np.float32).reshape(-1, 2)
-            others = tuple(map(Question, asked, labels, items))
+            count = len(asked)
+            columns = (values(f"other_{name}", count, -1) for name in ("labels", "items", "positions"))
+            others = tuple(map(Question, asked, *columns))
         image = decode_image(table["image"][row].as_buffer().to_pybytes())
-        return Frame(image, instruction, label, points.reshape(-1, 2), others)
+        points, positions = values("points", -1, 2), values("positions", -1, 3)
+        return Frame(image, instruction, values("label", -1), points, positions, others)
 
     def _add(self, shard: Path) -> None:
         episodes = shard_info(shard)["episodes"]
@@ -161,18 +169,13 @@ def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.T
             raise InputError(f"{shard}: holds no images; collect with --images true")
         raw = pq.read_table(shard, columns=[cameras[0], "vla_action", "observation.environment_state"])
         labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
-        points = image_points(states, facts.get("scene"))
-        columns = {
-            "image": raw[cameras[0]].combine_chunks().field("bytes"),
-            "label": pa.FixedSizeListArray.from_arrays(labels.ravel(), labels.shape[1]),
-            "points": pa.FixedSizeListArray.from_arrays(points.ravel(), points[0].size),
-        }
+        scene = facts.get("scene")
+        columns = {"image": raw[cameras[0]].combine_chunks().field("bytes"), "label": _lists(labels)}
+        columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
         found = {} if instruction is None else other_questions(states, labels, facts, instruction)
-        if found:
-            other_labels = np.stack([label for label, _ in found.values()], 1)  # (T, M, D)
-            items = np.stack([item for _, item in found.values()], 1)  # (T, M, 2)
-            columns["other_labels"] = pa.FixedSizeListArray.from_arrays(other_labels.ravel(), other_labels[0].size)
-            columns["other_items"] = pa.FixedSizeListArray.from_arrays(items.ravel(), items[0].size)
+        for k, name in enumerate(("other_labels", "other_items", "other_positions")):
+            if found:
+                columns[name] = _lists(np.stack([answer[k] for answer in found.values()], 1))  # (T, M, ...)
         table = pa.table(columns).filter(~np.isnan(labels).any(1)).replace_schema_metadata({"others": json.dumps(list(found))})
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(f".{os.getpid()}")
@@ -182,34 +185,47 @@ def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.T
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+def _lists(values: NDArray[np.float32]) -> pa.Array:
+    """Values (T, ...) as T lists."""
+    return pa.FixedSizeListArray.from_arrays(values.ravel(), values[0].size)
+
+
 def image_points(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:
-    """Where :data:`POINTS` are in the images, float32 (T, 3, 2), NaN where unknown.
+    """Where :data:`POINTS` are in the images, float32 (T, 3, 2), NaN where unknown; arguments as for :func:`positions`."""
+    if scene is None:
+        return np.full((len(states), len(POINTS), 2), np.nan, np.float32)
+    flat = positions(states, scene).reshape(-1, 3)
+    return np.asarray(project(scene["camera"], flat), np.float32).reshape(len(states), len(POINTS), 2)
+
+
+def positions(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:
+    """Where :data:`POINTS` are in the world, metres, float32 (T, 3, 3), NaN where unknown.
 
     Args:
         states: environment states, (T, E), see :meth:`data.libero.PrivilegedState.to_vector`.
         scene: what :func:`data.rollout.scene_facts` recorded, or None.
     """
-    out = np.full((len(states), len(POINTS), 2), np.nan, np.float32)
+    out = np.full((len(states), len(POINTS), 3), np.nan, np.float32)
     if scene is None:
         return out
-    out[:, 0] = project(scene["camera"], states[:, :3])
+    out[:, 0] = states[:, :3]
     for k, name in ((1, scene["place"]), (2, scene["item"])):
         if name is not None:
-            out[:, k] = body_points(states, scene, name)
+            out[:, k] = _centres(states, scene, name)
     return out
 
 
-def body_points(states: NDArray[np.float32], scene: dict[str, Any], name: str) -> NDArray[np.float32]:
-    """Where the centre of a body is in the images, float32 (T, 2); arguments as for :func:`image_points`."""
+def _centres(states: NDArray[np.float32], scene: dict[str, Any], name: str) -> NDArray[np.float32]:
+    """Where the centre of a body is in the world, (T, 3)."""
     body = scene["bodies"].index(name)
     poses = states[:, 8 + 7 * body : 15 + 7 * body].astype(np.float64)
-    centres = [rotation_matrix(p[3:]) @ np.asarray(scene["centres"][body]) + p[:3] for p in poses]
-    return np.asarray(project(scene["camera"], np.array(centres)), np.float32)
+    centre = np.asarray(scene["centres"][body])
+    return np.array([rotation_matrix(p[3:]) @ centre + p[:3] for p in poses], np.float32)
 
 
 def other_questions(
     states: NDArray[np.float32], labels: NDArray[np.float32], facts: dict[str, Any], instruction: str
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
     """What else could be asked for in an episode: one image then teaches several times.
 
     Args:
@@ -220,7 +236,7 @@ def other_questions(
 
     Returns:
         by instruction: the expert's actions, float32 (T, 7), NaN while the hand holds, closes or lets go, and where the object
-        is in the images, float32 (T, 2). Empty where the store does not say which LIBERO task it was.
+        is, in the images (T, 2) and in the world (T, 3). Empty where the store does not say which LIBERO task it was.
     """
     if facts.get("scene") is None or "suite" not in facts or "task" not in facts:
         return {}
@@ -234,7 +250,8 @@ def other_questions(
         actions = np.full_like(labels, np.nan)
         for t in np.flatnonzero(free):
             actions[t] = expert_action(PrivilegedState.from_vector(states[t], scene), goal)
-        out[text] = (actions, body_points(states, facts["scene"], goal.item))
+        where = _centres(states, facts["scene"], goal.item)
+        out[text] = (actions, np.asarray(project(facts["scene"]["camera"], where), np.float32), where)
     return out
 
 

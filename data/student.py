@@ -1,6 +1,6 @@
 """DAgger (arXiv 1011.0686): a student acts, the teacher labels every state it visits, and helps where it gets stuck.
 
-Helping keeps episodes from ending where the student first fails, so that labels cover the whole task from the start. The
+Helping keeps episodes near the states that matter, so that labels cover the whole task from the start. The
 student's weights are read anew for each episode: a trainer that writes them and a collector that runs this work side by
 side, with nothing between them but a folder.
 """
@@ -19,6 +19,7 @@ from spvla.vlas.base import VLA
 from spvla.vlas.registry import load_vla
 
 STALL_STEPS, STALL_DISTANCE = 15, 0.012  # a hand that moves less than this many metres in so many steps is stuck
+ASTRAY_STEPS, ASTRAY = 8, 0.6  # more than this off the teacher's translation, normalised, for so many steps is going astray
 HELP_STEPS = (8, 30)  # how long the teacher then acts
 HEAD_STEPS = 70  # most steps that the teacher acts at an episode's beginning ...
 HEAD_SHARE = 0.4  # ... in this share of the episodes
@@ -44,7 +45,7 @@ class Student:
         self._student = self._newest()
         self._student.reset(instruction)
         self._generator = np.random.default_rng([seed, 2])
-        self.helped = 0
+        self.helped = self._astray = 0
         self._path: list[FloatArray] = []
         head = self._generator.random() < HEAD_SHARE
         self._help_until = int(self._generator.integers(1, HEAD_STEPS)) if head else 0
@@ -61,7 +62,14 @@ class Student:
         if step < self._help_until or step >= PATIENCE:
             self.helped += 1
             return label
-        return self.space.clip(self._student.predict(observation).actions[0])
+        action = self.space.clip(self._student.predict(observation).actions[0])
+        dims = list(self.space.translation or self.space.continuous)
+        off = np.abs(self.space.normalize(action) - self.space.normalize(label))[dims].max()
+        self._astray = self._astray + 1 if off > ASTRAY else 0
+        if self._astray >= ASTRAY_STEPS:
+            self._help_until = step + int(self._generator.integers(*HELP_STEPS))
+            self._astray = 0
+        return action
 
     def _newest(self) -> VLA:
         """The student, read again if its weights on disk are not those in memory."""

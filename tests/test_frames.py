@@ -99,7 +99,7 @@ def dotted(column: int, row: int):
     """A frame with a white dot, and the dot as its points."""
     image = np.zeros((256, 256, 3), np.uint8)
     image[row - 2 : row + 3, column - 2 : column + 3] = 255
-    return Frame(image, "", np.zeros(7, np.float32), np.tile(np.float32([column, row]), (3, 1)))
+    return Frame(image, "", np.zeros(7, np.float32), np.tile(np.float32([column, row]), (3, 1)), np.zeros((3, 3), np.float32))
 
 
 @pytest.mark.parametrize("conventions", [Conventions(), conventions_by_name("libero")])
@@ -117,7 +117,7 @@ def test_points_move_with_the_image(conventions, augmentation):
 def test_without_augmentation_a_view_is_what_the_policy_sees():
     image = np.kron(np.random.default_rng(0).integers(0, 256, (16, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     frame = dotted(20, 20)
-    frame = type(frame)(decode_image(encode_jpeg(image)), "", frame.label, frame.points)
+    frame = type(frame)(decode_image(encode_jpeg(image)), "", frame.label, frame.points, frame.positions)
     conventions = conventions_by_name("libero")
     seen, _ = view(frame.image, frame.points, conventions, 224, None, np.random.default_rng(0))
     expected = conventions.apply_image(frame.image, 224)
@@ -144,8 +144,9 @@ def test_streams_are_seeded_and_validation_never_changes(tmp_path):
 
 def test_other_questions_are_drawn_and_too_few_are_filled_up():
     generator, label, point = np.random.default_rng(0), np.zeros(7, np.float32), np.zeros(2, np.float32)
-    others = tuple(Question(name, label, point) for name in "abc")
-    frame = Frame(np.zeros((4, 4, 3), np.uint8), "own", label, np.ones((3, 2), np.float32), others)
+    others = tuple(Question(name, label, point, np.zeros(3, np.float32)) for name in "abc")
+    places = np.ones((3, 2), np.float32), np.ones((3, 3), np.float32)
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), "own", label, *places, others)
     drawn = [[q.instruction for q in questions(frame, 3, generator)] for _ in range(20)]
     assert all(d[0] == "own" and len(set(d)) == 3 for d in drawn) and {q for d in drawn for q in d} == {"own", *"abc"}
     filled = questions(frame, 6, generator)
@@ -167,7 +168,8 @@ def test_other_questions_have_the_experts_answers(tmp_path):
     labels = vectors(pq.read_table(shard)["vla_action"])
     found = other_questions(states, labels, episode["metadata"], episode["instruction"])
     assert len(found) == 5 and episode["instruction"] not in found
-    for text, (actions, items) in found.items():
+    for text, (actions, items, where) in found.items():
         free = np.isfinite(actions).all(1)
         assert free[0] and not free[labels[:, 6] > 0].any() and np.isfinite(items).all()
+        assert where.shape == (len(states), 3) and np.ptp(where, 0).max() < 0.05, "nothing else moves"
         assert (actions[free, 6] == -1).all() and np.abs(actions[free, :2] - labels[free, :2]).max() > 0.5, text

@@ -56,7 +56,8 @@ def batch() -> FrameBatch:
     labels[:, 6] = np.sign(labels[:, 6])
     points = g.uniform(4, 27, (8, 3, 2)).astype(np.float32)
     texts = ["pick up the milk", "pick up the soup and place it in the basket"] * 4
-    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels[:, None]), torch.from_numpy(points))
+    positions = torch.from_numpy(g.uniform(-0.3, 0.3, (8, 3, 3)).astype(np.float32))
+    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels[:, None]), torch.from_numpy(points), positions)
 
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -154,10 +155,12 @@ def test_encoders_may_see_a_part_of_the_patches(tmp_path):
 def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     """Scores as the model's own forward pass gives them; what is not to be learnt changes no loss."""
     m, b = module(tmp_path / "model").eval(), batch()
-    pairs = FrameBatch(b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]])
+    pairs = FrameBatch(
+        b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]], b.positions[:4, [0, 1, 2, 2]]
+    )
     asked, actions = m.tokens(pairs)
     pixels, keep = m.pixels(pairs.images), m.draw(torch.ones(4, 16), 0.5)
-    scores, _, pointer, names = m.network(pixels, asked, keep)
+    scores, _, pointer, names, reach = m.network(pixels, asked, keep)
     model = m.network.model
     for i in range(4):
         for j in range(2):
@@ -170,10 +173,11 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
 
     torch.manual_seed(0)
     whole = m.losses(m.network, pairs)[0]
-    pairs.labels[:, 1], pairs.points[:, 3] = np.nan, np.nan
+    assert reach.shape == (4, 2, 2, 3)
+    pairs.labels[:, 1], pairs.points[:, 3], pairs.positions[:, 3] = np.nan, np.nan, np.nan
     torch.manual_seed(0)
     half = m.losses(m.network, pairs)[0]
-    own = FrameBatch(pairs.images, b.instructions[::2], pairs.labels[:, :1], pairs.points[:, :3])
+    own = FrameBatch(pairs.images, b.instructions[::2], pairs.labels[:, :1], pairs.points[:, :3], pairs.positions[:, :3])
     torch.manual_seed(0)
     alone = m.losses(m.network, own)[0]
     for name in ("action", "heat"):

@@ -29,16 +29,19 @@ class FrameBatch:
         labels: the teacher's actions for each, environment units, float32 (B, Q, D); NaN: none to be learnt.
         points: where hand, place and each instruction's object are, column and row in pixels of ``images``, float32
             (B, 2 + Q, 2), or NaN. With one instruction they are :data:`data.frames.POINTS`.
+        positions: the same in the world, metres, float32 (B, 2 + Q, 3).
     """
 
     images: Tensor
     instructions: list[str]
     labels: Tensor
     points: Tensor
+    positions: Tensor
 
     def to(self, device: torch.device) -> FrameBatch:
         """The same on ``device``."""
-        return FrameBatch(self.images.to(device), self.instructions, self.labels.to(device), self.points.to(device))
+        arrays = (x.to(device) for x in (self.labels, self.points, self.positions))
+        return FrameBatch(self.images.to(device), self.instructions, *arrays)
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,10 @@ def view(
 
 def questions(frame: Frame, count: int, generator: np.random.Generator) -> list[Question]:
     """The frame's own instruction, and others drawn without replacement; too few are filled up with ones to be ignored."""
-    own = Question(frame.instruction, frame.label, frame.points[2])
+    own = Question(frame.instruction, frame.label, frame.points[2], frame.positions[2])
     drawn = generator.permutation(len(frame.others))[: count - 1]
-    ignored = Question(frame.instruction, np.full_like(own.label, np.nan), np.full_like(own.item, np.nan))
+    nothing = (np.full_like(values, np.nan) for values in (own.label, own.item, own.position))
+    ignored = Question(frame.instruction, *nothing)
     return [own, *(frame.others[i] for i in drawn), *[ignored] * (count - 1 - len(drawn))]
 
 
@@ -133,6 +137,11 @@ class FrameStream(IterableDataset[FrameBatch]):
             [q.instruction for a in asked for q in a],
             torch.from_numpy(np.stack([[q.label for q in a] for a in asked])),
             torch.from_numpy(np.stack([p for _, p in views])),
+            torch.from_numpy(
+                np.stack(
+                    [np.concatenate([f.positions[:2], [q.position for q in a]]) for f, a in zip(frames, asked, strict=True)]
+                )
+            ),
         )
 
 

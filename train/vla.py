@@ -95,6 +95,7 @@ class TrainedVLA(nn.Module):
         )
         self.query = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
         self.key = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
+        self.reach = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 6))
         self.name = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, pointer_width))
         self.look = nn.Sequential(
             nn.LayerNorm(model.vision_backbone.width), nn.Linear(model.vision_backbone.width, pointer_width)
@@ -102,7 +103,7 @@ class TrainedVLA(nn.Module):
 
     def forward(
         self, pixels: Tensor, asked: Questions, keep: Tensor, patches: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Scores of action tokens and heat maps.
 
         The visual tokens come before the text and see nothing of it: one pass through the model answers all questions
@@ -117,7 +118,8 @@ class TrainedVLA(nn.Module):
         Returns:
             scores (B, Q, D, V) of each action token; heat (B, 2, N) of hand and place over the patches; pointer (B, Q, K) to
             the asked object over the kept ones, from the decoder; names (B, Q, N), the same over all, from the encoders'
-            features and the bare words: the shortest way for them to learn what things are called. All are logits.
+            features and the bare words: the shortest way for them to learn what things are called; all these are logits.
+            reach (B, Q, 2, 3): from the hand to the asked object and to the place, in decimetres, read from the decoder.
         """
         model = self.model
         features, _ = model.vision_backbone(pixels, patches)  # (B, N, C)
@@ -150,7 +152,8 @@ class TrainedVLA(nn.Module):
         total = first_words.sum(1, keepdim=True) + (words * prompt[..., None]).sum(2)  # (B, Q, H)
         name = self.name(total / (len(asked.common) + asked.lengths[..., None]))  # (B, Q, W)
         names = name @ self.look(features).transpose(1, 2) / math.sqrt(name.shape[-1])  # (B, Q, N)
-        return scores, self.heat(features).transpose(1, 2), pointer, names
+        reach = self.reach(_at(middle, ends)).unflatten(-1, (2, 3))  # (B, Q, 2, 3)
+        return scores, self.heat(features).transpose(1, 2), pointer, names, reach
 
 
 class PlainAttention(TorchFunctionMode):
@@ -231,10 +234,13 @@ class VLAModule(L.LightningModule):
         look_all: share of the batches whose encoders see everything.
         keep: least and largest share of those that reach the decoder, drawn for each batch, chosen likewise.
         smoothing: standard deviation, in bins, of a continuous dimension's target.
+        mean_weight: loss weight of the distance between the mean of a continuous token's distribution and the teacher's action,
+            in units of its full range.
         rotation_weight: loss weight of rotation tokens; the other dimensions count 1.
         rotation_slack: labels' rotations are taught as so much less, environment units, and none below it: from a teacher that
             always levels the hand a little a student gets errors that add up, until its hand tilts.
         heat_weight: loss weight of the heat maps and the pointer.
+        reach_weight: loss weight of the way from the hand to the object and to the place, decimetres.
         pointer_layer: decoder layer whose hidden states the pointer reads; by default the middle one.
         bf16: compute in bfloat16 where autocast allows; weights stay float32.
     """
@@ -257,9 +263,11 @@ class VLAModule(L.LightningModule):
         look_all: float = 0.0,
         keep: tuple[float, float] = (0.25, 1.0),
         smoothing: float = 2.0,
+        mean_weight: float = 0.0,
         rotation_weight: float = 0.1,
         rotation_slack: float = 0.0,
         heat_weight: float = 0.3,
+        reach_weight: float = 1.0,
         pointer_layer: int | None = None,
         bf16: bool = True,
     ) -> None:
@@ -275,7 +283,8 @@ class VLAModule(L.LightningModule):
         self.warmup_steps, self.cooldown = warmup_steps, cooldown
         self.look, self.look_all = look, look_all
         self.keep, self.smoothing, self.heat_weight, self.bf16 = keep, smoothing, heat_weight, bf16
-        self.rotation_slack = rotation_slack
+        self.mean_weight = mean_weight
+        self.rotation_slack, self.reach_weight = rotation_slack, reach_weight
         self.patch = config.image_sizes[0] / config.grid
         self.first_bin = config.vocab - config.n_action_bins + 1  # ids from here on stand for one bin each
         space = model.action_space
@@ -321,14 +330,20 @@ class VLAModule(L.LightningModule):
     # ------------------------------------------------------------------------------------------------------ loss
 
     def action_loss(self, scores: Tensor, actions: Tensor) -> Tensor:
-        """Cross-entropy of scores (R, D, V) with targets spread over the bins around the action tokens (R, D)."""
+        """Cross-entropy of scores (R, D, V) with targets spread over the bins around the action tokens (R, D).
+
+        Beside it the distance of the distribution's mean: bins are just names to cross-entropy, neighbours or not.
+        """
         vocab = self.network.model.action_tokenizer.vocab
         ids = torch.arange(self.first_bin, vocab, device=scores.device)
         distance = (ids - actions[..., None]).float()  # (R, D, bins)
         spread = torch.where(self.continuous[:, None], self.smoothing, 1e-3)
         target = (-0.5 * (distance / spread) ** 2).softmax(-1)
         log_p = scores.float().log_softmax(-1)[..., self.first_bin : vocab]
-        per_dim = -(target * log_p).sum(-1).mean(0)  # (D,)
+        mean = (log_p.exp() * (ids - self.first_bin)).sum(-1) / (vocab - self.first_bin)  # (R, D), 0 to 1
+        wanted = (actions - self.first_bin) / (vocab - self.first_bin)
+        off = F.smooth_l1_loss(mean, wanted, beta=0.02, reduction="none") * self.continuous
+        per_dim = (self.mean_weight * off - (target * log_p).sum(-1)).mean(0)  # (D,)
         return (per_dim * self.weights).sum() / self.weights.sum()
 
     def losses(
@@ -348,7 +363,7 @@ class VLAModule(L.LightningModule):
         keep = self.draw(contents if patches is None else contents.gather(1, patches), share)
         plain = PlainAttention() if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), plain:
-            scores, heat, pointer, names = network(self.pixels(batch.images), asked, keep, patches)
+            scores, heat, pointer, names, reach = network(self.pixels(batch.images), asked, keep, patches)
         target, seen = soft_targets(batch.points, self.network.model.config.grid, self.patch)  # (B, 2 + Q, N), (B, 2 + Q)
         if patches is not None:
             target = target.gather(2, patches[:, None].expand(-1, target.shape[1], -1))
@@ -357,9 +372,14 @@ class VLAModule(L.LightningModule):
         left = target[:, 2:].gather(2, keep[:, None].expand(-1, pointer.shape[1], -1))  # (B, Q, K)
         pointer_loss = -(left * pointer.float().log_softmax(-1)).sum(-1)  # (B, Q)
         names_loss = -(target[:, 2:] * names.float().log_softmax(-1)).sum(-1)  # (B, Q)
+        hand, place, items = batch.positions[:, :1], batch.positions[:, 1:2], batch.positions[:, 2:]
+        vectors = torch.stack([items - hand, (place - hand).expand_as(items)], 2)  # (B, Q, 2, 3)
+        known = vectors.isfinite().all(-1)
+        off = F.smooth_l1_loss(reach.float(), 10 * vectors.nan_to_num(), beta=0.1, reduction="none").mean(-1)  # (B, Q, 2)
         taught = batch.labels.isfinite().all(-1)  # (B, Q)
         terms = {
             "action": self.action_loss(scores[taught], actions[taught]),
+            "reach": _mean(off, known),
             "heat": 2 * _mean(heat_loss, seen[:, :2]) + _mean(pointer_loss + names_loss, seen[:, 2:]),
         }
         return terms, {"scores": scores.detach(), "heat": heat.detach(), "pointer": pointer.detach(), "actions": actions}
@@ -371,7 +391,7 @@ class VLAModule(L.LightningModule):
         look = 1.0 if chance < self.look_all else self.look[0] + (self.look[1] - self.look[0]) * look
         share = self.keep[0] + (self.keep[1] - self.keep[0]) * share
         terms, _ = self.losses(self.network, batch, look, share)
-        loss = terms["action"] + self.heat_weight * terms["heat"]
+        loss = terms["action"] + self.heat_weight * terms["heat"] + self.reach_weight * terms["reach"]
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True, batch_size=len(batch.images))
         return loss
 
