@@ -71,6 +71,15 @@ def test_distilling_again_redoes_nothing(export_folder, store_folder, capsys):
     assert (export_folder / "generators" / "mlp.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
+def test_side_by_side_or_one_after_the_other_gives_the_same_weights(store_folder, tmp_path):
+    options = {**OPTIONS, "generators": ["mlp"], "steps": 20, "gate_steps": 20}
+    for threads in (1, 2):
+        distill([store_folder], tmp_path / str(threads), **{**options, "threads": threads})
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / t / ".stages").iterdir()} for t in "12")
+    assert one == two and len(one) == 5  # two folds, the generator, two gates
+
+
 def test_offline_evaluation_of_the_export(export_folder, store_folder, tmp_path):
     offline(store_folder, export_folder, tmp_path / "o")
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,7 @@ def fit_generator(
     steps: int,
     description: str,
     batch_size: int | None = None,
+    position: int = 0,
 ) -> LearnedGenerator:
     """Distil a generator from the windows in ``spans``.
 
@@ -171,13 +172,14 @@ def fit_generator(
         steps: optimiser steps.
         description: what the progress bar says.
         batch_size: windows per step; the data's if None.
+        position: line of the progress bar.
     """
     module = GeneratorModule(data.features, data.space, **options)
-    quick_fit(module, data.stream(spans, batch_size, steps), description)
+    quick_fit(module, data.stream(spans, batch_size, steps), description, position)
     return module.network.eval()
 
 
-def quick_fit(module: L.LightningModule, stream: BatchStream, description: str) -> None:
+def quick_fit(module: L.LightningModule, stream: BatchStream, description: str, position: int = 0) -> None:
     """One pass of ``stream`` with a progress bar and nothing written to disk."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device and tip lines before every bar
     trainer = L.Trainer(
@@ -189,7 +191,7 @@ def quick_fit(module: L.LightningModule, stream: BatchStream, description: str) 
         enable_model_summary=False,
         enable_progress_bar=False,
         gradient_clip_val=1.0,
-        callbacks=[_Progress(description, len(stream))],
+        callbacks=[_Progress(description, len(stream), position)],
     )
     trainer.fit(module, loader(stream))
 
@@ -197,11 +199,11 @@ def quick_fit(module: L.LightningModule, stream: BatchStream, description: str) 
 class _Progress(L.Callback):
     """One tqdm line per training."""
 
-    def __init__(self, description: str, steps: int) -> None:
-        self.description, self.steps = description, steps
+    def __init__(self, description: str, steps: int, position: int) -> None:
+        self.description, self.steps, self.position = description, steps, position
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar = tqdm(total=self.steps, desc=self.description, unit="step", mininterval=1.0)
+        self.bar = tqdm(total=self.steps, desc=self.description, unit="step", mininterval=1.0, position=self.position)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.bar.update()
@@ -212,32 +214,17 @@ class _Progress(L.Callback):
         self.bar.close()
 
 
-def run_now(stage: str, fit: Callable[[], LearnedGenerator]) -> LearnedGenerator:
-    """Fit without keeping the result anywhere."""
-    return fit()
-
-
 def cross_fit(
-    data: RolloutData,
-    options: Mapping[str, Any],
-    steps: int,
-    folds: int,
-    name: str,
-    run: Callable[[str, Callable[[], LearnedGenerator]], LearnedGenerator] = run_now,
-    batch_size: int | None = None,
+    data: RolloutData, options: Mapping[str, Any], steps: int, folds: int, name: str
 ) -> tuple[list[LearnedGenerator], NDArray[np.uint8]]:
-    """For each fold, a generator trained on the other folds' episodes; and every frame's fold.
-
-    ``run(stage, fit)`` may return an earlier result of the stage in place of ``fit()``.
-    """
+    """For each fold, a generator trained on the other folds' episodes; and every frame's fold."""
     fold = fold_of_frames(data.split, folds, len(data.windows), data.seed)
 
     def fit(k: int) -> LearnedGenerator:
-        label = f"{name} without fold {k + 1}/{folds}"
-        others = [(first, length) for first, length in data.split.train if fold[first] != k]
-        return fit_generator(data, others, options, steps, label, batch_size)
+        others = [span for span in data.split.train if fold[span[0]] != k]
+        return fit_generator(data, others, options, steps, f"{name} without fold {k + 1}")
 
-    return [run(f"{name}-without-{k}", lambda k=k: fit(k)) for k in range(folds)], fold  # type: ignore[misc]
+    return [fit(k) for k in range(folds)], fold
 
 
 class GateData(RolloutData):

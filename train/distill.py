@@ -1,8 +1,8 @@
 """The whole chain from rollout stores to an exported folder: ``python -m train distill``.
 
 Generators are distilled, then each generator (the linear one included) gets its own gate, trained on cross-fitted
-residuals and calibrated on episodes that neither has seen. Every finished stage is kept under ``<output>/.stages``, keyed
-by what determines it, so that an interrupted run continues.
+residuals and calibrated on episodes that neither has seen. Every finished stage is kept under ``<output>/.stages``, named
+by what determines it, so that an interrupted run continues; on several cores stages are trained side by side.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import hashlib
 import json
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from zlib import crc32
 
 import lightning as L
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.parallel import run_groups
 from data.relabel import relabel_into
 from data.windows import blocks_of
 from spvla.errors import InputError
@@ -34,32 +36,142 @@ from spvla.generators.learned import LearnedGenerator
 from spvla.pruning.pruner import make_pruner
 from spvla.scheduling.calibration import Calibration, calibrate, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
-from train.datamodules import RolloutData, cross_fit, fit_generator, quick_fit
+from train.datamodules import RolloutData, fit_generator, fold_of_frames, quick_fit
 from train.modules import ClassifierModule, GeneratorModule
 
-M = TypeVar("M", bound=nn.Module)
+
+@dataclass(frozen=True)
+class Stage:
+    """One training whose weights are kept.
+
+    Args:
+        kind: ``generator`` or ``gate``.
+        name: of the generator, or of the one that the gate belongs to.
+        without: the fold that the generator does not see; None: it sees every training episode.
+    """
+
+    kind: str
+    name: str
+    without: int | None = None
+
+    def __str__(self) -> str:
+        fold = "" if self.without is None else f" without fold {self.without + 1}"
+        return f"{'gate of ' if self.kind == 'gate' else ''}{self.name}{fold}"
 
 
-class Stages:
-    """Weights of finished stages, so that a run that was stopped redoes nothing."""
+@dataclass(frozen=True)
+class Plan:
+    """Everything that determines the weights of every stage, so that a worker process can make any of them.
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        self.folder, self.key = folder, key
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        data: arguments of :class:`train.datamodules.RolloutData`.
+        folder: where finished stages are kept.
+        learned: per learned generator, arguments of :class:`train.modules.GeneratorModule`, and its own ``batch_size``.
+        gate: arguments of :class:`train.modules.ClassifierModule`.
+        steps, gate_steps: optimiser steps.
+        folds: of the cross-fit.
+        tolerance: of a step that does not deviate.
+    """
 
-    def run(self, name: str, fit: Callable[[], M], options: Any, blank: Callable[[], M]) -> M:
-        """``fit()``, or what an earlier run with the same data and options left of it."""
-        text = json.dumps({"stage": name, "options": options, **self.key}, sort_keys=True, default=str)
-        path = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-        if path.exists():
-            module = blank()
-            module.load_state_dict(load_file(path))
-            return module.eval()
-        module = fit()
+    data: dict[str, Any]
+    folder: Path
+    learned: dict[str, dict[str, Any]]
+    gate: dict[str, Any]
+    steps: int
+    gate_steps: int
+    folds: int
+    tolerance: float
+
+    @cached_property
+    def rollouts(self) -> RolloutData:
+        """The windows, in this process."""
+        return RolloutData(**self.data)
+
+    @cached_property
+    def fold(self) -> NDArray[np.uint8]:
+        """Fold of every global frame."""
+        return fold_of_frames(self.rollouts.split, self.folds, len(self.rollouts.windows), self.rollouts.seed)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What all stages depend on. A store of calibration episodes alone changes no weights."""
+        windows = self.rollouts.windows
+        firsts = {first for first, _ in self.rollouts.split.train}
+        trained_on = {store for store, first, _ in windows.episodes if first in firsts}
+        data = {k: v for k, v in self.data.items() if k != "data"}
+        stores = [s.fingerprint for i, s in enumerate(windows.stores) if i in trained_on]
+        return {"stores": stores, "features": asdict(self.rollouts.features), "data": data, "folds": self.folds}
+
+    def path(self, stage: Stage) -> Path:
+        """The stage's weights; the name changes with whatever they depend on."""
+        options: list[Any] = [self.learned.get(stage.name), self.steps]
+        if stage.kind == "gate":
+            options += [self.gate, self.gate_steps, self.tolerance]
+        text = json.dumps({"stage": str(stage), "options": options, **self.key}, sort_keys=True, default=str)
+        return self.folder / f"{str(stage).replace(' ', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+    def train(self, stage: Stage, position: int = 0) -> None:
+        """Train a stage and keep its weights; gates need their generators' stages. Its seed is its own."""
+        L.seed_everything((self.rollouts.seed + crc32(str(stage).encode())) % 2**32, workers=True, verbose=False)
+        data = self.rollouts
+        network: nn.Module
+        if stage.kind == "gate":
+            judges, fold = self.judges(stage.name)
+            module = ClassifierModule(data.features, judges, fold, data.space, **self.gate, tolerance=self.tolerance)
+            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps), str(stage), position)
+            network = module.network
+        else:
+            options = dict(self.learned[stage.name])
+            batch = options.pop("batch_size", None)
+            spans = [span for span in data.split.train if self.fold[span[0]] != stage.without]
+            network = fit_generator(data, spans, options, self.steps, str(stage), batch, position)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(stage)
         temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
+        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, temporary)
         temporary.replace(path)
-        return module
+
+    def generator(self, name: str, without: int | None = None) -> LearnedGenerator:
+        """A generator as its stage left it."""
+        options = {k: v for k, v in self.learned[name].items() if k != "batch_size"}
+        network = GeneratorModule(self.rollouts.features, self.rollouts.space, **options).network
+        network.load_state_dict(load_file(self.path(Stage("generator", name, without))))
+        return network.eval()
+
+    def classifier(self, name: str) -> ActionTypeClassifier:
+        """A gate as its stage left it."""
+        fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout")}
+        network = ActionTypeClassifier(ClassifierConfig(self.rollouts.features, **fields))
+        network.load_state_dict(load_file(self.path(Stage("gate", name))))
+        return network.eval()
+
+    def judges(self, name: str) -> tuple[list[ActionGenerator], NDArray[np.uint8]]:
+        """Who judges each fold's frames, the generator itself last; and the folds."""
+        space = self.rollouts.space
+        if name not in self.learned:
+            return [built_in_generator(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
+        return [self.generator(name, k).bind(space) for k in [*range(self.folds), None]], self.fold
+
+
+def _train_stage(job: tuple[Plan, Stage, int]) -> Iterator[None]:
+    plan, stage, position = job
+    warnings.filterwarnings("ignore", module="lightning")
+    plan.train(stage, position)
+    yield
+
+
+def train_stages(plan: Plan, stages: Sequence[Stage], threads: int) -> None:
+    """Train the stages that no earlier run left: on CPUs side by side, a thread each, which two threads of one training
+    are no match for at this size; else one after the other."""
+    missing = [stage for stage in stages if not plan.path(stage).exists()]
+    workers = 1 if torch.cuda.is_available() else min(threads, len(missing))
+    if workers > 1:
+        blank = replace(plan)  # without what this process has read
+        for _ in run_groups(_train_stage, [(blank, s, i % workers) for i, s in enumerate(missing)], workers):
+            pass
+    else:
+        for stage in missing:
+            plan.train(stage)
 
 
 def calibration_curve(
@@ -96,20 +208,6 @@ def judge_episode(
     p[~known] = np.inf
     p[0] = np.inf
     return p, deviates
-
-
-def fit_gate(
-    data: RolloutData,
-    judges: list[ActionGenerator],
-    fold: NDArray[np.uint8],
-    options: dict[str, Any],
-    steps: int,
-    name: str,
-) -> ActionTypeClassifier:
-    """Train the gate of the generator that ``judges`` stand for, on the training episodes."""
-    module = ClassifierModule(data.features, judges, fold, data.space, **options)
-    quick_fit(module, data.stream(data.split.train, batches=steps), f"gate of {name}")
-    return module.network.eval()
 
 
 def max_jump(data: RolloutData) -> NDArray[np.float32]:
@@ -211,70 +309,41 @@ def distill(
         relabel: data sets to label with a VLA first, each with the options of python -m data relabel; the stores are kept
             under output and come after those of data.
         weights: share of each store in the training batches, in their order; by their numbers of frames if omitted.
-        threads: of torch, during training.
+        threads: cores to train on.
         seed: of everything.
     """
     data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
     torch.set_num_threads(threads)
-    L.seed_everything(seed, workers=True, verbose=False)
     warnings.filterwarnings("ignore", module="lightning")
     sizes = {"mlp": mlp, "transformer": transformer}
     for name in generators:
         if name not in sizes:
             raise InputError(f"generators: {name!r} is unknown; there are: {', '.join(sizes)}")
-    rollouts = RolloutData(
-        data,
-        history,
-        state_dims,
-        vla_confidence=vla_confidence,
-        vla_features=vla_features,
-        horizon=horizon,
-        batch_size=batch_size,
-        hide=hide,
-        calibration_fraction=calibration_fraction,
-        seed=seed,
-        weights=weights,
-    )
     make_pruner(default_pruning, "default_pruning")  # a wrong one is told before hours of training
-    split = rollouts.split
-    firsts = {first for first, _ in split.train}
-    trained_on = {store for store, first, _ in rollouts.windows.episodes if first in firsts}
+    plan = Plan(
+        data={
+            **{"data": data, "history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
+            **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide, "seed": seed, "weights": weights},
+            "calibration_fraction": calibration_fraction,
+        },
+        folder=output / ".stages",
+        learned={name: {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]} for name in generators},
+        gate=gate,
+        steps=steps,
+        gate_steps=gate_steps,
+        folds=folds,
+        tolerance=tolerance,
+    )
+    rollouts, split = plan.rollouts, plan.rollouts.split
     print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
     if not all(s.labelled_by_teacher for s in rollouts.windows.stores):
         print("distilled from demonstrations: there are no teacher labels in the data")
-    key = {  # a store of calibration episodes alone changes no weights
-        "stores": [s.fingerprint for i, s in enumerate(rollouts.windows.stores) if i in trained_on],
-        "features": asdict(rollouts.features),
-        "common": [batch_size, hide, folds, calibration_fraction, seed, *([weights] if weights else [])],
-    }
-    stages = Stages(output / ".stages", key)
-
-    learned: dict[str, LearnedGenerator] = {}
-    gates: dict[str, ActionTypeClassifier] = {}
-    curves: dict[str, Calibration] = {}
-    for name in [*generators, *baselines]:
-        judges: list[ActionGenerator]
-        gate_key: Any = [gate, gate_steps, tolerance]
-        if name in sizes:
-            options = {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]}
-            batch = int(options.pop("batch_size", batch_size))
-            blank_generator = partial(_blank_generator, rollouts, options)
-            keep = partial(stages.run, options=[options, steps, batch], blank=blank_generator)
-            fitted, fold = cross_fit(rollouts, options, steps, folds, name, keep, batch)
-            learned[name] = keep(name, partial(fit_generator, rollouts, split.train, options, steps, name, batch))
-            judges = [g.bind(rollouts.space) for g in [*fitted, learned[name]]]
-            gate_key += [options, steps, batch]
-        else:
-            judges, fold = [built_in_generator(name, rollouts.space)], np.zeros(len(rollouts.windows), np.uint8)
-        gate_options = {**gate, "tolerance": tolerance}
-
-        gates[name] = stages.run(
-            f"gate-{name}",
-            options=gate_key,
-            blank=partial(_blank_gate, rollouts, gate),
-            fit=partial(fit_gate, rollouts, judges, fold, gate_options, gate_steps, name),
-        )
-        curves[name] = calibration_curve(rollouts, judges[-1], gates[name], tolerance)
+    fits = [Stage("generator", name, without) for name in generators for without in [*range(folds), None]]
+    train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
+    train_stages(plan, [Stage("gate", name) for name in generators], threads)
+    learned = {name: plan.generator(name) for name in generators}
+    gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
+    curves = {name: calibration_curve(rollouts, plan.judges(name)[0][-1], gates[name], tolerance) for name in gates}
     default = default_generator or (generators[0] if generators else baselines[0])
     if default not in gates:
         raise InputError(f"default_generator {default!r} is not among the distilled ones: {', '.join(gates)}")
@@ -296,15 +365,6 @@ def distill(
     save_export(export, output)
     print_curves(export)
     print(f"exported to {output}")
-
-
-def _blank_generator(data: RolloutData, options: dict[str, Any]) -> LearnedGenerator:
-    return GeneratorModule(data.features, data.space, **options).network
-
-
-def _blank_gate(data: RolloutData, options: dict[str, Any]) -> ActionTypeClassifier:
-    fields = {k: v for k, v in options.items() if k in ("width", "depth", "dropout")}
-    return ActionTypeClassifier(ClassifierConfig(data.features, **fields))
 
 
 def print_curves(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3)) -> None:
