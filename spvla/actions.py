@@ -7,7 +7,10 @@ weights and one set of thresholds carries over between robots and data sets.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,6 +202,25 @@ LIBERO = ActionSpace(
     gripper=(6,),
 )
 """LIBERO's 7-D OSC_POSE delta at 20 Hz: 0.05 m and 0.5 rad per unit and step; gripper -1 opens, +1 closes."""
+
+
+def read_space(value: ActionSpace | Mapping[str, Any] | str | Path) -> ActionSpace:
+    """An action space as configurations write it: ``libero``, its fields, or a JSON file with them, such as an export's.
+
+    Raises:
+        InputError: no such name or file, or fields that do not fit.
+    """
+    if isinstance(value, ActionSpace):
+        return value
+    if isinstance(value, Mapping):
+        return ActionSpace.from_dict(dict(value))
+    if value == LIBERO.name:
+        return LIBERO
+    try:
+        fields = json.loads(Path(value).read_text())
+        return ActionSpace.from_dict(fields.get("action_space", fields), str(value))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"action space {str(value)!r}: neither 'libero' nor a JSON file with its fields ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from spvla.scheduling.base import Scheduler
 from spvla.scheduling.calibration import Calibration
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
 from spvla.scheduling.rules import PaperRule, ReleaseRule
-from spvla.vlas.base import VLA
+from spvla.vlas.foreign import as_vla
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
@@ -94,7 +94,7 @@ def built_in_generator(name: str, space: ActionSpace, also: tuple[str, ...] = ()
 
 
 def accelerate(
-    vla: VLA,
+    vla: Any,
     export: str | Path | Export | None = None,
     risk: float | None = None,
     *,
@@ -110,7 +110,9 @@ def accelerate(
     """Put a frozen VLA, a distilled generator and its gate together.
 
     Args:
-        vla: the frozen policy, unmodified.
+        vla: the frozen policy, unmodified: a :class:`~spvla.vlas.base.VLA`, a LeRobot policy, or any object with
+            ``select_action(observation)`` and ``reset()``; the latter two act in the export's action space
+            (:mod:`spvla.vlas.foreign` has the adapters, with their options).
         export: an exported folder, a hub id, or a loaded :class:`Export`; None for built-in parts alone.
         risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
             None.
@@ -127,6 +129,7 @@ def accelerate(
     """
     loaded = load_export(export) if isinstance(export, str | Path) else export
     defaults = dict(loaded.defaults) if loaded else {}
+    vla = as_vla(vla, None if loaded is None else replace(loaded.space, max_jump=None))
     if loaded is not None:
         loaded.space.require_compatible(vla.action_space, "accelerate")
     generator = generator or defaults.get("generator", "ridge")

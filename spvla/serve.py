@@ -520,6 +520,7 @@ def serve_policy(
     if max_sessions < 1:
         raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
     server = PolicyServer(
         policy,
         checkpoint,

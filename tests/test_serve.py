@@ -90,7 +90,7 @@ def serving():
     """Start servers; they end with the test."""
     running = []
 
-    def start(policy="sharing", interface=WIRE, max_sessions=64, **parts):
+    def start(policy="sharing", interface=WIRE, max_sessions=64, port=0, **parts):
         parts = {"generator": "last", "scheduler": "release", **parts}
         server = PolicyServer(f"tests.test_serve:{policy}", interface=interface, **parts)
         out = SimpleNamespace(server=server, stopped=threading.Event())
@@ -100,7 +100,7 @@ def serving():
             out.endpoint, out.loop = Endpoint(server, max_sessions), asyncio.get_running_loop()
             ready = out.loop.create_future()
             ready.add_done_callback(lambda r: (setattr(out, "port", r.result()), started.set()))
-            await out.endpoint.run("127.0.0.1", 0, ready)
+            await out.endpoint.run("127.0.0.1", port, ready)
             out.stopped.set()
 
         threading.Thread(target=lambda: asyncio.run(main()), daemon=True).start()

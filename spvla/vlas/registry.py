@@ -20,6 +20,8 @@ BUILT_IN = {
     "expert": "data.expert:load",
     "openvla": "spvla.vlas.openvla:load",
     "nano_vla": "spvla.vlas.nano:load",
+    "lerobot": "spvla.vlas.foreign:load_lerobot",
+    "remote": "spvla.vlas.remote:load",
 }
 GROUP = "spvla.vlas"
 

@@ -1,0 +1,150 @@
+"""vla-eval's LIBERO benchmark beside our own closed loop, episode by episode: ``python -m eval.vla_eval_libero``.
+
+The harness drives the served policy and records what was executed; this command runs the same policy in our own loop from
+the same initial states and compares every action. results/vla_eval has the commands and what came of them.
+
+The one thing that differs between the two loops is the age of an observation: robosuite samples its sensors and renders
+before a control step's last simulation steps, our loop shows the end of the step. :class:`LiberoAtStepEnd` is vla-eval's
+benchmark with observations taken at the end; with it the actions are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vla_eval.benchmarks.base import StepResult
+from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
+
+from data.collect import episode_seed
+from data.libero import LiberoEnv, load_tasks
+from data.rollout import rollout
+from spvla.errors import InputError
+from spvla.export import accelerate
+from spvla.vlas.registry import load_vla, needs_images
+
+
+class LiberoFrom(LIBEROBenchmark):
+    """vla-eval's LIBERO benchmark, its episodes counted from another initial state than the first.
+
+    Args:
+        first_init_state: the official initial state of each task's first episode; ours for evaluation are 30-49.
+    """
+
+    def __init__(self, *args: Any, first_init_state: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.first_init_state = first_init_state
+
+    def reset(self, task: dict[str, Any]) -> Any:
+        """As the benchmark's own."""
+        return super().reset({**task, "episode_idx": task.get("episode_idx", 0) + self.first_init_state})
+
+
+class LiberoAtStepEnd(LiberoFrom):
+    """The same, but observations show the end of the control step."""
+
+    def reset(self, task: dict[str, Any]) -> Any:
+        """As the benchmark's own."""
+        super().reset(task)
+        return self._now()
+
+    def step(self, action: dict[str, Any]) -> StepResult:
+        """As the benchmark's own."""
+        result = super().step(action)
+        return StepResult(obs=self._now(), reward=result.reward, done=result.done, info=result.info)
+
+    def _now(self) -> Any:
+        assert self._env is not None
+        return self._env.env._get_observations(force_update=True)
+
+
+def read_recording(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A vla-eval recording of one benchmark: its parameters, and per episode its facts and executed ``actions`` (T, 7)."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such recording")
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        runs = [json.loads(row) for (row,) in database.execute("select metadata from eval_metadata")]
+        if len(runs) != 1:
+            raise InputError(f"{path}: holds {len(runs)} benchmarks, expected 1")
+        episodes = []
+        query = "select sid, eid, status, steps, context from episode_results order by rowid"
+        for sid, eid, status, steps, context in database.execute(query).fetchall():
+            rows = database.execute("select fields from step_rows where sid = ? and eid = ? order by step_id", (sid, eid))
+            actions = np.array([json.loads(row)["action"] for (row,) in rows], np.float32)
+            episodes.append({**json.loads(context), "status": status, "steps": steps, "actions": actions})
+    return runs[0], episodes
+
+
+def compare(
+    recording: str,
+    output: str,
+    policy: str,
+    checkpoint: str | None = None,
+    export: str | None = None,
+    risk: float | None = None,
+    generator: str | None = None,
+    scheduler: str | None = None,
+    policy_options: dict[str, Any] | None = None,
+) -> None:
+    """Run what vla-eval recorded in our own loop, and compare action by action.
+
+    Args:
+        recording: the SQLite file that ``vla-eval run`` wrote.
+        output: JSON file for the comparison.
+        policy, checkpoint, export, risk, generator, scheduler, policy_options: as the server was started with.
+    """
+    run, recorded = read_recording(recording)
+    episodes = [e for e in recorded if e["status"] != "error"]  # such as one that timed out
+    parameters = run["config"]["params"]
+    suite, first = parameters["suite"], parameters.get("first_init_state", 0)
+    vla = load_vla(policy, checkpoint, policy_options, suite)
+    joint = accelerate(vla, export, risk, generator=generator, scheduler=scheduler)
+    rows = []
+    for episode in episodes:
+        (task,) = load_tasks(suite, [episode["task_id"]], run["config"]["max_steps"])
+        init_state = episode["episode_idx"] + first
+        with LiberoEnv(task, render=needs_images(vla)) as env:
+            own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
+        theirs = episode["actions"]
+        count = min(len(own), len(theirs))
+        differ = np.flatnonzero((own.actions[:count] != theirs[:count]).any(1))
+        row = {
+            "task": task.index,
+            "init_state": init_state,
+            "success": {"vla_eval": episode["status"] == "success", "own": bool(own.success)},
+            "steps": {"vla_eval": episode["steps"], "own": len(own)},
+            "vla_calls": joint.stats()["vla_calls"],
+            "first_difference": int(differ[0]) if len(differ) else None if len(own) == len(theirs) else count,
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    same = sum(r["success"]["vla_eval"] == r["success"]["own"] for r in rows)
+    identical = sum(r["first_difference"] is None for r in rows)
+    summary = {
+        "benchmark": run["config"]["benchmark"],
+        "harness_version": run["harness_version"],
+        "parameters": parameters,
+        "max_steps": run["config"]["max_steps"],
+        "policy": {"policy": policy, "export": export, "risk": risk, "generator": generator, "scheduler": scheduler},
+        "episodes": len(rows),
+        "errors": len(recorded) - len(episodes),
+        "same_success": same,
+        "identical_actions": identical,
+        "rows": rows,
+    }
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{len(rows)} episodes: the same success in {same}, identical actions in {identical}; written: {output}")
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    from spvla.cli import guard
+
+    sys.exit(guard(lambda: auto_cli(compare, as_positional=False, description="vla-eval's LIBERO against our own loop.")))
