@@ -128,7 +128,7 @@ class SPVLAPolicy:
         length = max([1] + [part.history_length for part in (generator, scheduler) if part is not None])
         self.history = ActionHistory(self.space, length)
         self.steps: list[StepInfo] = []
-        self.last_output: VLAOutput | None = None  # what the VLA said in the last step, None if it was not asked
+        self.last_output: VLAOutput | None = None  # what the VLA says or said about the last step; None if it has no say
         self._queue: deque[FloatArray] = deque()
         self._waiting = False  # the VLA could not be asked in the last step
         self._instruction: str | None = None
@@ -187,12 +187,14 @@ class SPVLAPolicy:
         times = {"scheduling": 1e3 * (scheduled - start)}
 
         output: VLAOutput | None = None
+        planned: VLAOutput | None = None
         keep_mass: float | None = None
         unavailable: str | None = None
         if proposal is not None and intuitive and not refused and not self.shadow:
             action, source = proposal.actions[0], Source.GENERATOR
         elif self._queue:
             action, source = self._queue.popleft(), Source.VLA
+            planned = VLAOutput(action[None])
         else:
             keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)
             seen = observation if isinstance(observation, Observation) else observation()
@@ -218,7 +220,7 @@ class SPVLAPolicy:
             deviates = bool(self.space.deviation(proposed, reference, self.tolerance))
             error = float(np.abs(proposed - reference)[list(self.space.continuous)].max(initial=0.0))
         history.act(action, source, output)
-        self.last_output = output
+        self.last_output = planned if output is None else output
         times["total"] = 1e3 * (perf_counter() - start)
         step = StepInfo(
             source=source,
@@ -237,7 +239,7 @@ class SPVLAPolicy:
         if self._writer is not None:
             self._record.actions.append(action.copy())
             self._record.states.append(None if state is None else np.array(state, np.float32))
-            self._record.outputs.append(output)
+            self._record.outputs.append(self.last_output)
             self._record.steps.append(step)
         return action.copy()
 

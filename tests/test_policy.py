@@ -6,6 +6,7 @@ import pytest
 from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
+from spvla.episodes import read_episodes
 from spvla.generators.base import Proposal
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
@@ -108,6 +109,20 @@ def test_no_image_is_captured_on_intuitive_steps():
     for _ in range(10):
         policy.select_action(camera, state=np.zeros(8))
     assert len(captured) == 2
+
+
+def test_the_actions_of_a_chunk_are_labels_of_their_steps(tmp_path):
+    planned = actions(12)
+    policy = SPVLAPolicy(ScriptedVLA(planned, chunk=4), record=tmp_path)
+    policy.reset("x")
+    for step in range(6):
+        policy.select_action(Observation(state=np.zeros(8)))
+        policy.executed(np.full(7, 0.5, np.float32))
+        assert policy.last_output is not None and (policy.last_output.actions[0] == planned[step]).all()
+    policy.close()
+    (episode,) = read_episodes(tmp_path)
+    np.testing.assert_array_equal(episode.vla_actions, planned[:6])
+    np.testing.assert_array_equal(episode.actions, np.full((6, 7), 0.5, np.float32))
 
 
 def test_chunks_are_played_out_before_anyone_decides():
