@@ -167,7 +167,7 @@ def config(**changes):
         ({"temporal_ensemble_coeff": 0.01}, "temporal ensembling .* not supported"),
         ({"action_feature": SimpleNamespace(shape=(14,))}, "14 dimensions, the action space 'libero' has 7"),
         ({"image_features": {f"observation.images.{k}": None for k in "abc"}}, "has 3 images; say with cameras="),
-        ({}, "was not loaded from a checkpoint; pass its processors"),
+        ({}, "does not say where its processors are; use LeRobotVLA"),
     ],
 )
 def test_lerobot_policies_that_are_not_supported_are_refused(changes, message):
@@ -251,7 +251,7 @@ def test_lerobot_acts_as_in_its_own_loop(act):
             batch = before(prepare_observation_for_inference(frame, torch.device("cpu"), "fold"))
             want.append(after(own.select_action(batch))[0].numpy())
     vla = load_vla("lerobot", str(act))
-    for policy in (SPVLAPolicy(vla), accelerate(ACTPolicy.from_pretrained(act), make_export(), generator="none")):
+    for policy in (SPVLAPolicy(vla), accelerate(LeRobotVLA(own, LIBERO, (before, after)), make_export(), generator="none")):
         policy.reset("fold")
         got = [policy.select_action(look(t)) for t in range(20)]
         np.testing.assert_allclose(got, want, atol=1e-6)

@@ -108,7 +108,7 @@ class LeRobotVLA:
     Args:
         policy: one that plans from a single observation; its own action queue stays unused.
         space: the space of its actions.
-        processors: LeRobot's pre- and post-processor; None: those saved beside the policy's weights.
+        processors: LeRobot's pre- and post-processor; None: those at the config's ``pretrained_path``, if it has one.
         cameras: which of our images each of its image features is, ``{"observation.images.top": "image"}``; None: in order.
         conventions: image steps before LeRobot's own, for example ``{rotate_180: true}`` in LIBERO.
 
@@ -152,7 +152,10 @@ class LeRobotVLA:
             from lerobot.policies.factory import make_pre_post_processors
 
             if config.pretrained_path is None:
-                raise InputError(f"{name}: was not loaded from a checkpoint; pass its processors=(pre, post)")
+                raise InputError(
+                    f"{name}: does not say where its processors are; use LeRobotVLA(policy, space, (pre, post)) or "
+                    "spvla.vlas.foreign.load_lerobot(checkpoint)"
+                )
             device = {"device_processor": {"device": str(config.device)}}
             processors = make_pre_post_processors(config, str(config.pretrained_path), preprocessor_overrides=device)
         self.policy, self.action_space = policy.eval(), space

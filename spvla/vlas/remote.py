@@ -144,6 +144,7 @@ class RemoteVLA:
             confidence=reply.get("confidence"),
             features=reply.get("features"),
             visual_tokens=None if tokens is None else (int(tokens[0]), int(tokens[1])),
+            kept_tokens=reply.get("kept_tokens"),
             timings={**timings, "round_trip": 1e3 * (time.perf_counter() - start)},
         )
 

@@ -1,0 +1,269 @@
+"""A fixed-rate control loop around the accelerated policy: camera, policy, deadline, safe hold, watchdog, recording.
+
+    python examples/robot_loop.py --seconds 10 --record runs/robot                      # a simulated arm, a toy VLA, 20 Hz
+    python examples/robot_loop.py --url ws://gpu:8000 --export EXPORT --seconds 10      # the VLA on another machine
+
+To drive a robot, write the four methods of :class:`Robot` for it (docs/robot.md has them for a Franka) and call
+:func:`control_loop`. The policy thinks in a thread of its own; the loop's clock never waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import spvla
+from spvla.actions import LIBERO, ActionSpace, FloatArray
+from spvla.policy import SPVLAPolicy
+from spvla.vlas.base import VLAOutput
+
+
+class Robot(Protocol):
+    """What a robot is to the loop. ``image`` is called in the policy's thread, the others in the loop's; ``stop`` in any."""
+
+    def state(self) -> NDArray[np.float32]:
+        """Proprioception (S,), as the policy's generator was trained with."""
+
+    def image(self) -> NDArray[np.uint8]:
+        """The newest camera frame, uint8 (H, W, 3) RGB; only called when the VLA acts."""
+
+    def send(self, action: FloatArray) -> None:
+        """Command an action (D,) for one control period, in the units of the policy's action space."""
+
+    def stop(self) -> None:
+        """Stand still, whatever was commanded before."""
+
+
+@dataclass
+class Report:
+    """What happened in an episode.
+
+    Args:
+        ticks: control periods.
+        held: of these, how many found no answer in time: a stop was commanded.
+        overruns: ticks that began more than half a period late.
+        lateness: seconds that each tick began after its time.
+        stats: the policy's own.
+    """
+
+    ticks: int = 0
+    held: int = 0
+    overruns: int = 0
+    lateness: list[float] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Watchdog:
+    """Stops the robot from a thread of its own if the loop does not come round in ``timeout`` seconds."""
+
+    def __init__(self, timeout: float, stop: Callable[[], None]) -> None:
+        self.timeout, self.stop, self.tripped = timeout, stop, False
+        self._fed, self._over = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def feed(self) -> None:
+        """The loop is alive. Raises RuntimeError if it was taken for dead: the robot stands still already."""
+        if self.tripped:
+            raise RuntimeError(f"the control loop stood still for more than {self.timeout:g} s; the robot was stopped")
+        self._fed = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.timeout / 10):
+            if time.monotonic() - self._fed > self.timeout:
+                self.tripped = True
+                self.stop()
+                return
+
+    def __enter__(self) -> Watchdog:
+        self.feed()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def control_loop(
+    policy: SPVLAPolicy,
+    robot: Robot,
+    instruction: str,
+    *,
+    seconds: float,
+    deadline: float = 0.8,
+    watchdog: float = 0.5,
+    done: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Run an episode at the action space's control rate; the robot is stopped when it ends, however it ends.
+
+    At each tick the policy gets the newest state. Its action is sent at once if it is there by the deadline; if not, the robot
+    is told to stand still, tick by tick, until it is. The policy learns what was executed, so its history stays true.
+
+    Args:
+        policy: made with ``when_unavailable=...`` if its VLA is remote, and ``record=...`` to keep the episode.
+        robot: see :class:`Robot`.
+        instruction: what to do.
+        seconds: longest duration.
+        deadline: share of a period that the policy may think before the robot holds.
+        watchdog: seconds of silence after which another thread stops the robot.
+        done: asked at each tick; ends the episode.
+    """
+    space, period, report = policy.space, 1 / policy.space.control_rate, Report()
+    pending: Future[FloatArray] | None = None
+    waited: list[Executed] = []  # since the pending step was asked
+    last: FloatArray | None = None
+    pool = ThreadPoolExecutor(1, "policy")
+    policy.reset(instruction)
+    try:
+        with Watchdog(watchdog, robot.stop) as dog:
+            start = time.monotonic()
+            while report.ticks * period < seconds and not done():
+                at = start + report.ticks * period
+                report.lateness.append(time.monotonic() - at)
+                if report.lateness[-1] > period / 2:
+                    report.overruns += 1
+                    start += report.lateness[-1]  # a late tick moves the ones after it: commands never come in bursts
+                    at = time.monotonic()
+                state = robot.state()
+                if pending is None:
+                    capture = (lambda s: lambda: spvla.Observation(robot.image(), s))(state)
+                    pending, waited = pool.submit(policy.select_action, capture, state), []
+                wait([pending], max(0.0, at + deadline * period - time.monotonic()))
+                action: FloatArray | None
+                if pending.done():
+                    action = answer = space.clip(pending.result())
+                    _tell(policy, [*waited, (state, answer)], answer)
+                    pending = None
+                else:
+                    report.held += 1
+                    action = None if last is None else space.stop(last)
+                    waited.append((state, action))
+                dog.feed()
+                if action is not None:
+                    robot.send(action)
+                    last = action
+                report.ticks += 1
+                time.sleep(max(0.0, start + report.ticks * period - time.monotonic()))
+    finally:
+        robot.stop()
+        pool.shutdown(wait=True)  # a step that still runs ends by the VLA's own timeout
+    if pending is not None and pending.exception() is None:
+        _tell(policy, waited, pending.result())
+    report.stats = policy.stats()
+    return report
+
+
+Executed = tuple[NDArray[np.float32], FloatArray | None]
+"""A tick's state (S,), and what was sent (D,). None: nothing, since before the first action no gripper command is known."""
+
+
+def _tell(policy: SPVLAPolicy, ticks: list[Executed], answer: FloatArray) -> None:
+    """Tell the policy what was executed from the tick at which it was asked to the one at which its ``answer`` was used."""
+    actions = [policy.space.stop(answer) if action is None else action for _, action in ticks]
+    policy.executed(actions[0])
+    for (state, _), action in zip(ticks[1:], actions[1:], strict=True):
+        policy.waited(action, state)
+
+
+# ------------------------------------------------------------------------------------------------- to try it without one
+
+
+class SimulatedArm:
+    """A point that moves 5 cm per unit and control step; its state is LIBERO's: position, rotation, two fingers."""
+
+    def __init__(self) -> None:
+        self.position, self.fingers = np.array([0.3, 0.3, 0.3]), 0.04
+        self.sent: list[FloatArray] = []
+        self.times: list[float] = []
+        self.stopped = 0
+
+    def state(self) -> NDArray[np.float32]:
+        """(8,)"""
+        return np.array([*self.position, 0, 0, 0, self.fingers, -self.fingers], np.float32)
+
+    def image(self) -> NDArray[np.uint8]:
+        """A white square where the point is, seen from above."""
+        out = np.zeros((64, 64, 3), np.uint8)
+        row, column = np.clip(32 + 60 * self.position[:2], 2, 61).astype(int)
+        out[row - 2 : row + 2, column - 2 : column + 2] = 255
+        return out
+
+    def send(self, action: FloatArray) -> None:
+        """Move for one period."""
+        self.sent.append(action.copy())
+        self.times.append(time.monotonic())
+        self.position = self.position + 0.05 * action[:3]
+        self.fingers = 0.0 if action[6] > 0 else 0.04
+
+    def stop(self) -> None:
+        """Stand still."""
+        self.stopped += 1
+
+
+class ToyVLA:
+    """Finds the white square and moves it to the middle, thinking ``seconds`` about it."""
+
+    action_space: ActionSpace = LIBERO
+
+    def __init__(self, seconds: float = 0.12) -> None:
+        self.seconds = seconds
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode."""
+
+    def predict(self, observation: spvla.Observation, keep_mass: float = 1.0) -> VLAOutput:
+        """Towards the middle, open."""
+        time.sleep(self.seconds)
+        seen = np.argwhere(observation.require_image()[..., 0]).mean(0)
+        move = np.clip((31.5 - seen) / 20, -1, 1)
+        return VLAOutput(np.array([[*move, 0, 0, 0, 0, -1]], np.float32))
+
+
+def main(
+    url: str | None = None,
+    export: str | None = None,
+    risk: float | None = None,
+    instruction: str = "go to the middle",
+    seconds: float = 10.0,
+    when_unavailable: str = "stop",
+    record: str | None = None,
+) -> None:
+    """Drive the simulated arm.
+
+    Args:
+        url: a server's address, ``ws://host:port``; left out: a toy VLA here.
+        export: generators and gates; left out: ridge under the published rule.
+        risk: the one knob; the export's default if left out.
+        instruction: what the VLA is told.
+        seconds: duration.
+        when_unavailable: raise, stop, hold or generator.
+        record: folder of a rollout store for the episode.
+    """
+    from spvla.vlas.remote import RemoteVLA
+
+    vla: Any = ToyVLA() if url is None else RemoteVLA(url)
+    policy = spvla.accelerate(vla, export, risk, when_unavailable=when_unavailable, record=record)
+    arm = SimulatedArm()
+    report = control_loop(policy, arm, instruction, seconds=seconds)
+    policy.finish(success=bool(np.abs(arm.position[:2]).max() < 0.05))
+    policy.close()
+    print(f"{report.ticks} ticks, {report.held} held, {report.overruns} overruns; ticks begin within ", end="")
+    print(f"{1e3 * np.percentile(report.lateness, 99):.1f} ms (p99) of their time; at {arm.position.round(3).tolist()}")
+    print(", ".join(f"{k} {v:.4g}" for k, v in report.stats.items()))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from jsonargparse import auto_cli
+
+    from spvla.cli import guard
+
+    sys.exit(guard(lambda: auto_cli(main, as_positional=False)))
