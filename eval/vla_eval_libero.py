@@ -22,10 +22,22 @@ from vla_eval.benchmarks.base import StepResult
 from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 
 from data.collect import episode_seed
-from data.libero import LiberoEnv, load_tasks
+from data.libero import (
+    CAMERA,
+    WRIST_CAMERA,
+    LiberoEnv,
+    LiberoObservation,
+    PrivilegedState,
+    Scene,
+    _read_scene,
+    load_tasks,
+)
 from data.rollout import rollout
+from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.export import accelerate
+from spvla.observation import Observation
+from spvla.vlas.base import VLAOutput
 from spvla.vlas.registry import load_vla, needs_images
 
 
@@ -34,15 +46,32 @@ class LiberoFrom(LIBEROBenchmark):
 
     Args:
         first_init_state: the official initial state of each task's first episode; ours for evaluation are 30-49.
+        poses: send every pose behind the proprioception, and no picture but a black one: what the scripted expert needs
+            (:class:`ExpertFromPoses`), and much faster.
     """
 
-    def __init__(self, *args: Any, first_init_state: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, first_init_state: int = 0, poses: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.first_init_state = first_init_state
+        self.first_init_state, self.poses = first_init_state, poses
 
     def reset(self, task: dict[str, Any]) -> Any:
         """As the benchmark's own."""
-        return super().reset({**task, "episode_idx": task.get("episode_idx", 0) + self.first_init_state})
+        out = super().reset({**task, "episode_idx": task.get("episode_idx", 0) + self.first_init_state})
+        if self.poses:
+            env = self._env.env
+            for camera in (CAMERA, WRIST_CAMERA):
+                env.modify_observable(f"{camera}_image", "enabled", False)
+            self._reader = reader(env, task["name"])
+        return out
+
+    def make_obs(self, raw_obs: Any, task: dict[str, Any]) -> dict[str, Any]:
+        """As the benchmark's own, or with poses."""
+        if not self.poses:
+            out: dict[str, Any] = super().make_obs(raw_obs, task)
+            return out
+        states = np.concatenate([self._proprio_state(raw_obs), self._reader.privileged().to_vector()])
+        black = np.zeros((256, 256, 3), np.uint8)
+        return {"images": {CAMERA: black}, "states": states.astype(np.float32), "task_description": task["name"]}
 
 
 class LiberoAtStepEnd(LiberoFrom):
@@ -61,6 +90,50 @@ class LiberoAtStepEnd(LiberoFrom):
     def _now(self) -> Any:
         assert self._env is not None
         return self._env.env._get_observations(force_update=True)
+
+
+def reader(env: Any, instruction: str) -> LiberoEnv:
+    """Our reading of poses from a robosuite environment that somebody else made."""
+    out = object.__new__(LiberoEnv)
+    out._env, out._robot = env, env.robots[0]
+    out._model, out._data = env.sim.model._model, env.sim.data._data
+    out._bodies, out.scene = _read_scene(env, out._model, out._data, instruction)
+    return out
+
+
+class ExpertFromPoses:
+    """The scripted expert behind a server: its poses arrive behind the proprioception. Options: ``suite``."""
+
+    action_space = LIBERO
+    needs_images = False
+
+    def __init__(self, suite: str) -> None:
+        self.expert, self.tasks = load_vla("expert"), {task.instruction: task for task in load_tasks(suite)}
+        self.scenes: dict[str, Scene] = {}
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode. Raises :class:`InputError` if no task of the suite has this instruction."""
+        if instruction not in self.tasks:
+            raise InputError(f"instruction {instruction!r} belongs to no task of the suite")
+        if instruction not in self.scenes:
+            with LiberoEnv(self.tasks[instruction]) as env:
+                self.scenes[instruction] = env.scene
+        self.scene = self.scenes[instruction]
+        self.expert.reset(instruction)
+
+    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
+        """The expert's action."""
+        if observation.state is None:
+            raise InputError("observation.state: the expert needs the proprioception and every pose")
+        poses = PrivilegedState.from_vector(observation.state[8:], self.scene)
+        return self.expert.predict(LiberoObservation(None, observation.state[:8], privileged=poses))
+
+
+def expert_from_poses(checkpoint: str | None = None, *, suite: str | None = None) -> ExpertFromPoses:
+    """The policy ``eval.vla_eval_libero:expert_from_poses``."""
+    if suite is None:
+        raise InputError("expert_from_poses: say which suite")
+    return ExpertFromPoses(suite)
 
 
 def read_recording(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -112,7 +185,8 @@ def compare(
             own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
         theirs = episode["actions"]
         count = min(len(own), len(theirs))
-        differ = np.flatnonzero((own.actions[:count] != theirs[:count]).any(1))
+        apart = np.abs(own.actions[:count] - theirs[:count]).max(1)
+        differ = np.flatnonzero(apart)
         row = {
             "task": task.index,
             "init_state": init_state,
@@ -120,10 +194,12 @@ def compare(
             "steps": {"vla_eval": episode["steps"], "own": len(own)},
             "vla_calls": joint.stats()["vla_calls"],
             "first_difference": int(differ[0]) if len(differ) else None if len(own) == len(theirs) else count,
+            "largest_difference": round(float(apart.max()), 7),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
     same = sum(r["success"]["vla_eval"] == r["success"]["own"] for r in rows)
+    steps = sum(r["steps"]["vla_eval"] == r["steps"]["own"] for r in rows)
     identical = sum(r["first_difference"] is None for r in rows)
     summary = {
         "benchmark": run["config"]["benchmark"],
@@ -134,12 +210,13 @@ def compare(
         "episodes": len(rows),
         "errors": len(recorded) - len(episodes),
         "same_success": same,
+        "same_steps": steps,
         "identical_actions": identical,
         "rows": rows,
     }
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{len(rows)} episodes: the same success in {same}, identical actions in {identical}; written: {output}")
+    print(f"{len(rows)} episodes: the same success in {same}, steps in {steps}, actions in {identical}; written: {output}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ try:
     from websockets.asyncio.server import Server, ServerConnection, serve
     from websockets.exceptions import ConnectionClosed
 except ImportError as missing:
-    raise SystemExit(f"error: spvla.serve needs {missing.name}: pip install 'spvla[serve]'") from None
+    if __name__ != "__main__":
+        raise ImportError(f"spvla.serve needs {missing.name}: pip install 'spvla[serve]'") from None
+    print(f"error: spvla.serve needs {missing.name}: pip install 'spvla[serve]'", file=sys.stderr)
+    sys.exit(2)
 
 logger = logging.getLogger("spvla.serve")
 
@@ -540,8 +543,8 @@ def serve_policy(
             asyncio.get_running_loop().add_signal_handler(number, endpoint.stop)
         try:
             await endpoint.run(host, port)
-        except OSError as error:
-            raise InputError(f"cannot serve at {host}:{port}: {error.strerror or error}") from None
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
 
     asyncio.run(main())
 

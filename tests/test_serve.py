@@ -7,6 +7,9 @@ import contextlib
 import gc
 import io
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -256,16 +259,13 @@ def test_what_cannot_be_used_is_told_and_the_episode_goes_on_as_if_it_had_not_be
     want = expected(len(BAD_OBSERVATIONS) + len(BAD_FRAMES) + 1)
     np.testing.assert_array_equal(client.act(obs(0)), want[0])
     for t, (bad, message) in enumerate(BAD_OBSERVATIONS, 1):
-        with pytest.raises(AssertionError if message is None else InputError, match=message):
-            raise InputError(client.error(bad))
+        assert re.search(message, told := client.error(bad)), told
         np.testing.assert_array_equal(client.act(obs(t)), want[t])
         np.testing.assert_array_equal(other.act(obs(t - 1)), want[t - 1])
     for t, (bad, message) in enumerate(BAD_FRAMES, len(BAD_OBSERVATIONS) + 1):
         client.ws.send(bad)
         reply = decoded(client.ws.recv(timeout=20))
-        assert reply.type == MessageType.ERROR
-        with pytest.raises(InputError, match=message):
-            raise InputError(reply.payload["error"])
+        assert reply.type == MessageType.ERROR and re.search(message, reply.payload["error"]), reply
         np.testing.assert_array_equal(client.act(obs(t)), want[t])
 
 
@@ -435,6 +435,30 @@ def test_the_configurations_that_ship_declare_what_the_benchmarks_expect(name):
     assert not specs.check_specs(
         server.get_action_spec(), benchmark.get_action_spec(), server.get_observation_spec(), benchmark.get_observation_spec()
     )
+
+
+@pytest.mark.slow
+def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
+    command = [sys.executable, "-m", "spvla.serve", "--policy", "tests.test_serve:sharing", "--generator", "ridge"]
+    command += ["--interface.state", "states", "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in process.stderr if "ready" in line)
+        host, port = re.search(r"ws://([\d.]+):(\d+)", said).groups()
+        assert host == "127.0.0.1"
+        client = Client(f"ws://{host}:{port}")
+        assert client.act(obs(0)).shape == (7,)
+        process.terminate()
+        assert process.wait(20) == 0
+        with pytest.raises(ConnectionClosed):
+            client.ws.recv(timeout=5)
+    finally:
+        process.kill()
+    bad = subprocess.run([*command[:-1], "99999"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and "cannot serve at 127.0.0.1:99999" in bad.stderr and "Traceback" not in bad.stderr
+    command[4] = "nobody"
+    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and "policy 'nobody' is unknown" in bad.stderr and "Traceback" not in bad.stderr
 
 
 @pytest.mark.slow
