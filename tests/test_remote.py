@@ -101,6 +101,20 @@ def test_an_answer_that_is_late_and_a_vla_that_raises(serving, monkeypatch):  # 
     np.testing.assert_array_equal(policy.history.last_action, fresh.predict(seen(1)).actions[0])
 
 
+def test_an_error_about_the_episodes_start_does_not_shift_the_answers(serving):  # noqa: F811
+    one = serving("looking", interface=STRAIGHT)
+    vla = RemoteVLA(one.url, pruner=TokenPruner("constant", 0.5))
+    vla.reset("put it there")
+    for t in range(3):
+        with pytest.raises(VLAUnavailable, match="Looking cannot run on fewer visual tokens"):
+            vla.predict(seen(t), keep_mass=0.5)
+    vla.pruner = None
+    here = Looking()
+    here.reset("put it there")
+    for t in range(3):
+        np.testing.assert_array_equal(vla.predict(seen(t)).actions, here.predict(seen(t)).actions)
+
+
 def test_nobody_there():
     with pytest.raises(InputError, match=r"no vla-eval server answers at ws://127\.0\.0\.1:9"):
         RemoteVLA("ws://127.0.0.1:9")

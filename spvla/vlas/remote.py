@@ -212,14 +212,18 @@ class RemoteVLA:
         connection.send(_pack(content))
 
     def _receive(self, connection: Any) -> dict[str, Any]:
-        content = _unpack(connection.recv(timeout=self.timeout))
-        payload = content.get("payload")
-        if not isinstance(payload, dict):
-            raise _ProtocolError(f"an answer without payload: {', '.join(map(str, content))}")
-        if content.get("type") == "error":
-            self._told = None  # begin the episode anew: the server may not have one
-            return {"error": str(payload.get("error", payload))}
-        return payload
+        """The answer to the last message sent; an error about one before it, such as the episode's start, counts first."""
+        failed: dict[str, Any] | None = None
+        while True:
+            content = _unpack(connection.recv(timeout=self.timeout))
+            payload = content.get("payload")
+            if not isinstance(payload, dict):
+                raise _ProtocolError(f"an answer without payload: {', '.join(map(str, content))}")
+            if content.get("type") == "error":
+                self._told = None  # begin the episode anew: the server may not have one
+                failed = failed or {"error": str(payload.get("error", payload))}
+            if content.get("seq", self._sequence) == self._sequence:
+                return failed or payload
 
     # ------------------------------------------------------------------------------------------------- reconnecting
 
@@ -244,6 +248,8 @@ class RemoteVLA:
                 continue
             with self._lock:
                 self._connection, self._reconnecting = connection, False
+            if self._closed:
+                self.close()
             return
 
 
