@@ -95,7 +95,7 @@ def serving():
 
     def start(policy="sharing", interface=WIRE, max_sessions=64, port=0, **parts):
         parts = {"generator": "last", "scheduler": "release", **parts}
-        server = PolicyServer(f"tests.test_serve:{policy}", interface=interface, **parts)
+        server = PolicyServer(policy if ":" in policy else f"tests.test_serve:{policy}", interface=interface, **parts)
         out = SimpleNamespace(server=server, stopped=threading.Event())
         started = threading.Event()
 
