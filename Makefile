@@ -7,6 +7,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
+LEROBOT_VENV ?= .venv-lerobot
 PIP_ARGS ?=
 RUNS ?= runs
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo test lint clean
+.PHONY: setup system demo test test-lerobot lint clean
 
 setup: system $(READY)
 
@@ -49,6 +50,13 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -q -m "slow or not slow" --durations=10
+
+# The adapter to LeRobot's policies, with LeRobot itself: an environment of its own, Python 3.12.
+test-lerobot:
+	python3.12 -m venv $(LEROBOT_VENV)
+	$(LEROBOT_VENV)/bin/pip install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset]" pytest hypothesis "jsonargparse[signatures]"
+	$(LEROBOT_VENV)/bin/pip install -q --no-deps -e .
+	$(LEROBOT_VENV)/bin/python -m pytest -q tests/test_foreign.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
