@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 LEROBOT_VENV ?= .venv-lerobot
+LEROBOT_PYTHON ?= python3.12
 PIP_ARGS ?=
 RUNS ?= runs
 BIN := $(VENV)/bin
@@ -53,7 +54,7 @@ test: setup lint
 
 # The adapter to LeRobot's policies, with LeRobot itself: an environment of its own, Python 3.12.
 test-lerobot:
-	python3.12 -m venv $(LEROBOT_VENV)
+	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
 	$(LEROBOT_VENV)/bin/pip install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset]" pytest hypothesis "jsonargparse[signatures]"
 	$(LEROBOT_VENV)/bin/pip install -q --no-deps -e .
 	$(LEROBOT_VENV)/bin/python -m pytest -q tests/test_foreign.py
