@@ -327,7 +327,7 @@ class LiberoEnv:
         self._model = self._env.sim.model._model
         self._data = self._env.sim.data._data
         self._hand = self._env.sim.model.body_name2id(self._robot.robot_model.eef_name)
-        self._bodies, self.scene = _read_scene(self._env, self._model, self._data, task.instruction)
+        self._bodies, self.scene = read_scene(self._env, self._model, self._data, task.instruction)
         self._init_states: Float64Array | None = None
         self._image_size = image_size
         self._goal: Sequence[tuple[str, ...]] | None = None
@@ -486,7 +486,7 @@ class LiberoEnv:
         self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
 
 
-def _read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDArray[np.int64], Scene]:
+def read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDArray[np.int64], Scene]:
     """Body ids (N,) of the scene's bodies, and the scene; read from the compiled model."""
     import mujoco
 

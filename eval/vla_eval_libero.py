@@ -29,8 +29,8 @@ from data.libero import (
     LiberoObservation,
     PrivilegedState,
     Scene,
-    _read_scene,
     load_tasks,
+    read_scene,
 )
 from data.rollout import rollout
 from spvla.actions import LIBERO
@@ -97,7 +97,7 @@ def reader(env: Any, instruction: str) -> LiberoEnv:
     out = object.__new__(LiberoEnv)
     out._env, out._robot = env, env.robots[0]
     out._model, out._data = env.sim.model._model, env.sim.data._data
-    out._bodies, out.scene = _read_scene(env, out._model, out._data, instruction)
+    out._bodies, out.scene = read_scene(env, out._model, out._data, instruction)
     return out
 
 

@@ -235,12 +235,7 @@ class SPVLAPolicy:
             unavailable=unavailable,
             milliseconds=times,
         )
-        self.steps.append(step)
-        if self._writer is not None:
-            self._record.actions.append(action.copy())
-            self._record.states.append(None if state is None else np.array(state, np.float32))
-            self._record.outputs.append(self.last_output)
-            self._record.steps.append(step)
+        self._remember(action, state, self.last_output, step)
         return action.copy()
 
     def executed(self, action: FloatArray) -> None:
@@ -261,12 +256,17 @@ class SPVLAPolicy:
         action = np.array(action, np.float32)
         self.history.observe(state)
         self.history.act(action, Source.HELD)
-        step = StepInfo(Source.HELD, False, "waited")
+        self._remember(action, state, None, StepInfo(Source.HELD, False, "waited"))
+
+    def _remember(
+        self, action: FloatArray, state: NDArray[np.floating] | None, output: VLAOutput | None, step: StepInfo
+    ) -> None:
+        """Keep a step, and what an episode needs of it if it is recorded."""
         self.steps.append(step)
         if self._writer is not None:
-            self._record.actions.append(action)
+            self._record.actions.append(action.copy())
             self._record.states.append(None if state is None else np.array(state, np.float32))
-            self._record.outputs.append(None)
+            self._record.outputs.append(output)
             self._record.steps.append(step)
 
     def _decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
