@@ -31,8 +31,9 @@ from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
+MISTAKE = 3.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
 EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
 
@@ -114,6 +115,10 @@ class Frames:
         self.offsets = np.cumsum([0, *(table.num_rows for table, *_ in self._tables)]).astype(np.int64)
         return len(self) - before
 
+    def weights(self) -> NDArray[np.float64]:
+        """How often to draw each frame in training, relative to the others, (len,): a student's mistakes more often."""
+        return np.concatenate([np.asarray(table["weight"], np.float64) for table, *_ in self._tables])
+
     def __getitem__(self, index: int) -> Frame:
         shard = int(np.searchsorted(self.offsets, index, side="right")) - 1
         (table, instruction, asked), row = self._tables[shard], index - int(self.offsets[shard])
@@ -162,16 +167,17 @@ def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.T
     if not path.exists():
         names = pq.read_schema(shard).names
         cameras = [n for n in names if n.startswith("observation.images.")]
-        for needed in ("vla_action", "observation.environment_state"):
+        for needed in ("action", "vla_action", "observation.environment_state"):
             if needed not in names:
                 raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
         if not cameras:
             raise InputError(f"{shard}: holds no images; collect with --images true")
-        raw = pq.read_table(shard, columns=[cameras[0], "vla_action", "observation.environment_state"])
+        raw = pq.read_table(shard, columns=[cameras[0], "action", "vla_action", "observation.environment_state"])
         labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
         scene = facts.get("scene")
         columns = {"image": raw[cameras[0]].combine_chunks().field("bytes"), "label": _lists(labels)}
         columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
+        columns["weight"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.ones(len(labels)))
         found = {} if instruction is None else other_questions(states, labels, facts, instruction)
         for k, name in enumerate(("other_labels", "other_items", "other_positions")):
             if found:
@@ -188,6 +194,13 @@ def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.T
 def _lists(values: NDArray[np.float32]) -> pa.Array:
     """Values (T, ...) as T lists."""
     return pa.FixedSizeListArray.from_arrays(values.ravel(), values[0].size)
+
+
+def mistakes(actions: NDArray[np.float32], labels: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Weights (T,) of steps at which a student gave ``actions`` (T, 7) and the teacher ``labels``: 1 where they agree."""
+    dims = [*LIBERO.translation, *LIBERO.gripper]
+    wrong = np.abs(LIBERO.normalize(actions) - LIBERO.normalize(labels))[:, dims].max(1)
+    return 1 + MISTAKE * np.minimum(wrong, 1).astype(np.float64)
 
 
 def image_points(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:

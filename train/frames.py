@@ -103,7 +103,7 @@ def questions(frame: Frame, count: int, generator: np.random.Generator) -> list[
 
 
 class FrameStream(IterableDataset[FrameBatch]):
-    """A given number of random batches; each pass first looks for new shards and draws in another order."""
+    """A given number of random batches, a student's mistakes more often; each pass first looks for new shards."""
 
     def __init__(self, data: FrameData, frames: Frames, batches: int, augmentation: Augmentation | None) -> None:
         self.data, self.frames, self.batches, self.augmentation = data, frames, batches, augmentation
@@ -117,12 +117,8 @@ class FrameStream(IterableDataset[FrameBatch]):
         else:
             generator = np.random.default_rng([self.data.seed, self.data.passes()])
             self.frames.scan()
-        size = self.data.batch_size
-        order = np.zeros(0, np.int64)
-        for _ in range(self.batches):
-            while len(order) < size:
-                order = np.concatenate([order, generator.permutation(len(self.frames))])
-            chosen, order = order[:size], order[size:]
+        weights = self.frames.weights()
+        for chosen in generator.choice(len(weights), (self.batches, self.data.batch_size), p=weights / weights.sum()):
             yield self.batch([self.frames[int(i)] for i in chosen], generator)
 
     def batch(self, frames: list[Frame], generator: np.random.Generator) -> FrameBatch:
