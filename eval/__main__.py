@@ -1,10 +1,11 @@
-"""``python -m eval closed_loop | offline | latency | data | report``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | report``."""
 
 import sys
 from collections.abc import Callable
 
 from eval.closed_loop import closed_loop
 from eval.data import bench_data
+from eval.instructions import instructions
 from eval.latency import latency
 from eval.offline import offline
 from eval.report import report
@@ -12,6 +13,7 @@ from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "closed_loop": closed_loop,
+    "instructions": instructions,
     "offline": offline,
     "latency": latency,
     "data": bench_data,

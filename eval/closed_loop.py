@@ -21,7 +21,7 @@ from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
 from data.rollout import Nudge, RealTime, Rollout, deviations, rollout
 from eval.film import write_film
-from eval.output import table, write_csv, write_summary
+from eval.output import continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
@@ -415,7 +415,7 @@ def closed_loop(
         **{k: v for k, v in asdict(setting).items() if k != "export"},
     }
     raw = output / "episodes.jsonl.gz"
-    done = _read_finished(raw, output / "setting.json", fixed)
+    done = continued(raw, output / "setting.json", fixed)
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
     groups, left = [], 0
     for task, episodes in jobs.items():
@@ -460,27 +460,6 @@ def _fingerprint(export: str | None) -> str | None:
 
     config = Path(export or "") / "config.json"
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
-
-
-def _read_finished(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
-    """Episodes of an earlier run with the same setting. Raises :class:`InputError` if the folder holds another's."""
-    if setting_path.exists() and json.loads(setting_path.read_text()) != json.loads(json.dumps(fixed)):
-        raise InputError(f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output")
-    setting_path.write_text(json.dumps(fixed, indent=1) + "\n")
-    if not raw.exists():
-        return []
-    out = []
-    with gzip.open(raw, "rt") as stream:
-        try:
-            for line in stream:
-                out.append(json.loads(line))
-        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
-            pass  # the line that a killed run was writing
-    whole = raw.with_suffix(".tmp")
-    with gzip.open(whole, "wt") as stream:
-        stream.writelines(json.dumps(e) + "\n" for e in out)
-    whole.replace(raw)
-    return out
 
 
 def _write_traces(path: Path, episodes: Sequence[dict[str, Any]]) -> None:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spvla.errors import InputError
+
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as an aligned text table; missing values are dashes."""
@@ -40,6 +42,31 @@ def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **fac
     summary = {"kind": kind, "rows": list(rows), **facts, "machine": machine, "versions": versions}
     path.write_text(json.dumps(summary, indent=1) + "\n")
     return path
+
+
+def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows (gzipped JSON lines in ``raw``) of an earlier run with the same setting, which this one continues.
+
+    Raises:
+        InputError: the folder holds another setting's rows.
+    """
+    if setting_path.exists() and json.loads(setting_path.read_text()) != json.loads(json.dumps(fixed)):
+        raise InputError(f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output")
+    setting_path.write_text(json.dumps(fixed, indent=1) + "\n")
+    if not raw.exists():
+        return []
+    out = []
+    with gzip.open(raw, "rt") as stream:
+        try:
+            for line in stream:
+                out.append(json.loads(line))
+        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
+            pass  # the line that a killed run was writing
+    whole = raw.with_suffix(".tmp")
+    with gzip.open(whole, "wt") as stream:
+        stream.writelines(json.dumps(e) + "\n" for e in out)
+    whole.replace(raw)
+    return out
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

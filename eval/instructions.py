@@ -1,0 +1,184 @@
+"""Does the policy do what it is asked? ``python -m eval instructions``.
+
+In a scene with several objects it is asked for its task's own, for every other one, for none and for one that is not
+there; what counts is the first object that the hand lifts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.collect import episode_seed, parse_range
+from data.expert import parse_goal, scene_instructions
+from data.libero import LiberoEnv, Task, load_tasks
+from data.parallel import chunks, run_groups
+from eval.output import continued, table, write_csv, write_summary
+from eval.statistics import wilson
+from spvla.errors import InputError
+from spvla.vlas.base import VLA
+from spvla.vlas.registry import free_memory, load_vla, needs_images
+
+LIFTED = 0.03  # metres above where it stood
+KINDS = ("own", "other", "nothing", "absent")
+COLUMNS = ("asked", "trials", "lifted_asked", "rate", "ci95", "lifted_own", "lifted_another", "lifted_nothing")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials of one task, for one worker process."""
+
+    task: Task
+    jobs: tuple[tuple[int, int], ...]  # initial state, seed
+    done: frozenset[tuple[int, str]]  # initial state and instruction of trials that are finished
+    policy: tuple[str, str | None, dict[str, Any], str]
+    absent: tuple[str, ...]  # objects of the suite's other tasks
+
+
+def named(instruction: str) -> str:
+    """The X of "pick up the X and place it in the Y"; :class:`InputError` for anything else."""
+    found = re.match(r"pick up the (.+?) and place it ", instruction)
+    if found is None:
+        raise InputError(f"{instruction!r}: only 'pick up the X and place it in the Y' can ask for something else")
+    return found[1]
+
+
+def questions(own: str, name: str, others: Sequence[str], absent: Sequence[str], draw: int) -> list[tuple[str, str]]:
+    """What is asked for in one initial state, as pairs of kind and words.
+
+    Args:
+        own: the task's own instruction.
+        name: its object's words in it.
+        others: the same for the scene's other objects.
+        absent: names of objects that are not in the scene.
+        draw: chooses among the last.
+    """
+    nothing = " ".join(own.replace(name, "").split())
+    asked = [("own", own), *(("other", text) for text in others), ("nothing", nothing)]
+    return asked + ([("absent", own.replace(name, absent[draw % len(absent)]))] if absent else [])
+
+
+def first_lifted(env: LiberoEnv, vla: VLA, instruction: str, init_state: int, seed: int) -> tuple[str | None, int]:
+    """What ``vla`` lifts first when it is asked for ``instruction``, None for nothing, and after how many steps."""
+    env.reset(init_state, seed)
+    vla.reset(instruction)
+    space = vla.action_space
+    while env.steps < env.task.max_steps:
+        env.step(space.clip(vla.predict(env.observe()).actions[0]))
+        lifted = {name: env.lifted(name) for name in env.scene.movable}
+        highest = max(lifted, key=lambda name: lifted[name])
+        if lifted[highest] >= LIFTED:
+            return highest, env.steps
+    return None, env.steps
+
+
+def _run_group(group: Group) -> Iterator[dict[str, Any]]:
+    vla = load_vla(*group.policy)
+    with LiberoEnv(group.task, render=needs_images(vla)) as env:
+        for init_state, seed in group.jobs:
+            state = env.reset(init_state, seed).privileged
+            own, *others = scene_instructions(state)
+            item = parse_goal(own, env.scene).item
+            absent = [n for n in group.absent if not any(m.startswith(n.replace(" ", "_")) for m in env.scene.movable)]
+            for kind, text in questions(own, named(own), others, absent, init_state):
+                if (init_state, text) in group.done:
+                    continue
+                asked = parse_goal(text, env.scene).item if kind in ("own", "other") else None
+                lifted, steps = first_lifted(env, vla, text, init_state, seed)
+                yield {
+                    **{"task": group.task.index, "init_state": init_state, "seed": seed, "asked": kind, "instruction": text},
+                    **{"object": asked, "own_object": item, "lifted": lifted, "steps": steps},
+                }
+
+
+def summarise(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per kind of instruction; for those that name an object of the scene, how often it was the first in the air."""
+    rows = []
+    for kind in KINDS:
+        mine = [t for t in trials if t["asked"] == kind]
+        if not mine:
+            continue
+        row: dict[str, Any] = {"asked": kind, "trials": len(mine), "scenes": len({t["task"] for t in mine})}
+        if kind in ("own", "other"):
+            right = sum(t["lifted"] == t["object"] for t in mine)
+            row |= {"lifted_asked": right, "rate": right / len(mine), "ci95": wilson(right, len(mine))}
+        row["lifted_own"] = sum(t["lifted"] == t["own_object"] for t in mine)
+        row["lifted_nothing"] = sum(t["lifted"] is None for t in mine)
+        row["lifted_another"] = len(mine) - row["lifted_own"] - row["lifted_nothing"]
+        rows.append(row)
+    return rows
+
+
+def instructions(
+    suite: str,
+    output: Path,
+    policy: str = "nano_vla",
+    checkpoint: str | None = None,
+    policy_options: dict[str, Any] = {},  # noqa: B006
+    tasks: list[int | str] | None = None,
+    init_states: str = "30-49",
+    max_steps: int = 120,
+    workers: int = 2,
+    seed: int = 0,
+) -> None:
+    """Ask for every object of a scene, for none and for an absent one; the first object lifted by 3 cm is the answer.
+
+    Stopped, it continues where it was when called again with the same output.
+
+    Args:
+        suite: LIBERO suite whose tasks are "pick up the X and place it in the Y".
+        output: folder for summary.json and trials.csv.gz.
+        policy: the VLA: nano_vla, openvla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the policy's folder or hub id.
+        policy_options: the policy's other options.
+        tasks: task indices or names, one scene each; all if omitted.
+        init_states: official initial states; 30-49 are for evaluation.
+        max_steps: steps within which something must be in the air.
+        workers: processes, one thread each.
+        seed: of resets.
+    """
+    load_vla(policy, checkpoint, policy_options, suite)  # one that cannot be made is told before any worker starts
+    free_memory()
+    fixed: dict[str, Any] = {"suite": suite, "policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options)}
+    fixed |= {"max_steps": max_steps, "seed": seed}
+    output.mkdir(parents=True, exist_ok=True)
+    raw = output / "trials.jsonl.gz"
+    done = continued(raw, output / "setting.json", fixed)
+    names = tuple(named(task.instruction) for task in load_tasks(suite))
+    states = parse_range(init_states)
+    groups = []
+    for task in load_tasks(suite, tasks, max_steps):
+        if max(states) >= len(task.init_states()):
+            raise InputError(
+                f"init_states {init_states}: {suite} task {task.index} has {len(task.init_states())} initial states"
+            )
+        finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
+        jobs = [(s, episode_seed(seed, task, s, 0)) for s in states]
+        source = (policy, checkpoint, dict(policy_options), suite)
+        groups += [Group(task, tuple(part), finished, source, names) for part in chunks(jobs, workers)]
+    from tqdm import tqdm
+
+    with tqdm(desc=f"instructions {suite}", unit="trial", initial=len(done)) as bar:
+        for trial in run_groups(_run_group, groups, workers):
+            with gzip.open(raw, "at") as stream:
+                stream.write(json.dumps(trial) + "\n")
+            done.append(trial)
+            bar.update()
+    chosen = {g.task.index for g in groups}
+    mine = [t for t in done if t["task"] in chosen and t["init_state"] in states]
+    mine.sort(key=lambda t: (KINDS.index(t["asked"]), t["task"], t["init_state"], t["instruction"]))
+    rows = summarise(mine)
+    write_csv(output / "trials.csv.gz", mine)
+    steps = float(np.mean([t["steps"] for t in mine]))
+    path = write_summary(output, "instructions", rows, tasks=sorted(chosen), init_states=init_states, steps_mean=steps, **fixed)
+    text = table(rows, COLUMNS)
+    (output / "table.txt").write_text(text + "\n")
+    print(text)
+    print(f"written: {path} and, beside it, trials.csv.gz, table.txt")
