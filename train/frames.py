@@ -115,7 +115,7 @@ class FrameStream(IterableDataset[FrameBatch]):
         if self.augmentation is None:
             generator = np.random.default_rng(self.data.seed)  # the same frames every time
         else:
-            generator = np.random.default_rng([self.data.seed, self.data.passes()])
+            generator = np.random.default_rng([self.data.seed, self.data.passes(), self.data.rank()])
             self.frames.scan()
         weights = self.frames.weights()
         for chosen in generator.choice(len(weights), (self.batches, self.data.batch_size), p=weights / weights.sum()):
@@ -178,6 +178,10 @@ class FrameData(L.LightningDataModule):
     def passes(self) -> int:
         """Epochs so far, resumed ones included."""
         return 0 if self.trainer is None else int(self.trainer.current_epoch)
+
+    def rank(self) -> int:
+        """Which of the trainer's processes this is; each draws frames of its own."""
+        return 0 if self.trainer is None else int(self.trainer.global_rank)
 
     def setup(self, stage: str) -> None:
         """Read what there is. Raises :class:`InputError` if a part is empty."""
