@@ -77,7 +77,7 @@ def latency(
     threads: int = 1,
     seed: int = 0,
 ) -> None:
-    """Time either what a step costs beside the VLA (give an export), or the VLA's own pass by stage (give a policy).
+    """Time what a step costs beside the VLA (give an export), the VLA's own pass by stage (give a policy), or both.
 
     Args:
         output: folder for summary.json.
@@ -95,28 +95,29 @@ def latency(
         threads: of torch, on the CPU.
         seed: of the motion and the pictures.
     """
-    if (export is None) == (policy is None):
-        raise InputError("latency: give either --export (generators and gates) or --policy (a VLA's stages)")
+    if export is None and policy is None:
+        raise InputError("latency: give --export (generators and gates), --policy (a VLA's stages), or both")
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else the machine was doing: timings taken beside other work say little
-    if export is not None:
-        rows = _time_export(load_export(export), generators, steps, seed)
-        facts: dict[str, Any] = {"device": "cpu", "dtype": "float32", "steps": steps, "warm_up": WARM_UP}
-        columns = ["generator", "parameters", "step_ms_p50", "step_ms_p95", "step_ms_p99", "proposal_ms_p50", "gate_ms_p50"]
-        columns.append("bookkeeping_ms_p50")
-    else:
-        assert policy is not None
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    if policy is not None:
         vla = load_vla(policy, checkpoint, policy_options, suite)
         rows, stages = time_vla(vla, instruction, keep_ratios, pruning, repeats, seed)
-        facts = {"policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options), "suite": suite}
+        facts |= {"policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options), "suite": suite}
         facts |= {"instruction": instruction, "repeats": repeats, **getattr(vla, "backend", {}), "stages": stages}
-        columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]
         print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
+        print(table(rows, [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]) + "\n")
+    if export is not None:
+        beside = _time_export(load_export(export), generators, steps, seed)
+        rows += beside
+        facts |= {"steps": steps, "warm_up": WARM_UP}
+        columns = ["generator", "parameters", "step_ms_p50", "step_ms_p95", "step_ms_p99", "proposal_ms_p50", "gate_ms_p50"]
+        print(table(beside, [*columns, "bookkeeping_ms_p50"]))
     output.mkdir(parents=True, exist_ok=True)
     facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
     facts |= {"cores": os.cpu_count(), "load_average_before": load}
     path = write_summary(output, "latency", rows, **facts)
-    print(table(rows, columns))
     named = ", ".join(f"{k}: {facts[k]}" for k in ("device", "dtype", "threads", "attention", "steps", "repeats") if k in facts)
     print(f"{named}; milliseconds; written: {path}")
 

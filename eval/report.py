@@ -397,17 +397,17 @@ def risk_advice(rows: Sequence[dict[str, Any]]) -> str:
 
 def latency_section(folder: Path, summary: dict[str, Any]) -> str:
     """Milliseconds by stage, stacked, and the table."""
-    stages = summary.get("stages")
-    by = "pruning" if stages else "generator"
-    order: tuple[str, ...] = ("proposal", "gate", "bookkeeping")
-    if stages:
-        inner = ("queries_keys", "score", "contours", "selection")
-        order = ("preprocess", "vision", *inner, "projector", "prefill", "decode")
-        bars = {
-            n: {s["stage"]: s["p50"] for s in stages if s["pruning"] == n} for n in dict.fromkeys(s["pruning"] for s in stages)
-        }
-    else:
-        bars = {r["generator"]: {k: r[f"{k}_ms_p50"] for k in order} for r in summary["rows"]}
+    stages = summary.get("stages", [])
+    inner = ("queries_keys", "score", "contours", "selection")
+    vla, beside = ("preprocess", "vision", *inner, "projector", "prefill", "decode"), ("proposal", "gate", "bookkeeping")
+    order = (*vla, *beside)
+    bars = {
+        n if n != "none" else "VLA": {s["stage"]: s["p50"] for s in stages if s["pruning"] == n}
+        for n in dict.fromkeys(s["pruning"] for s in stages)
+    }
+    generators = [r for r in summary["rows"] if "generator" in r]
+    bars |= {r["generator"]: {k: r[f"{k}_ms_p50"] for k in beside} for r in generators}
+    by = " and ".join(name for name, found in (("pruning", stages), ("generator", generators)) if found)
 
     def draw(f: Any) -> None:
         axis = f.add_subplot()

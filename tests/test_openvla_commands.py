@@ -47,10 +47,12 @@ def call(commands, *arguments):
 def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
     options = ("--policy", "openvla", "--checkpoint", checkpoint, "--suite", "libero_10", "--repeats", 3)
     few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9}}", "--keep_ratios", 0.5)
-    assert call(EVAL, "latency", *options, *few, "--output", tmp_path) == 0
+    beside = ("--export", ROOT / "spvla/pretrained/generator_libero_expert", "--steps", 50)
+    assert call(EVAL, "latency", *options, *few, *beside, "--output", tmp_path) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {row.get("generator") for row in summary["rows"]} == {None, "mlp", "transformer", "ridge"}
     assert summary["device"] == "cpu" and summary["dtype"] == "float32" and "sdpa" in summary["attention"]
-    rows = {row["pruning"]: row for row in summary["rows"]}
+    rows = {row["pruning"]: row for row in summary["rows"] if "pruning" in row}
     assert {name: row["visual_tokens_mean"] for name, row in rows.items()} == {"none": 64, "keep 0.5": 32, "few": 9}
     assert rows["none"]["prefill_ratio"] == 1 and rows["none"]["overhead_share"] == 0 < rows["few"]["overhead_share"]
     assert rows["few"]["gflop"] < rows["keep 0.5"]["gflop"] < rows["none"]["gflop"]
