@@ -132,8 +132,8 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     writer = RolloutWriter(group.output, policy.space, policy=setting.policy)
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
-    rendered = setting.images or student is not None
-    with LiberoEnv(group.task, render="fast" if rendered else needs_images(vla)) as env:
+    rendered = setting.images or student is not None or needs_images(vla)
+    with LiberoEnv(group.task, render="fast" if rendered else False) as env:
         asked = scene_instructions(env.reset(group.jobs[0].init_state).privileged) if setting.instructions == "scene" else []
         for job in group.jobs:
             instruction = choose_instruction(asked, job.seed) if asked else group.task.instruction
