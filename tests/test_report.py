@@ -1,0 +1,76 @@
+"""The report: one page from raw files, whole and without anything from outside."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from eval.film import write_film
+from eval.report import report
+from spvla import InputError
+from spvla.history import Source
+from spvla.policy import StepInfo
+
+RESULTS = Path(__file__).parents[1] / "results"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The report over the results that come with the repository, and a film beside one of them."""
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(RESULTS, folder / "results")
+    images = list(np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8))
+    steps = [StepInfo(Source.GENERATOR if i % 3 else Source.VLA, bool(i % 3), "") for i in range(12)]
+    write_film(folder / "results" / "libero_object" / "closed_loop" / "films", "vla", images, steps, [None] * 12, 20)
+    report(folder / "results", folder / "page.html")
+    return folder / "page.html"
+
+
+def test_every_result_is_on_the_page(page):
+    text = page.read_text()
+    for path in RESULTS.rglob("summary.json"):
+        summary = json.loads(path.read_text())
+        assert str(path.relative_to(RESULTS)) in text
+        for row in summary["rows"]:
+            if summary["kind"] == "closed_loop":
+                assert f"{row['vla_calls_per_episode']:.1f}" in text, (path, row["cell"])
+    assert "<video" in text
+
+
+def test_pictures_are_sound_and_nothing_comes_from_outside(page):
+    text = page.read_text()
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(pictures) >= 10
+    for picture in pictures:
+        assert len(list(ElementTree.fromstring(picture).iter())) > 20
+    sources = re.findall(r"""(?:src|href)=["']?(?!#)([^"'\s>]+)""", text)
+    assert sources and all(source.startswith("data:") for source in sources)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_every_picture_and_has_nothing_to_say(page, tmp_path):
+    check = (
+        "<script>addEventListener('load', () => { document.title = 'pictures ' + [...document.images].filter(i => "
+        "!i.naturalWidth).length + '/' + document.images.length })</script></body>"
+    )
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</body>", check))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    run = subprocess.run([*command, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert ":CONSOLE" not in run.stderr
+    broken, count = map(int, re.search(r"<title>pictures (\d+)/(\d+)", run.stdout).groups())
+    assert broken == 0 < count
+
+
+def test_a_folder_without_results_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"no summary\.json"):
+        report(tmp_path, tmp_path / "page.html")
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        report(tmp_path, tmp_path / "page.html")
