@@ -327,7 +327,8 @@ class LiberoEnv:
         self._model = self._env.sim.model._model
         self._data = self._env.sim.data._data
         self._hand = self._env.sim.model.body_name2id(self._robot.robot_model.eef_name)
-        self._bodies, self.scene = read_scene(self._env, self._model, self._data, task.instruction)
+        self._poses = Poses(self._env, task.instruction)
+        self._bodies, self.scene = self._poses.bodies, self._poses.scene
         self._init_states: Float64Array | None = None
         self._image_size = image_size
         self._goal: Sequence[tuple[str, ...]] | None = None
@@ -408,19 +409,11 @@ class LiberoEnv:
         """Proprioception (8,): end effector position 3 (m), axis-angle 3 (rad), finger positions 2 (m)."""
         fingers = self._data.qpos[self._robot._ref_gripper_joint_pos_indexes]
         rotation = axis_angle(_xyzw(self._data.xquat[self._hand]))
-        return np.concatenate([self._eef_position, rotation, fingers]).astype(np.float32)
+        return np.concatenate([self._poses.eef_position(), rotation, fingers]).astype(np.float32)
 
     def privileged(self) -> PrivilegedState:
         """Every pose, without rendering."""
-        fingers = self._data.qpos[self._robot._ref_gripper_joint_pos_indexes]
-        return PrivilegedState(
-            scene=self.scene,
-            eef_position=self._eef_position,
-            eef_quaternion=quaternion(self._data.site_xmat[self._robot.eef_site_id].reshape(3, 3)),
-            finger_gap=float(fingers[0] - fingers[1]),
-            positions=self._data.xpos[self._bodies].copy(),
-            quaternions=_xyzw(self._data.xquat[self._bodies]),
-        )
+        return self._poses.read()
 
     def camera_matrix(self) -> Float64Array:
         """The main camera's projection (3, 4), from world points to an observation's pixels: see :func:`project`."""
@@ -453,10 +446,6 @@ class LiberoEnv:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def _eef_position(self) -> Float64Array:
-        return np.array(self._data.site_xpos[self._robot.eef_site_id])
-
     def _init_state(self, index: int) -> Float64Array:
         if self._init_states is None:
             states = self.task.init_states()
@@ -486,7 +475,36 @@ class LiberoEnv:
         self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
 
 
-def read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDArray[np.int64], Scene]:
+class Poses:
+    """Reads every pose from a LIBERO simulation, whoever made it: nothing is rendered and no observable updated.
+
+    Args:
+        env: the robosuite environment.
+        instruction: the task's own.
+    """
+
+    def __init__(self, env: Any, instruction: str) -> None:
+        self._robot, self._data = env.robots[0], env.sim.data._data
+        self.bodies, self.scene = _read_scene(env, env.sim.model._model, self._data, instruction)
+
+    def eef_position(self) -> Float64Array:
+        """Where the end effector is, metres, (3,)."""
+        return np.array(self._data.site_xpos[self._robot.eef_site_id])
+
+    def read(self) -> PrivilegedState:
+        """All of them now."""
+        fingers = self._data.qpos[self._robot._ref_gripper_joint_pos_indexes]
+        return PrivilegedState(
+            scene=self.scene,
+            eef_position=self.eef_position(),
+            eef_quaternion=quaternion(self._data.site_xmat[self._robot.eef_site_id].reshape(3, 3)),
+            finger_gap=float(fingers[0] - fingers[1]),
+            positions=self._data.xpos[self.bodies].copy(),
+            quaternions=_xyzw(self._data.xquat[self.bodies]),
+        )
+
+
+def _read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDArray[np.int64], Scene]:
     """Body ids (N,) of the scene's bodies, and the scene; read from the compiled model."""
     import mujoco
 

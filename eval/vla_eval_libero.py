@@ -27,10 +27,10 @@ from data.libero import (
     WRIST_CAMERA,
     LiberoEnv,
     LiberoObservation,
+    Poses,
     PrivilegedState,
     Scene,
     load_tasks,
-    read_scene,
 )
 from data.rollout import rollout
 from spvla.actions import LIBERO
@@ -61,7 +61,7 @@ class LiberoFrom(LIBEROBenchmark):
             env = self._env.env
             for camera in (CAMERA, WRIST_CAMERA):
                 env.modify_observable(f"{camera}_image", "enabled", False)
-            self._reader = reader(env, task["name"])
+            self._poses = Poses(env, task["name"])
         return out
 
     def make_obs(self, raw_obs: Any, task: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class LiberoFrom(LIBEROBenchmark):
         if not self.poses:
             out: dict[str, Any] = super().make_obs(raw_obs, task)
             return out
-        states = np.concatenate([self._proprio_state(raw_obs), self._reader.privileged().to_vector()])
+        states = np.concatenate([self._proprio_state(raw_obs), self._poses.read().to_vector()])
         black = np.zeros((256, 256, 3), np.uint8)
         return {"images": {CAMERA: black}, "states": states.astype(np.float32), "task_description": task["name"]}
 
@@ -90,15 +90,6 @@ class LiberoAtStepEnd(LiberoFrom):
     def _now(self) -> Any:
         assert self._env is not None
         return self._env.env._get_observations(force_update=True)
-
-
-def reader(env: Any, instruction: str) -> LiberoEnv:
-    """Our reading of poses from a robosuite environment that somebody else made."""
-    out = object.__new__(LiberoEnv)
-    out._env, out._robot = env, env.robots[0]
-    out._model, out._data = env.sim.model._model, env.sim.data._data
-    out._bodies, out.scene = read_scene(env, out._model, out._data, instruction)
-    return out
 
 
 class ExpertFromPoses:

@@ -271,7 +271,7 @@ def distill(
     tolerance: float = 0.2,
     calibration_fraction: float = 0.2,
     default_generator: str | None = None,
-    default_risk: float = 0.1,
+    default_risk: float = 0.05,
     max_generated_run: int = 20,
     default_pruning: str | dict[str, Any] | None = None,
     relabel: list[dict[str, Any]] = [],  # noqa: B006
