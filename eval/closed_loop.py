@@ -279,6 +279,10 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
                 "mcnemar_p": mcnemar(treated, base),
                 "vla_calls_ratio": float(sum(control[k]["vla_calls"] for k in pairs) / max(1, calls.sum())),
             }
+        official = [e["success"] for e in es if e["init_state"] is not None]
+        if 0 < len(official) < n:
+            resets = n - len(official)
+            row |= {"official_successes": sum(official), "reset_successes": successes - sum(official), "resets": resets}
         runs = [r for e in es for r in e["generated_run_lengths"]]
         row |= {
             "vla_call_rate": float(calls.sum() / steps.sum()),
@@ -324,8 +328,8 @@ def closed_loop(
     policy_options: dict[str, Any] = {},  # noqa: B006
     export: str | None = None,
     tasks: list[int | str] | None = None,
-    init_states: str = "30-49",
-    random_resets: bool = False,
+    init_states: str | None = "30-49",
+    random_resets: int = 0,
     cells: list[str] = ["ridge+release", "mlp+learned"],  # noqa: B006
     risk: list[float] | None = None,
     rules: dict[str, dict[str, int | float]] = {},  # noqa: B006
@@ -354,8 +358,8 @@ def closed_loop(
         policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.
         tasks: task indices or names; all if omitted.
-        init_states: official initial states; 30-49 are for evaluation.
-        random_resets: seeded random resets in place of official initial states; the range then counts them.
+        init_states: official initial states; 30-49 are for evaluation; null for none.
+        random_resets: seeded random resets of each task, beside them.
         cells: what to compare with the VLA alone: generator+scheduler, generator+scheduler+pruning or vla+pruning; a risk
             of its own goes last, as in mlp+learned+half@0.05.
         risk: allowed risks at which learned schedulers are evaluated; the export's default if omitted.
@@ -394,20 +398,17 @@ def closed_loop(
     del vla
     free_memory()
     output.mkdir(parents=True, exist_ok=True)
-    states = parse_range(init_states)
+    states = parse_range(init_states) if init_states else []
+    if not states and random_resets < 1:
+        raise InputError("closed_loop: there are no episodes; name init_states, random_resets, or both")
     chosen = load_tasks(suite, tasks, max_steps)
     jobs: dict[Task, list[tuple[int | None, int]]] = {}
     for task in chosen:
-        available = None if random_resets else len(task.init_states())
-        if available is not None and max(states) >= available:
+        available = len(task.init_states()) if states else 0
+        if states and max(states) >= available:
             raise InputError(f"init_states {init_states}: {suite} task {task.index} has {available} initial states")
-        jobs[task] = [
-            (
-                None if random_resets else s,
-                episode_seed(seed, task, None if random_resets else s, s if random_resets else 0),
-            )
-            for s in states
-        ]
+        starts = [(s, 0) for s in states] + [(None, repetition) for repetition in range(random_resets)]
+        jobs[task] = [(state, episode_seed(seed, task, state, repetition)) for state, repetition in starts]
     fixed = {
         "suite": suite,
         "seed": seed,

@@ -135,7 +135,8 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
     ]
     parts = [f"<h2>Closed loop: {html.escape(summary['suite'] + ''.join(kinds))}</h2>"]
     tasks, states = len(summary["tasks"]), summary["init_states"]
-    kind = "seeded resets" if summary.get("random_resets") else f"initial states {states}"
+    resets = summary.get("random_resets")
+    kind = " and ".join([f"initial states {states}"] * bool(states) + [f"{resets} seeded resets"] * bool(resets))
     parts.append(
         f"<p>Policy <b>{html.escape(summary['policy'])}</b>, {tasks} tasks, {html.escape(kind)}, paired by task, initial state "
         "and seed. Calls of failed episodes count up to the step limit.</p>"

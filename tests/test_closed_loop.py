@@ -1,12 +1,15 @@
 """Cells of generator x scheduler x pruning: their names, their policies, their rows, and the configurations that ship."""
 
+import csv
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from eval.closed_loop import Cell, Setting, cell_pruner, make_policy, parse_cells, summarise
+from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, make_policy, parse_cells, summarise
 from eval.film import bar, draw
 from spvla import InputError, load_export
 from spvla.history import Source
@@ -110,3 +113,15 @@ def test_openvla_configurations_use_the_published_weights_and_all_initial_states
     assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["policy"] == "openvla"
     assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
+
+
+def test_official_states_and_seeded_resets_side_by_side(tmp_path):
+    what = {"suite": "libero_object", "tasks": [0], "timing_episodes": 0, "workers": 1, "output": tmp_path}
+    with pytest.raises(InputError, match="there are no episodes"):
+        closed_loop(**what, init_states=None, cells=[])
+    closed_loop(**what, init_states="30", random_resets=2, cells=[], max_steps=130)
+    (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert (row["episodes"], row["resets"], row["official_successes"], row["reset_successes"]) == (3, 2, 1, 2)
+    with gzip.open(tmp_path / "episodes.csv.gz", "rt") as stream:
+        episodes = list(csv.DictReader(stream))
+    assert sorted(e["init_state"] for e in episodes) == ["", "", "30"] and len({e["seed"] for e in episodes}) == 3
