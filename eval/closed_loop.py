@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.collect import episode_seed, parse_range
 from data.libero import LiberoEnv, Task, load_tasks
@@ -28,7 +29,7 @@ from spvla.export import Export, accelerate, load_export
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
-from spvla.vlas.base import VLA
+from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
 
@@ -45,7 +46,7 @@ COLUMNS = (
         "vla_call_rate",
     ),
     *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
-    *("visual_tokens_mean", "policy_ms_per_step_p50"),
+    *("visual_tokens_mean", "policy_ms_per_step_p50", "policy_seconds_per_episode", "policy_speedup"),
 )
 
 
@@ -193,6 +194,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                 "visual_tokens_mean": stats.get("visual_tokens_mean"),
                 "visual_tokens_total": max((s.visual_tokens[1] for s in result.steps if s.visual_tokens), default=None),
                 "generated_run_lengths": run_lengths(generated).tolist(),
+                "kept": None if policy.pruner is None else kept_counts(result.outputs),
                 "trace": {
                     "actions": np.round(episode.actions, 3).tolist(),
                     "generated": generated.astype(int).tolist(),
@@ -201,6 +203,16 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                     "probability": [None if s.probability is None else round(s.probability, 3) for s in result.steps],
                 },
             }
+
+
+def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:
+    """How often each visual token reached the language model, (N,); None if the VLA does not say."""
+    counts: NDArray[np.int64] | None = None
+    for output in outputs:
+        if output is not None and output.visual_tokens is not None:
+            counts = np.zeros(output.visual_tokens[1], np.int64) if counts is None else counts
+            counts[slice(None) if output.kept_tokens is None else output.kept_tokens] += 1
+    return None if counts is None else counts.tolist()
 
 
 def _film(folder: Path, cell: Cell, policy: SPVLAPolicy, result: Rollout) -> None:
@@ -217,7 +229,7 @@ def measure_time(
     """Milliseconds inside ``select_action`` per cell: one process, one thread, cells in turn on every episode.
 
     Rendering is the simulator's time, not the policy's, and left out. Where the VLA reports its stages, each one's median
-    over its calls is beside them. The first episode is a warm-up and not counted.
+    over its calls is beside them. The first episode runs twice, for warm-up, and counts once.
     """
     from tqdm import tqdm
 
@@ -228,18 +240,22 @@ def measure_time(
     policies = {cell: make_policy(cell, vla, export, setting) for cell in cells}
     milliseconds: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
     stages: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cells}
-    for task in dict.fromkeys(task for task, _, _ in jobs):
-        mine = [(init, seed) for t, init, seed in jobs if t == task]
-        with LiberoEnv(task, render=needs_images(vla)) as env:
-            for i, (init, seed) in enumerate(tqdm([mine[0], *mine], desc="timing, one thread", unit="episode")):
-                for cell, policy in policies.items():
-                    rollout(env, policy, init_state=init, seed=seed)
-                    if i:
+    with tqdm(total=len(jobs), desc="timing, one thread", unit="episode") as bar:
+        for task in dict.fromkeys(task for task, _, _ in jobs):
+            mine = [(init, seed) for t, init, seed in jobs if t == task]
+            warm_up = mine[:1] if task == jobs[0][0] else []
+            with LiberoEnv(task, render=needs_images(vla)) as env:
+                for i, (init, seed) in enumerate([*warm_up, *mine]):
+                    for cell, policy in policies.items():
+                        rollout(env, policy, init_state=init, seed=seed)
+                        if i < len(warm_up):
+                            continue
                         ms = [s.milliseconds["total"] - s.milliseconds.get("capture", 0.0) for s in policy.steps]
                         milliseconds[cell].append(ms)
                         for stage, took in ((k, v) for s in policy.steps for k, v in s.milliseconds.items()):
                             if stage.startswith("vla"):
                                 stages[cell].setdefault(stage.replace("/", "_"), []).append(took)
+                    bar.update(i >= len(warm_up))
     torch.set_num_threads(threads)
     out = {}
     for cell, episodes in milliseconds.items():
@@ -308,6 +324,9 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
             weights = [e["vla_calls"] for e in seeing]
             row["visual_tokens_mean"] = float(np.average([e["visual_tokens_mean"] for e in seeing], weights=weights))
             row["visual_tokens_total"] = seeing[0]["visual_tokens_total"]
+            counts = [np.array(e["kept"]) for e in seeing if e["kept"] is not None]
+            if counts:
+                row["kept_share"] = (np.sum(counts, axis=0) / sum(weights)).round(3).tolist()
         labelled = [e for e in es if e["deviating"] is not None]
         if labelled:
             mean, error = mean_and_error([e["deviating"] / e["steps"] for e in labelled])
@@ -316,7 +335,11 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
                 "deviation_rate_standard_error": error,
                 "deviating_among_generated": float(sum(e["deviating"] for e in labelled) / max(1, generated.sum())),
             }
-        rows.append(row | dict(timing.get(name, {})))
+        row |= timing.get(name, {})
+        if "vla" in timing and name in timing:
+            of = "policy_seconds_per_episode"
+            row["policy_speedup"] = timing["vla"][of] / timing[name][of]
+        rows.append(row)
     return rows
 
 
@@ -374,7 +397,7 @@ def closed_loop(
         hold: real time: what the robot does meanwhile: stop, or repeat the last action.
         nudge: metres by which the asked object is moved while the hand is on its way; 0: not at all.
         films: where the policy sees images, film the first episode of every cell (not in real time).
-        timing_episodes: episodes for the timing after the success cells; 0 skips it.
+        timing_episodes: episodes for the timing after the success cells, the tasks in turn; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
     """
@@ -440,10 +463,14 @@ def closed_loop(
     mine.sort(key=lambda e: (names[e["cell"]], e["task"], e["init_state"] or 0, e["seed"]))
     timing: dict[str, dict[str, float]] = {}
     if timing_episodes:
-        first = chosen[0]
-        timing = measure_time(wanted, [(first, i, s) for i, s in jobs[first][:timing_episodes]], setting)
+        turns = [
+            (task, *episode)
+            for episodes in zip(*jobs.values(), strict=True)
+            for task, episode in zip(jobs, episodes, strict=True)
+        ]
+        timing = measure_time(wanted, sorted(turns[:timing_episodes], key=lambda turn: turn[0].index), setting)
     rows = summarise(mine, timing)
-    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k != "trace"} for e in mine])
+    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
     _write_traces(output / "traces.json.gz", mine)
     facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
     path = write_summary(output, "closed_loop", rows, **facts, timing_episodes=timing_episodes)

@@ -15,6 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             (f"{percent(r['success_rate'])} %", "success"),
             (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
         ]
+        if "policy_speedup" in r:
+            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "faster: policy wall clock an episode"))
         inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
         parts.append(
             f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
@@ -254,11 +257,33 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
 
             pictures.append(figure(svg(run_histogram), "How long the generator acts before the VLA takes over."))
     parts.append(f"<div class=pair>{''.join(pictures)}</div>")
+    parts.append(kept_section(rows))
     parts.append(film_section(folder / "films", rows, best))
     traces = folder / "traces.json.gz"
     if traces.exists() and best is not None:
         parts.append(trace_section(json.loads(gzip.decompress(traces.read_bytes())), rows[best]))
     return "".join(parts)
+
+
+def kept_section(rows: Sequence[dict[str, Any]]) -> str:
+    """How often each visual token reached the language model, by pruning."""
+    shown = {cell_name(r): np.array(r["kept_share"]) for r in rows if "kept_share" in r}
+    if not shown:
+        return ""
+    columns = min(6, len(shown))
+
+    def draw(f: Any) -> None:
+        axes = f.subplots(-(-len(shown) // columns), columns, squeeze=False).ravel()
+        for axis, (name, share) in zip(axes, shown.items(), strict=False):
+            picture = axis.imshow(share.reshape(isqrt(len(share)), -1), vmin=0, vmax=1, cmap="viridis")
+            axis.set_title(name.replace(", ", "\n"), fontsize=7)
+        for axis in axes:
+            axis.set_axis_off()
+        f.colorbar(picture, ax=list(axes), shrink=0.7, label="share of the VLA's calls")
+
+    rows_of = -(-len(shown) // columns)
+    caption = "How often each visual token, where it is in the image, reached the language model."
+    return f"<h3>Kept tokens</h3>{figure(svg(draw, 10, 2.3 * rows_of), caption)}"
 
 
 def film_section(folder: Path, rows: Sequence[dict[str, Any]], best: int | None) -> str:
@@ -284,6 +309,8 @@ def film_section(folder: Path, rows: Sequence[dict[str, Any]], best: int | None)
 
 
 MORE_COLUMNS = {
+    "policy_seconds_per_episode": "policy s/episode",
+    "policy_speedup": "speedup",
     "held_per_episode": "waiting steps",
     "nudged": "moved",
     "nudged_successes": "success, moved",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, make_policy, parse_cells, summarise
+from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
 from eval.film import bar, draw
 from spvla import InputError, load_export
 from spvla.history import Source
@@ -72,11 +72,28 @@ def test_rows_weigh_tokens_by_calls():
         counts |= {"seconds": 0.5, "held": 0, "nudged": None, "reaction": None}
         where = {"suite": "s", "task": 0, "init_state": calls, "seed": 0, "success": True, "generated_run_lengths": []}
         facts = {"generator": "none", "scheduler": "none", "pruning": "half", "risk": None}
-        return {"cell": cell, **facts, **where, **counts, "visual_tokens_mean": tokens, "visual_tokens_total": 256}
+        return {
+            "cell": cell,
+            **facts,
+            **where,
+            **counts,
+            "visual_tokens_mean": tokens,
+            "visual_tokens_total": 256,
+            "kept": [calls, 0],
+        }
 
     (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})
     assert row["visual_tokens_mean"] == pytest.approx(110) and row["visual_tokens_total"] == 256
-    assert (row["cell"], row["pruning"]) == ("vla+half", "half")
+    assert (row["cell"], row["pruning"]) == ("vla+half", "half") and row["kept_share"] == [1, 0]
+    times = {cell: {"policy_seconds_per_episode": s} for cell, s in {"vla": 3.0, "vla+half": 2.0}.items()}
+    assert [r["policy_speedup"] for r in summarise([episode(c, 1.0, 1) for c in times], times)] == [1, 1.5]
+
+
+def test_kept_tokens_are_counted():
+    every = VLAOutput(np.zeros((1, 7)), visual_tokens=(4, 4))
+    some = VLAOutput(np.zeros((1, 7)), visual_tokens=(2, 4), kept_tokens=np.array([0, 3]))
+    assert kept_counts([every, None, some, some]) == [3, 1, 1, 3]
+    assert kept_counts([None]) is None
 
 
 def test_frames_show_what_reached_the_language_model_and_who_acted():

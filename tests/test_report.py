@@ -22,12 +22,16 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The report over the results that come with the repository, and a film beside one of them."""
+    """The report over the results that come with the repository, with a film and kept tokens in one of them."""
     folder = tmp_path_factory.mktemp("report")
     shutil.copytree(RESULTS, folder / "results")
     images = list(np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8))
     steps = [StepInfo(Source.GENERATOR if i % 3 else Source.VLA, bool(i % 3), "") for i in range(12)]
     write_film(folder / "results" / "libero_object" / "closed_loop" / "films", "vla", images, steps, [None] * 12, 20)
+    path = folder / "results" / "libero_object" / "closed_loop" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["rows"][0]["kept_share"] = [0.5] * 196
+    path.write_text(json.dumps(summary))
     report(folder / "results", folder / "page.html")
     return folder / "page.html"
 
@@ -40,7 +44,7 @@ def test_every_result_is_on_the_page(page):
         for row in summary["rows"]:
             if summary["kind"] == "closed_loop":
                 assert f"{row['vla_calls_per_episode']:.1f}" in text, (path, row["cell"])
-    assert "<video" in text
+    assert "<video" in text and "Kept tokens" in text
 
 
 def test_pictures_are_sound_and_nothing_comes_from_outside(page):
