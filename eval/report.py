@@ -126,45 +126,28 @@ def best_row(rows: Sequence[dict[str, Any]]) -> int | None:
     return min(fit, key=lambda i: rows[i]["vla_calls_per_episode"]) if fit else None
 
 
-def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
-    """Headline figures, table, calls against success, risk, run lengths and traces of one closed-loop evaluation."""
-    rows = summary["rows"]
-    best = best_row(rows)
-    setting = summary.get("real_time"), summary.get("nudge")
-    kinds = [
-        "" if v is None else name for v, name in zip(setting, (", in real time", ", objects moved on the way"), strict=True)
+def closed_loop_setting(summary: dict[str, Any]) -> list[str]:
+    """The title of a closed-loop evaluation, and sentences that say what was run."""
+    real_time, nudge = summary.get("real_time"), summary.get("nudge")
+    kind = (", in real time" if real_time else "") + (", objects moved on the way" if nudge else "")
+    tasks, states, resets = len(summary["tasks"]), summary["init_states"], summary.get("random_resets")
+    starts = " and ".join([f"initial states {states}"] * bool(states) + [f"{resets} seeded resets"] * bool(resets))
+    out = [
+        f"Closed loop: {summary['suite']}{kind}",
+        f"Policy {summary['policy']}, {tasks} tasks, {starts}, paired by task, initial state and seed. Calls of failed "
+        "episodes count up to the step limit.",
     ]
-    parts = [f"<h2>Closed loop: {html.escape(summary['suite'] + ''.join(kinds))}</h2>"]
-    tasks, states = len(summary["tasks"]), summary["init_states"]
-    resets = summary.get("random_resets")
-    kind = " and ".join([f"initial states {states}"] * bool(states) + [f"{resets} seeded resets"] * bool(resets))
-    parts.append(
-        f"<p>Policy <b>{html.escape(summary['policy'])}</b>, {tasks} tasks, {html.escape(kind)}, paired by task, initial state "
-        "and seed. Calls of failed episodes count up to the step limit.</p>"
-    )
-    if setting[0]:
-        ms = setting[0]["vla_ms"]
-        parts.append(
-            f"<p>The world moves on while the policy thinks: {'the measured time' if ms is None else f'{ms:g} ms'} a VLA call; "
-            f"meanwhile the robot {'stops' if setting[0]['hold'] == 'stop' else 'repeats its last action'}.</p>"
-        )
-    if setting[1]:
-        parts.append(f"<p>The asked object is moved by {100 * setting[1]['distance']:g} cm while the hand is on its way.</p>")
-    if best is not None:
-        r, low = rows[best], 100 * rows[best]["paired_delta_ci95"][0]
-        high = 100 * r["paired_delta_ci95"][1]
-        boxes = [
-            (f"{r['vla_calls_ratio']:.2f}×", "fewer VLA calls an episode"),
-            (f"{percent(r['skipped'])} %", "of the steps skip the VLA"),
-            (f"{percent(r['success_rate'])} %", "success"),
-            (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
-        ]
-        if "policy_speedup" in r:
-            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "faster: policy wall clock an episode"))
-        inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
-        parts.append(
-            f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
-        )
+    if real_time:
+        ms = "the measured time" if real_time["vla_ms"] is None else f"{real_time['vla_ms']:g} ms"
+        does = "stops" if real_time["hold"] == "stop" else "repeats its last action"
+        out.append(f"The world moves on while the policy thinks: {ms} a VLA call; meanwhile the robot {does}.")
+    if nudge:
+        out.append(f"The asked object is moved by {100 * nudge['distance']:g} cm while the hand is on its way.")
+    return out
+
+
+def closed_loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table of cells."""
     header = (
         "cell|episodes|success %|95 %|paired Δ|95 %|McNemar p|calls/episode|skipped %|steps|deviating %|run|fallbacks|"
         "tokens|ms p50"
@@ -196,7 +179,33 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             header += f"|{name}"
             for r, cells in zip(rows, body, strict=True):
                 cells.append("–" if r.get(column) is None else f"{r[column]:.3g}")
-    parts.append(html_table(header.split("|"), body, best))
+    return header.split("|"), body
+
+
+def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
+    """Headline figures, table, calls against success, risk, run lengths and traces of one closed-loop evaluation."""
+    rows = summary["rows"]
+    best = best_row(rows)
+    setting = summary.get("real_time"), summary.get("nudge")
+    title, *sentences = closed_loop_setting(summary)
+    parts = [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(text)}</p>" for text in sentences)]
+    if best is not None:
+        r, low = rows[best], 100 * rows[best]["paired_delta_ci95"][0]
+        high = 100 * r["paired_delta_ci95"][1]
+        boxes = [
+            (f"{r['vla_calls_ratio']:.2f}×", "fewer VLA calls an episode"),
+            (f"{percent(r['skipped'])} %", "of the steps skip the VLA"),
+            (f"{percent(r['success_rate'])} %", "success"),
+            (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
+        ]
+        if "policy_speedup" in r:
+            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "less policy wall clock an episode"))
+        inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
+        parts.append(
+            f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
+        )
+    header, body = closed_loop_table(rows)
+    parts.append(html_table(header, body, best))
 
     def against_success(column: str, label: str) -> str:
         def draw(f: Any) -> None:
@@ -453,23 +462,44 @@ def latency_section(folder: Path, summary: dict[str, Any]) -> str:
     return plain_section(folder, summary).replace("</h2>", f" by {by}</h2>{picture}", 1)
 
 
+def plain_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of any rows."""
+    columns = [c for c in dict.fromkeys(k for r in rows for k in r) if not any(isinstance(r.get(c), list | dict) for r in rows)]
+    body = [[f"{v:.3g}" if isinstance(v := r.get(c, "–"), float) else str(v) for c in columns] for r in rows]
+    return [c.replace("_", " ") for c in columns], body
+
+
 def plain_section(folder: Path, summary: dict[str, Any]) -> str:
     """A results file as its table."""
-    rows = summary["rows"]
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    body = [[f"{v:.3g}" if isinstance(v := r.get(c, "–"), float) else str(v) for c in columns] for r in rows]
-    return f"<h2>{html.escape(summary['kind'].capitalize())}</h2>" + html_table([c.replace("_", " ") for c in columns], body)
+    return f"<h2>{html.escape(summary['kind'].replace('_', ' ').capitalize())}</h2>" + html_table(*plain_table(summary["rows"]))
+
+
+def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title: str) -> str:
+    """Every table as Markdown, with a link to its raw file."""
+    parts = [
+        f"# {title}",
+        "Every table is drawn from the raw file that it names, by `python -m eval report --results results`.",
+    ]
+    for folder, summary in found:
+        name = folder.relative_to(results).as_posix()
+        loop = summary["kind"] == "closed_loop"
+        heading, *sentences = closed_loop_setting(summary) if loop else [summary["kind"].replace("_", " ").capitalize()]
+        header, body = closed_loop_table(summary["rows"]) if loop else plain_table(summary["rows"])
+        lines = [" | ".join(["", *cells, ""]).strip() for cells in (header, ["---"] * len(header), *body)]
+        raw = f"[`{results.name}/{name}`](../{results.name}/{name}/summary.json)"
+        parts += [f"## {heading} ({name})", " ".join([*sentences, f"Raw: {raw}."]), "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section, "latency": latency_section}
 
 
-def report(results: Path, output: Path, title: str = "SP-VLA: learned against linear") -> None:
-    """Draw one self-contained HTML page from the raw files of earlier evaluations.
+def report(results: Path, output: Path, title: str = "Results: learned against linear") -> None:
+    """Draw one self-contained HTML page from the raw files of earlier evaluations, or their tables alone as Markdown.
 
     Args:
         results: folder that holds results (each with a summary.json), at any depth.
-        output: the page to write.
+        output: the page to write; its name's end, .html or .md, says which.
         title: its title.
     """
     found = []
@@ -487,6 +517,11 @@ def report(results: Path, output: Path, title: str = "SP-VLA: learned against li
         return order.index(kind) if kind in order else len(order), -sum(r.get("episodes", 0) for r in rows)
 
     found.sort(key=rank)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".md":
+        output.write_text(markdown(found, results, title))
+        print(f"written: {output}")
+        return
     body = "".join(SECTIONS.get(summary["kind"], plain_section)(folder, summary) for folder, summary in found)
     sources = ", ".join(str((folder / "summary.json").relative_to(results)) for folder, _ in found)
     machine = found[0][1].get("machine", {})
@@ -496,6 +531,5 @@ def report(results: Path, output: Path, title: str = "SP-VLA: learned against li
         f"<p class=note>Drawn from {html.escape(sources)}. Python {machine.get('python')}, {machine.get('processor')}.</p>"
         "</body></html>\n"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
     print(f"written: {output}")

@@ -16,7 +16,8 @@ from spvla import InputError
 from spvla.history import Source
 from spvla.policy import StepInfo
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -70,6 +71,11 @@ def test_a_browser_shows_every_picture_and_has_nothing_to_say(page, tmp_path):
     assert ":CONSOLE" not in run.stderr
     broken, count = map(int, re.search(r"<title>pictures (\d+)/(\d+)", run.stdout).groups())
     assert broken == 0 < count
+
+
+def test_the_documented_tables_are_the_raw_files(tmp_path):
+    report(RESULTS, tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
 
 
 def test_a_folder_without_results_is_told(tmp_path):
