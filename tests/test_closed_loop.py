@@ -118,7 +118,7 @@ def test_every_shipped_cell_can_be_made(path):
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
-        made = Setting("x", None, None, config["rules"], None, False, **options)
+        made = Setting("x", None, None, config.get("rules", {}), None, False, **options)
         policy = make_policy(cell, vla, export, made)
         assert (policy.pruner is None) == (cell.pruning == "none")
 
