@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data.frames import GIVEN_UP, POINTS, Frame, Frames, Question, image_points, other_questions
+from data.frames import GIVEN_UP, MISTAKE, POINTS, Frame, Frames, Question, image_points, mistakes, other_questions
 from data.libero import project
 from spvla.actions import LIBERO
 from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
@@ -173,3 +173,16 @@ def test_other_questions_have_the_experts_answers(tmp_path):
         assert free[0] and not free[labels[:, 6] > 0].any() and np.isfinite(items).all()
         assert where.shape == (len(states), 3) and np.ptp(where, 0).max() < 0.05, "nothing else moves"
         assert (actions[free, 6] == -1).all() and np.abs(actions[free, :2] - labels[free, :2]).max() > 0.5, text
+
+
+def test_mistakes_weigh_more():
+    labels = np.zeros((5, 7), np.float32)
+    labels[:, 6] = -1
+    actions = labels.copy()
+    actions[1, 2], actions[2, 0], actions[3, 4], actions[4, 6] = (
+        0.5,
+        -1.5,
+        1.0,
+        1.0,
+    )  # a half, too much, a rotation, the gripper
+    np.testing.assert_allclose(mistakes(actions, labels), [1, 1 + MISTAKE / 2, 1 + MISTAKE, 1, 1 + MISTAKE])
