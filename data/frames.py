@@ -31,9 +31,9 @@ from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
-MISTAKE = 3.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
+MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
 EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
 
@@ -117,7 +117,7 @@ class Frames:
 
     def weights(self) -> NDArray[np.float64]:
         """How often to draw each frame in training, relative to the others, (len,): a student's mistakes more often."""
-        return np.concatenate([np.asarray(table["weight"], np.float64) for table, *_ in self._tables])
+        return 1 + MISTAKE * np.concatenate([np.asarray(table["wrong"], np.float64) for table, *_ in self._tables])
 
     def __getitem__(self, index: int) -> Frame:
         shard = int(np.searchsorted(self.offsets, index, side="right")) - 1
@@ -177,7 +177,7 @@ def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.T
         scene = facts.get("scene")
         columns = {"image": raw[cameras[0]].combine_chunks().field("bytes"), "label": _lists(labels)}
         columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
-        columns["weight"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.ones(len(labels)))
+        columns["wrong"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.zeros(len(labels)))
         found = {} if instruction is None else other_questions(states, labels, facts, instruction)
         for k, name in enumerate(("other_labels", "other_items", "other_positions")):
             if found:
@@ -197,10 +197,10 @@ def _lists(values: NDArray[np.float32]) -> pa.Array:
 
 
 def mistakes(actions: NDArray[np.float32], labels: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Weights (T,) of steps at which a student gave ``actions`` (T, 7) and the teacher ``labels``: 1 where they agree."""
+    """How wrong a student was that gave ``actions`` (T, 7) where the teacher gives ``labels``: (T,), 1 from half the range on."""
     dims = [*LIBERO.translation, *LIBERO.gripper]
     wrong = np.abs(LIBERO.normalize(actions) - LIBERO.normalize(labels))[:, dims].max(1)
-    return 1 + MISTAKE * np.minimum(wrong, 1).astype(np.float64)
+    return np.minimum(wrong, 1).astype(np.float64)
 
 
 def image_points(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:

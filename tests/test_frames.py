@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data.frames import GIVEN_UP, MISTAKE, POINTS, Frame, Frames, Question, image_points, mistakes, other_questions
+from data.frames import GIVEN_UP, POINTS, Frame, Frames, Question, image_points, mistakes, other_questions
 from data.libero import project
 from spvla.actions import LIBERO
 from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
@@ -185,4 +185,4 @@ def test_mistakes_weigh_more():
         1.0,
         1.0,
     )  # a half, too much, a rotation, the gripper
-    np.testing.assert_allclose(mistakes(actions, labels), [1, 1 + MISTAKE / 2, 1 + MISTAKE, 1, 1 + MISTAKE])
+    np.testing.assert_allclose(mistakes(actions, labels), [0, 0.5, 1, 0, 1])
