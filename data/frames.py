@@ -197,7 +197,7 @@ def _lists(values: NDArray[np.float32]) -> pa.Array:
 
 
 def mistakes(actions: NDArray[np.float32], labels: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How wrong a student was that gave ``actions`` (T, 7) where the teacher gives ``labels``: (T,), 1 from half the range on."""
+    """How wrong a student was: it gave ``actions`` (T, 7), the teacher ``labels``; (T,), 1 from half the range on."""
     dims = [*LIBERO.translation, *LIBERO.gripper]
     wrong = np.abs(LIBERO.normalize(actions) - LIBERO.normalize(labels))[:, dims].max(1)
     return np.minimum(wrong, 1).astype(np.float64)
