@@ -324,7 +324,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
             weights = [e["vla_calls"] for e in seeing]
             row["visual_tokens_mean"] = float(np.average([e["visual_tokens_mean"] for e in seeing], weights=weights))
             row["visual_tokens_total"] = seeing[0]["visual_tokens_total"]
-            counts = [np.array(e["kept"]) for e in seeing if e["kept"] is not None]
+            counts = [np.array(e["kept"]) for e in seeing if e.get("kept") is not None]
             if counts:
                 row["kept_share"] = (np.sum(counts, axis=0) / sum(weights)).round(3).tolist()
         labelled = [e for e in es if e["deviating"] is not None]
