@@ -43,6 +43,13 @@ def parse_range(text: str, what: str = "init_states") -> list[int]:
     return out
 
 
+def require_init_states(task: Task, states: Sequence[int], text: str) -> None:
+    """Raise :class:`InputError` if ``task`` lacks one of the official initial states, which ``text`` asked for."""
+    available = len(task.init_states())
+    if max(states) >= available:
+        raise InputError(f"init_states {text}: {task.suite} task {task.index} has {available} initial states")
+
+
 @dataclass(frozen=True)
 class Setting:
     """What determines an episode beside task, initial state and repetition."""
@@ -250,12 +257,11 @@ def collect(
     by_task: list[list[Group]] = []
     total, left = 0, 0
     for task in load_tasks(suite, tasks, max_steps):
-        available = len(task.init_states()) if not random_resets else None
+        if not random_resets:
+            require_init_states(task, states[:count], init_states)
         jobs = []
         for i in range(count):
             state, repetition = states[i % len(states)], i // len(states)
-            if available is not None and state >= available:
-                raise InputError(f"init_states {init_states}: {suite} task {task.index} has {available} initial states")
             if random_resets:
                 state_id, repetition, init = f"random{i:04d}", i, None
             else:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.collect import episode_seed, parse_range
+from data.collect import episode_seed, parse_range, require_init_states
 from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
 from data.rollout import Nudge, RealTime, Rollout, deviations, rollout
 from eval.film import write_film
-from eval.output import continued, table, write_csv, write_summary
+from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
@@ -427,9 +427,8 @@ def closed_loop(
     chosen = load_tasks(suite, tasks, max_steps)
     jobs: dict[Task, list[tuple[int | None, int]]] = {}
     for task in chosen:
-        available = len(task.init_states()) if states else 0
-        if states and max(states) >= available:
-            raise InputError(f"init_states {init_states}: {suite} task {task.index} has {available} initial states")
+        if states:
+            require_init_states(task, states, str(init_states))
         starts = [(s, 0) for s in states] + [(None, repetition) for repetition in range(random_resets)]
         jobs[task] = [(state, episode_seed(seed, task, state, repetition)) for state, repetition in starts]
     fixed = {
@@ -453,8 +452,7 @@ def closed_loop(
     total = len(wanted) * sum(map(len, jobs.values()))
     with tqdm(total=total, initial=total - left, desc=f"closed loop {suite}", unit="episode") as bar:
         for result in run_groups(_run_group, groups, workers):
-            with gzip.open(raw, "at") as stream:  # members are appended whole: a killed run loses at most the last line
-                stream.write(json.dumps(result) + "\n")
+            append(raw, result)
             done.append(result)
             bar.update()
     names = {c.name: i for i, c in enumerate(wanted)}

@@ -6,8 +6,6 @@ there; what counts is the first object that the hand lifts.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from data.collect import episode_seed, parse_range
+from data.collect import episode_seed, parse_range, require_init_states
 from data.expert import parse_goal, scene_instructions
 from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
-from eval.output import continued, table, write_csv, write_summary
+from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
 from spvla.errors import InputError
 from spvla.vlas.base import VLA
@@ -155,10 +153,7 @@ def instructions(
     states = parse_range(init_states)
     groups = []
     for task in load_tasks(suite, tasks, max_steps):
-        if max(states) >= len(task.init_states()):
-            raise InputError(
-                f"init_states {init_states}: {suite} task {task.index} has {len(task.init_states())} initial states"
-            )
+        require_init_states(task, states, init_states)
         finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
         jobs = [(s, episode_seed(seed, task, s, 0)) for s in states]
         source = (policy, checkpoint, dict(policy_options), suite)
@@ -167,8 +162,7 @@ def instructions(
 
     with tqdm(desc=f"instructions {suite}", unit="trial", initial=len(done)) as bar:
         for trial in run_groups(_run_group, groups, workers):
-            with gzip.open(raw, "at") as stream:
-                stream.write(json.dumps(trial) + "\n")
+            append(raw, trial)
             done.append(trial)
             bar.update()
     chosen = {g.task.index for g in groups}

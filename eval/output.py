@@ -69,6 +69,12 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
     return out
 
 
+def append(raw: Path, row: dict[str, Any]) -> None:
+    """Add a row for :func:`continued`. Members are appended whole: a killed run loses at most the last line."""
+    with gzip.open(raw, "at") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """Rows as gzip-compressed CSV; lists are written as JSON. The file's bytes depend on the rows alone."""
     text = io.StringIO()

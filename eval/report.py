@@ -199,7 +199,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
         ]
         if "policy_speedup" in r:
-            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "less policy wall clock an episode"))
+            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "policy wall clock an episode, the VLA alone over this"))
         inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
         parts.append(
             f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
@@ -280,9 +280,10 @@ def kept_section(rows: Sequence[dict[str, Any]]) -> str:
     if not shown:
         return ""
     columns = min(6, len(shown))
+    lines = -(-len(shown) // columns)
 
     def draw(f: Any) -> None:
-        axes = f.subplots(-(-len(shown) // columns), columns, squeeze=False).ravel()
+        axes = f.subplots(lines, columns, squeeze=False).ravel()
         for axis, (name, share) in zip(axes, shown.items(), strict=False):
             picture = axis.imshow(share.reshape(isqrt(len(share)), -1), vmin=0, vmax=1, cmap="viridis")
             axis.set_title(name.replace(", ", "\n"), fontsize=7)
@@ -290,9 +291,8 @@ def kept_section(rows: Sequence[dict[str, Any]]) -> str:
             axis.set_axis_off()
         f.colorbar(picture, ax=list(axes), shrink=0.7, label="share of the VLA's calls")
 
-    rows_of = -(-len(shown) // columns)
     caption = "How often each visual token, where it is in the image, reached the language model."
-    return f"<h3>Kept tokens</h3>{figure(svg(draw, 10, 2.3 * rows_of), caption)}"
+    return f"<h3>Kept tokens</h3>{figure(svg(draw, 10, 2.3 * lines), caption)}"
 
 
 def film_section(folder: Path, rows: Sequence[dict[str, Any]], best: int | None) -> str:
@@ -478,7 +478,7 @@ def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title:
     """Every table as Markdown, with a link to its raw file."""
     parts = [
         f"# {title}",
-        "Every table is drawn from the raw file that it names, by `python -m eval report --results results`.",
+        "Every table is drawn from its raw file: `python -m eval report --results results --output docs/results.md`.",
     ]
     for folder, summary in found:
         name = folder.relative_to(results).as_posix()
