@@ -26,7 +26,7 @@ from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
 from spvla.export import accelerate
 from spvla.policy import episode_stats
-from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
+from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
@@ -72,6 +72,7 @@ class Setting:
     pruning: dict[str, Any] | str | None = None
     max_steps: int | None = None
     shuffle: bool = False
+    weights: str | None = None
 
     @property
     def tag(self) -> str:
@@ -104,8 +105,8 @@ class Group:
     output: str
 
 
-def episode_seed(seed: int, task: Task, init_state: int | None, repetition: int) -> int:
-    """The seed of an episode, from what identifies it."""
+def episode_seed(seed: int | str, task: Task, init_state: int | None, repetition: int) -> int:
+    """The seed of an episode, from what identifies it; another ``seed`` makes another episode of the same initial state."""
     text = f"{seed}/{task.suite}/{task.name}/{init_state}/{repetition}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
 
@@ -121,7 +122,8 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
     source = (setting.policy, setting.checkpoint, setting.policy_options, group.task.suite)
     vla = load_vla(*source)
-    teacher = None
+    perturbed = bool(setting.noise) or setting.student is not None
+    teacher = second_vla(vla, *source) if perturbed or setting.export is not None else None
     if setting.export is None:
         policy = accelerate(vla, generator="none", pruning=setting.pruning)
     else:
@@ -135,7 +137,6 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
             max_generated_run=setting.max_generated_run,
             shadow=setting.shadow,
         )
-        teacher = second_vla(vla, *source)
     writer = RolloutWriter(group.output, policy.space, policy=setting.policy)
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
@@ -187,7 +188,7 @@ def collect(
     shadow: bool = False,
     tasks: list[int | str] | None = None,
     init_states: str = "0-19",
-    random_resets: bool = False,
+    random_resets: int = 0,
     episodes_per_task: int | None = None,
     noise: float = 0.0,
     risk: float | None = None,
@@ -218,7 +219,7 @@ def collect(
         shadow: with export, the teacher acts and the accelerated policy only says what it would have done.
         tasks: task indices or names; all if omitted.
         init_states: official initial states, such as 0-19; 0-19 train, 20-29 calibrate, 30-49 are for evaluation only.
-        random_resets: seeded random resets in place of official initial states; the range then counts repetitions.
+        random_resets: so many seeded random resets of each task, in place of official initial states.
         episodes_per_task: stop after this many per task, walking through init_states again if there are more.
         noise: largest standard deviation of the noise on executed actions (normalised units); labels stay clean.
         risk: allowed risk of the accelerated policy; the export's default if omitted.
@@ -240,7 +241,7 @@ def collect(
         seed: of resets and noise.
     """
     states = parse_range(init_states)
-    count = episodes_per_task or len(states)
+    count = random_resets or episodes_per_task or len(states)
     setting = Setting(policy, checkpoint, export, shadow, risk, generator, scheduler, max_generated_run, noise, seed)
     setting = replace(
         setting,
@@ -251,7 +252,9 @@ def collect(
         shuffle=shuffle,
     )
     setting = replace(setting, policy_options=dict(policy_options) or None, pruning=pruning, max_steps=max_steps)
-    load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
+    vla = load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
+    setting = replace(setting, weights=weights_stamp(vla))
+    del vla
     free_memory()
     shards = output / ".shards"
     by_task: list[list[Group]] = []

@@ -174,7 +174,8 @@ def rollout(
         init_state: index of an official initial state, or None for a reset seeded by ``seed``.
         seed: seed of the reset and of the noise.
         noise: added to the executed action; labels stay clean.
-        teacher: labels every step that the policy's own VLA did not act on (never counted as the policy's time).
+        teacher: labels every step that the policy's own VLA did not act on, and with noise or a driver those that it had
+            planned before (never counted as the policy's time).
         driver: acts in the policy's place; the policy's own actions are labels then.
         instruction: what to ask for, and to judge by; None: the task's own. Another one must be the expert's to understand.
         images: keep what the camera saw at every step, as JPEG; the environment must render.
@@ -207,15 +208,17 @@ def rollout(
     limit = max_steps or env.task.max_steps
 
     def execute(action: FloatArray, state: FloatArray, output: VLAOutput | None) -> bool:
+        nonlocal nudged
         actions.append(action)
         states.append(state)
         labels.append(output)
         privileged.append(env.privileged().to_vector())
-        return env.step(action)
+        over = env.step(action)
+        if nudge is not None and item is not None and not over and nudge.apply(env, item, seed):
+            nudged = env.steps
+        return over
 
     while not done and env.steps < limit:
-        if nudge is not None and item is not None and nudge.apply(env, item, seed):
-            nudged = env.steps
         state = env.state()
         seen: list[LiberoObservation] = []
 
@@ -227,7 +230,8 @@ def rollout(
         action = policy.select_action(observe, state=state)
         output = policy.last_output
         outputs.append(output)
-        if output is None and teacher is not None:
+        elsewhere = (driver is not None or noise is not None) and "vla" not in policy.last_step.milliseconds
+        if teacher is not None and (output is None or elsewhere):  # a plan's later actions are not for where noise led
             output = teacher.predict(observe())
         if driver is not None:
             action = driver.drive(observe, action, env.steps)

@@ -31,7 +31,7 @@ from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
-from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla
+from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla, weights_stamp
 
 COLUMNS = (
     *(
@@ -81,6 +81,8 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
             raise InputError(f"cell {text!r}: expected vla or generator+scheduler, then +pruning and @risk if wanted")
+        if at and names[1] != "learned":
+            raise InputError(f"cell {text!r}: only the learned scheduler has a risk")
         try:
             asked = [float(risk)] if at else (list(risks) if names[1] == "learned" else [None])
         except ValueError:
@@ -155,7 +157,9 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     tolerance = export.tolerance if export else 0.2
     with LiberoEnv(group.task, render=needs_images(vla)) as env:
         for cell, init_state, seed in group.jobs:
-            policy = policies.setdefault(cell, make_policy(cell, vla, export, setting))
+            if cell not in policies:
+                policies[cell] = make_policy(cell, vla, export, setting)
+            policy = policies[cell]
             film = group.films is not None and (init_state, seed) == group.filmed
             result = rollout(
                 env,
@@ -277,6 +281,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         successes, n = sum(e["success"] for e in es), len(es)
         steps, calls = np.array([e["steps"] for e in es]), np.array([e["vla_calls"] for e in es])
         generated = np.array([e["generated"] for e in es])
+        decided = steps - np.array([e["held"] for e in es])  # without those that only went by
         row: dict[str, Any] = {k: es[0][k] for k in ("cell", "generator", "scheduler", "pruning", "risk")}
         row |= {
             "episodes": n,
@@ -302,7 +307,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         runs = [r for e in es for r in e["generated_run_lengths"]]
         row |= {
             "vla_call_rate": float(calls.sum() / steps.sum()),
-            "skipped": float(1 - calls.sum() / steps.sum()),
+            "skipped": float(generated.sum() / decided.sum()),
             "vla_calls_per_episode": float(calls.mean()),
             "steps_per_episode": float(steps.mean()),
             "seconds_per_episode": float(np.mean([e["seconds"] for e in es])),
@@ -324,12 +329,12 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
             weights = [e["vla_calls"] for e in seeing]
             row["visual_tokens_mean"] = float(np.average([e["visual_tokens_mean"] for e in seeing], weights=weights))
             row["visual_tokens_total"] = seeing[0]["visual_tokens_total"]
-            counts = [np.array(e["kept"]) for e in seeing if e.get("kept") is not None]
-            if counts:
-                row["kept_share"] = (np.sum(counts, axis=0) / sum(weights)).round(3).tolist()
+        if counted := [e for e in seeing if e.get("kept") is not None]:
+            kept = np.sum([e["kept"] for e in counted], axis=0)
+            row["kept_share"] = (kept / sum(e["vla_calls"] for e in counted)).round(3).tolist()
         labelled = [e for e in es if e["deviating"] is not None]
         if labelled:
-            mean, error = mean_and_error([e["deviating"] / e["steps"] for e in labelled])
+            mean, error = mean_and_error([e["deviating"] / (e["steps"] - e["held"]) for e in labelled])
             row |= {
                 "deviation_rate": mean,
                 "deviation_rate_standard_error": error,
@@ -418,6 +423,7 @@ def closed_loop(
     for cell in wanted:
         make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
     films = films and needs_images(vla) and not real_time
+    weights = weights_stamp(vla)
     del vla
     free_memory()
     output.mkdir(parents=True, exist_ok=True)
@@ -429,11 +435,13 @@ def closed_loop(
     for task in chosen:
         if states:
             require_init_states(task, states, str(init_states))
-        starts = [(s, 0) for s in states] + [(None, repetition) for repetition in range(random_resets)]
-        jobs[task] = [(state, episode_seed(seed, task, state, repetition)) for state, repetition in starts]
+        jobs[task] = [(s, episode_seed(seed, task, s, 0)) for s in states]
+        resets = f"evaluation/{seed}"  # seeds that no collecting has
+        jobs[task] += [(None, episode_seed(resets, task, None, i)) for i in range(random_resets)]
     fixed = {
         "suite": suite,
         "seed": seed,
+        "weights": weights,
         "export": _fingerprint(export),
         **{k: v for k, v in asdict(setting).items() if k != "export"},
     }

@@ -22,7 +22,7 @@ from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
 from spvla.errors import InputError
 from spvla.vlas.base import VLA
-from spvla.vlas.registry import free_memory, load_vla, needs_images
+from spvla.vlas.registry import free_memory, load_vla, needs_images, weights_stamp
 
 LIFTED = 0.03  # metres above where it stood
 KINDS = ("own", "other", "nothing", "absent")
@@ -142,10 +142,10 @@ def instructions(
         workers: processes, one thread each.
         seed: of resets.
     """
-    load_vla(policy, checkpoint, policy_options, suite)  # one that cannot be made is told before any worker starts
+    weights = weights_stamp(load_vla(policy, checkpoint, policy_options, suite))  # what cannot be made is told at once
     free_memory()
     fixed: dict[str, Any] = {"suite": suite, "policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options)}
-    fixed |= {"max_steps": max_steps, "seed": seed}
+    fixed |= {"weights": weights, "max_steps": max_steps, "seed": seed}
     output.mkdir(parents=True, exist_ok=True)
     raw = output / "trials.jsonl.gz"
     done = continued(raw, output / "setting.json", fixed)

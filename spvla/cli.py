@@ -56,7 +56,7 @@ def guard(call: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        print("\nstopped; collecting, converting, distilling and closed loops continue when called again", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

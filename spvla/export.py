@@ -137,7 +137,7 @@ def accelerate(
     space = vla.action_space
     pruner = make_pruner(defaults.get("pruning") if pruning is None else pruning)
     options: dict[str, Any] = {
-        "max_generated_run": max_generated_run or int(defaults.get("max_generated_run", 20)),
+        "max_generated_run": int(defaults.get("max_generated_run", 20)) if max_generated_run is None else max_generated_run,
         "tolerance": loaded.tolerance if loaded else 0.2,
         "shadow": shadow,
         "record": record,

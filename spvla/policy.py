@@ -194,7 +194,8 @@ class SPVLAPolicy:
             action, source = proposal.actions[0], Source.GENERATOR
         elif self._queue:
             action, source = self._queue.popleft(), Source.VLA
-            planned = VLAOutput(action[None])
+            plan = history.vla_output or VLAOutput(action[None])
+            planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
         else:
             keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)
             seen = observation if isinstance(observation, Observation) else observation()
@@ -361,12 +362,12 @@ def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
 def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
     """Counts and costs of an episode's steps.
 
-    Returns ``steps, vla_calls, generated, held, fallbacks, switches`` (changes of who acts), ``generated_runs``,
+    Returns ``steps, vla_calls, generated, held, fallbacks, unavailable, switches`` (changes of who acts), ``generated_runs``,
     ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode ``would_skip`` and
-    ``would_deviate`` (steps), ``visual_tokens_mean`` if the VLA reports them, and ``unavailable`` (steps) if it ever was.
+    ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
     """
     if not steps:
-        return {"steps": 0, "vla_calls": 0, "generated": 0, "held": 0, "fallbacks": 0, "switches": 0}
+        return {"steps": 0, "vla_calls": 0, "generated": 0, "held": 0, "fallbacks": 0, "unavailable": 0, "switches": 0}
     generated = np.array([s.source == Source.GENERATOR for s in steps])
     runs = run_lengths(generated)
     ms = np.array([s.milliseconds["total"] for s in steps if "total" in s.milliseconds])
@@ -376,6 +377,7 @@ def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
         "generated": int(generated.sum()),
         "held": sum(s.source == Source.HELD for s in steps),
         "fallbacks": sum(s.fallback for s in steps),
+        "unavailable": sum(s.unavailable is not None for s in steps),
         "switches": int((generated[1:] != generated[:-1]).sum()),
         "generated_runs": len(runs),
         "generated_run_length_mean": float(runs.mean()) if len(runs) else 0.0,
@@ -386,8 +388,6 @@ def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
     if shadow:
         out["would_skip"] = sum(s.intuitive and not s.fallback for s in shadow)
         out["would_deviate"] = sum(s.intuitive and not s.fallback and bool(s.deviates) for s in shadow)
-    if unavailable := sum(s.unavailable is not None for s in steps):
-        out["unavailable"] = unavailable
     tokens = [s.visual_tokens[0] for s in steps if s.visual_tokens is not None]
     if tokens:
         out["visual_tokens_mean"] = float(np.mean(tokens))

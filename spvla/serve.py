@@ -300,7 +300,7 @@ class PolicyServer(ModelServer):
                 if not isinstance(keep_mass, float):
                     raise InputError(f"keep_mass: expected a number, got {type(keep_mass).__name__}")
                 output = session.plain.predict(observation, keep_mass=keep_mass)
-                return {**vars(output), "actions": self.interface.action(output.actions, self.space)}
+                return dict(vars(output))
             if instruction != session.instruction or obs.get("episode_restart"):
                 session.policy.reset(instruction)
                 session.instruction = instruction

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from data.collect import episode_seed
+from data.libero import load_tasks
 from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
 from eval.film import bar, draw
 from spvla import InputError, load_export
@@ -38,7 +40,9 @@ def test_cells_are_read_as_they_are_written():
         assert parse_cells([cell.name], [None])[-1] == cell
 
 
-@pytest.mark.parametrize("text", ["mlp", "vla+", "+learned", "a+b+c+d", "vla@0.1", "vla+x@0.1", "mlp+learned@much", "mlp++x"])
+@pytest.mark.parametrize(
+    "text", ["mlp", "vla+", "+learned", "a+b+c+d", "vla@0.1", "vla+x@0.1", "ridge+release@0.1", "mlp+learned@much", "mlp++x"]
+)
 def test_bad_cells_are_named(text):
     with pytest.raises(InputError, match="cell '" + text.replace("+", r"\+")):
         parse_cells([text], [None])
@@ -67,9 +71,16 @@ def test_a_cell_that_cannot_be_made_is_named():
 
 
 def test_rows_weigh_tokens_by_calls():
-    def episode(cell, tokens, calls):
-        counts = {"steps": 10, "vla_calls": calls, "generated": 10 - calls, "fallbacks": 0, "switches": 0, "deviating": None}
-        counts |= {"seconds": 0.5, "held": 0, "nudged": None, "reaction": None}
+    def episode(cell, tokens, calls, held=0):
+        counts = {
+            "steps": 10 + held,
+            "vla_calls": calls,
+            "generated": 10 - calls,
+            "fallbacks": 0,
+            "switches": 0,
+            "deviating": None,
+        }
+        counts |= {"seconds": 0.5, "held": held, "nudged": None, "reaction": None}
         where = {"suite": "s", "task": 0, "init_state": calls, "seed": 0, "success": True, "generated_run_lengths": []}
         facts = {"generator": "none", "scheduler": "none", "pruning": "half", "risk": None}
         return {
@@ -85,6 +96,8 @@ def test_rows_weigh_tokens_by_calls():
     (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})
     assert row["visual_tokens_mean"] == pytest.approx(110) and row["visual_tokens_total"] == 256
     assert (row["cell"], row["pruning"]) == ("vla+half", "half") and row["kept_share"] == [1, 0]
+    (waiting,) = summarise([episode("vla+half", 100.0, 4, held=20)], {})
+    assert waiting["skipped"] == 0.6, "of the steps that somebody decided"
     times = {cell: {"policy_seconds_per_episode": s} for cell, s in {"vla": 3.0, "vla+half": 2.0}.items()}
     assert [r["policy_speedup"] for r in summarise([episode(c, 1.0, 1) for c in times], times)] == [1, 1.5]
 
@@ -142,3 +155,5 @@ def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     with gzip.open(tmp_path / "episodes.csv.gz", "rt") as stream:
         episodes = list(csv.DictReader(stream))
     assert sorted(e["init_state"] for e in episodes) == ["", "", "30"] and len({e["seed"] for e in episodes}) == 3
+    (task,) = load_tasks("libero_object", [0])
+    assert not {int(e["seed"]) for e in episodes} & {episode_seed(0, task, None, i) for i in range(50)}, "not training's resets"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.collect import episode_seed, parse_range
+from data.collect import collect, episode_seed, parse_range
 from data.frames import Frames
 from data.parallel import chunks, run_groups
 from data.rollout import ActionNoise
@@ -140,3 +140,12 @@ def test_a_student_acts_and_the_teacher_labels_every_step(tmp_path):
         assert decode_image(e.images["agentview"][0]).shape == (256, 256, 3)
     frames = Frames([tmp_path / "store"])
     assert frames.scan() > 150 and np.isfinite(frames[len(frames) - 1].points).all()
+
+
+def test_random_resets_are_as_many_as_asked_for(tmp_path):
+    pytest.importorskip("libero", reason="the libero extra is not installed")
+    collect("libero_object", tmp_path, tasks=[0], random_resets=2, max_steps=5, workers=1)
+    episodes = list(read_episodes(tmp_path))
+    assert [e.metadata["init_state"] for e in episodes] == [None, None]
+    first, second = (e.environment_states[0] for e in episodes)
+    assert np.abs(first - second).max() > 1e-3, "the objects lie elsewhere"

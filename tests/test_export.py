@@ -57,6 +57,8 @@ def test_every_cell_survives_the_round_trip(folder, generator, scheduler):
 
 def test_defaults_come_from_the_export_and_the_knob_overrides(folder):
     policy = accelerate(ScriptedVLA(np.zeros((5, 7))), folder)
+    with pytest.raises(InputError, match="max_generated_run must be at least 1, got 0"):
+        accelerate(ScriptedVLA(np.zeros((5, 7))), folder, max_generated_run=0)
     assert policy.max_generated_run == 8 and policy.space.max_jump == (2.0,) * 7
     curve = load_export(folder).calibration["mlp"]
     assert policy.scheduler.threshold == curve.threshold(0.1)

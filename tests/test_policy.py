@@ -1,5 +1,7 @@
 """The control loop: who acts, what is recorded, and that the VLA is untouched when everything is off."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -123,6 +125,24 @@ def test_the_actions_of_a_chunk_are_labels_of_their_steps(tmp_path):
     (episode,) = read_episodes(tmp_path)
     np.testing.assert_array_equal(episode.vla_actions, planned[:6])
     np.testing.assert_array_equal(episode.actions, np.full((6, 7), 0.5, np.float32))
+
+
+def test_a_recording_holds_what_the_history_held_while_a_chunk_was_played(tmp_path):
+    class Sure(ScriptedVLA):
+        def predict(self, observation, keep_mass=1.0):
+            confidence = np.full(7, 0.1 * (self.calls + 1), np.float32)
+            return replace(super().predict(observation), confidence=confidence)
+
+    policy = SPVLAPolicy(Sure(actions(8), chunk=4), record=tmp_path)
+    policy.reset("x")
+    held = []
+    for _ in range(8):
+        policy.select_action(Observation(state=np.zeros(8)))
+        held.append(policy.history.window().vla_confidence[0])
+    policy.close()
+    (episode,) = read_episodes(tmp_path)
+    np.testing.assert_array_equal(episode.vla_confidence, held)
+    np.testing.assert_allclose(episode.vla_confidence[:, 0], [0.1] * 4 + [0.2] * 4)
 
 
 def test_chunks_are_played_out_before_anyone_decides():

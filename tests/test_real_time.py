@@ -104,3 +104,6 @@ def test_an_object_is_moved_on_the_way(env):
     assert (np.delete(jump, result.nudged - 1) < 2e-3).all()
     again = rollout(env, SPVLAPolicy(ScriptedVLA(still)), init_state=20, seed=3, max_steps=24, nudge=Nudge(0.04))
     assert again.nudged == result.nudged
+    late = {"real_time": RealTime(vla_ms=240.0), "nudge": Nudge(0.04)}
+    waiting = rollout(env, SPVLAPolicy(ScriptedVLA(still)), init_state=20, seed=3, max_steps=24, **late)
+    assert waiting.nudged == result.nudged, "also while the robot waits"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -392,6 +393,15 @@ def test_the_vla_itself_with_all_it_reports(serving):
     refused = Client(one.url, vla=True, pruning={"ratio": 2})
     reply = decoded(refused.ws.recv(timeout=5))
     assert reply.type == MessageType.ERROR and "field 'ratio' is unknown" in reply.payload["error"]
+
+
+def test_the_vla_itself_answers_in_its_own_units(serving):
+    """What a benchmark's gripper reads is for the joint policy's sessions; a plain one is told the VLA's action space."""
+    one = serving(interface=replace(WIRE, gripper_from=(1.0, -1.0), gripper_to=(0.0, 1.0)))
+    reply = Client(one.url, vla=True).ask(obs(0, "steady")).payload
+    np.testing.assert_array_equal(reply["actions"], np.float32([[0.5, 0.2, 0, 0, 0, 0, 1]]))
+    joint = Client(one.url).ask(obs(0, "steady")).payload
+    np.testing.assert_array_equal(joint["actions"], np.float32([0.5, 0.2, 0, 0, 0, 0, 0]))
 
 
 def test_conventions_of_other_benchmarks():

@@ -13,9 +13,14 @@ from data.store import RolloutStore
 from data.windows import frames_of
 from eval.offline import offline
 from spvla import load_export
+from spvla.actions import LIBERO
+from spvla.episodes import RolloutWriter
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
+from spvla.history import Source
+from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
+from tests.conftest import smooth_episode
 from train.datamodules import RolloutData, fold_of_frames
-from train.distill import distill
+from train.distill import calibration_curve, distill
 from train.modules import ClassifierModule, GeneratorModule
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +123,24 @@ def test_gate_labels_come_from_the_judge_of_the_fold(store_folder):
     proposals, deviates, known = module.label(frames, batch)
     assert (deviates.numpy() == (fold[frames] == 1)).all() and known.all()
     assert (proposals.numpy()[:, 0] == np.where(fold[frames] == 1, np.float32(0.9), 0)).all()
+
+
+def test_calibration_leaves_out_episodes_whose_generated_steps_nobody_labelled(store_folder, tmp_path, capsys):
+    """What a robot records while the policy acts: where the generator acted the VLA said nothing."""
+    writer = RolloutWriter(tmp_path / "robot", LIBERO, policy="synthetic")
+    for seed in range(20, 25):
+        episode = smooth_episode(100 + seed)
+        episode.vla_actions[episode.sources == Source.GENERATOR] = np.nan
+        episode.metadata["init_state"] = seed
+        writer.write(f"job-{seed}", [episode])
+    robot = writer.finalize()
+
+    data = RolloutData([store_folder], history=8)
+    gate = ActionTypeClassifier(ClassifierConfig(data.features, **SMALL)).eval()
+    alone = calibration_curve(data, LastActionGenerator(LIBERO), gate, 0.2)
+    both = RolloutData([store_folder, robot], history=8)
+    assert calibration_curve(both, LastActionGenerator(LIBERO), gate, 0.2) == alone
+    assert "5 of 25 calibration episodes" in capsys.readouterr().out
 
 
 def fit(config, *overrides, cwd):

@@ -33,6 +33,7 @@ from spvla.errors import InputError
 from spvla.export import Export, built_in_generator, save_export
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
+from spvla.history import Source
 from spvla.pruning.pruner import make_pruner
 from spvla.scheduling.calibration import Calibration, calibrate, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
@@ -178,16 +179,32 @@ def calibration_curve(
     data: RolloutData, generator: ActionGenerator, gate: ActionTypeClassifier, tolerance: float
 ) -> Calibration:
     """The gate's risk curve on the calibration episodes. Teacher rollouts and the rollouts of accelerated policies at each
-    risk are separate pools, since they visit different states, and the bound holds in the worst of them."""
+    risk are separate pools, since they visit different states, and the bound holds in the worst of them. Episodes in which the
+    generator acted without the teacher's label say nothing about those steps and are left out."""
     pools: dict[tuple[Any, ...], tuple[list[NDArray[np.float64]], list[NDArray[np.bool_]]]] = {}
-    facts = {first: (store, info.metadata) for store, first, info in data.windows.episodes}
+    facts = {first: (store, info) for store, first, info in data.windows.episodes}
+    unlabelled = 0
     for first, length in data.split.calibration:
+        store, info = facts[first]
+        arrays, part = data.windows.stores[store].arrays, slice(info.start, info.start + length)
+        generated = arrays["sources"][part] == Source.GENERATOR
+        if np.isnan(arrays["targets"][part][generated]).any():
+            unlabelled += 1
+            continue
         p, deviates = judge_episode(data, generator, gate, first, length, tolerance)
-        store, metadata = facts[first]
-        accelerated = bool(metadata.get("accelerated"))
+        metadata = info.metadata
+        accelerated = bool(metadata.get("accelerated")) or bool(generated.any())
         pool = pools.setdefault((accelerated, store, metadata.get("risk") or 0.0) if accelerated else (False,), ([], []))
         pool[0].append(p)
         pool[1].append(deviates)
+    if unlabelled:
+        what = (
+            f"{unlabelled} of {len(data.split.calibration)} calibration episodes have generated steps without the VLA's label"
+        )
+        advice = "record the VLA alone or in shadow mode"
+        if not pools:
+            raise InputError(f"calibration: {what}; {advice}")
+        print(f"{what} and are left out; {advice}")
     everything = np.concatenate([p for pool in pools.values() for p in pool[0]])
     finite = everything[np.isfinite(everything)]
     thresholds = np.unique(np.quantile(finite, np.linspace(0, 1, 512)))
@@ -312,14 +329,19 @@ def distill(
         threads: cores to train on.
         seed: of everything.
     """
-    data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
-    torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", module="lightning")
-    sizes = {"mlp": mlp, "transformer": transformer}
+    sizes = {"mlp": mlp, "transformer": transformer}  # what cannot be is told before hours of labelling and training
     for name in generators:
         if name not in sizes:
             raise InputError(f"generators: {name!r} is unknown; there are: {', '.join(sizes)}")
-    make_pruner(default_pruning, "default_pruning")  # a wrong one is told before hours of training
+    default = default_generator or [*generators, *baselines, ""][0]
+    if default not in (*generators, *baselines):
+        raise InputError(
+            f"default_generator {default!r} is not among the distilled ones: {', '.join([*generators, *baselines])}"
+        )
+    make_pruner(default_pruning, "default_pruning")
+    data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", module="lightning")
     plan = Plan(
         data={
             **{"data": data, "history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
@@ -344,9 +366,6 @@ def distill(
     learned = {name: plan.generator(name) for name in generators}
     gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
     curves = {name: calibration_curve(rollouts, plan.judges(name)[0][-1], gates[name], tolerance) for name in gates}
-    default = default_generator or (generators[0] if generators else baselines[0])
-    if default not in gates:
-        raise InputError(f"default_generator {default!r} is not among the distilled ones: {', '.join(gates)}")
     export = Export(
         space=rollouts.space.with_max_jump(max_jump(rollouts)),
         tolerance=tolerance,

@@ -30,7 +30,7 @@ def export(
     data: list[Path],
     output: Path,
     name: str | None = None,
-    default_risk: float = 0.1,
+    default_risk: float = 0.05,
     max_generated_run: int = 20,
     calibration_fraction: float = 0.2,
     onnx: bool = False,

@@ -15,11 +15,9 @@ class Proposal:
 
     Args:
         actions: float32 (H, D), environment units; only the first is ever executed, the rest show where it leads.
-        error: expected largest absolute error per horizon step, (H,), normalised units, or None.
     """
 
     actions: FloatArray
-    error: FloatArray | None = None
 
 
 @runtime_checkable

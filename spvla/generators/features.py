@@ -141,8 +141,9 @@ class HistoryFeatures(nn.Module):
         return parts
 
     def forward(self, w: Window) -> Tensor:
-        if self._latest is not None and self._latest[0] is w:
-            return self._latest[1]
+        latest = self._latest  # read once: sessions in other threads share this module
+        if latest is not None and latest[0] is w:
+            return latest[1]
         n = self.config.history
         states = self._states(self._crop(w.states, n + 1))  # (B, n + 1, S)
         now = states[:, -1]
@@ -151,8 +152,9 @@ class HistoryFeatures(nn.Module):
         out = _cat([*parts, now, motion.reshape(len(now), -1), *self._last_vla(w, now)], 1)
         if isinstance(out, Tensor):
             return out
-        self._latest = (w, torch.from_numpy(out))
-        return self._latest[1]
+        features = torch.from_numpy(out)
+        self._latest = (w, features)
+        return features
 
     def tokens(self, w: Window) -> tuple[Tensor, Tensor]:
         """The window as n + 1 tokens (B, n + 1, token_size) and the global features (B, G) of the VLA's last output.

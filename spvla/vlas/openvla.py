@@ -440,30 +440,9 @@ class OpenVLA(nn.Module):
         Returns:
             (B, T, V): entry t scores ``input_ids[:, t + 1]``. Visual tokens stand between entries 0 and 1's inputs.
         """
-        hidden = self.hidden_states(pixels, input_ids, keep, positions)[1][-1]  # (B, K + T, H)
-        logits: Tensor = self.language_model.lm_head(hidden[:, -input_ids.shape[1] :])  # (B, T, V)
-        return logits
-
-    def hidden_states(
-        self,
-        pixels: Tensor,
-        input_ids: Tensor,
-        keep: Tensor | None = None,
-        positions: str = "packed",
-        patches: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What :meth:`forward` reads the scores from; arguments as there.
-
-        Args:
-            patches: the encoders see these alone, (B, M), ascending; ``keep`` then counts among them, and N is M.
-
-        Returns:
-            patch features (B, N, C) of all patches, and per decoder layer, the embeddings first, hidden states
-            (B, K + T, H): of ``<s>``, the K kept visual tokens, and the T - 1 other text tokens.
-        """
         if positions not in POSITIONS:
             raise InputError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
-        features, _ = self.vision_backbone(pixels, patches)  # (B, N, C)
+        features, _ = self.vision_backbone(pixels)  # (B, N, C)
         b, n, c = features.shape
         if keep is None:
             keep = torch.arange(n, device=features.device).expand(b, n)
@@ -473,10 +452,11 @@ class OpenVLA(nn.Module):
         embeds = torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)  # (B, K + T, H)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)  # none given: read as packed batch
         ids = self._position_ids(keep, n, input_ids.shape[1], positions)  # (B, K + T)
-        states: tuple[Tensor, ...] = self.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False, output_hidden_states=True
-        ).hidden_states
-        return features, states
+        hidden = self.language_model.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False
+        ).last_hidden_state
+        logits: Tensor = self.language_model.lm_head(hidden[:, -input_ids.shape[1] :])  # (B, T, V)
+        return logits
 
     @staticmethod
     def _position_ids(keep: Tensor, total: int, text: int, positions: str) -> Tensor:

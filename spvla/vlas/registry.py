@@ -7,6 +7,7 @@ path, a hub id or None. One that declares a parameter ``suite`` is told which LI
 from __future__ import annotations
 
 import gc
+import hashlib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -88,6 +89,20 @@ def second_vla(
     A VLA that can share its weights does; another one is loaded again from the arguments that made ``vla``.
     """
     return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else load_vla(name, checkpoint, options, suite)
+
+
+def weights_stamp(vla: VLA) -> str | None:
+    """A short hash of a few values of each of a VLA's tensors: tells whether results are of the same weights, wherever they
+    were loaded from. None where the weights cannot be seen."""
+    import torch
+
+    if not isinstance(vla, torch.nn.Module):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vla.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 16)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def free_memory() -> None:
