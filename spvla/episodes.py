@@ -433,7 +433,9 @@ def read_episode_table(folder: str | Path) -> list[dict[str, Any]]:
     files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         if (folder / ".shards").is_dir():
-            raise InputError(f"{folder}: recording is not finalised; finish it by running its command again")
+            raise InputError(
+                f"{folder}: recording is not finalised; run its command again, or call spvla.episodes.finalize(folder)"
+            )
         raise InputError(f"{folder}: not a rollout store (no meta/episodes)")
     rows: list[dict[str, Any]] = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
     return rows
