@@ -1,6 +1,7 @@
 # Everything sets itself up on a fresh Debian/Ubuntu machine with Python 3.11 or newer.
-#   make demo    collect, distil, evaluate and report on real LIBERO physics
-#   make test    all checks and tests
+#   make demo          the whole system on the packaged small VLA, from pixels: a paired evaluation, its films and a report
+#   make distill-demo  record that VLA, distil a generator and its gate from it, evaluate them
+#   make test          all checks and tests
 # PIP_ARGS is passed to pip, for example to choose a CPU build of torch:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -19,7 +20,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo test test-lerobot lint clean
+.PHONY: setup system demo distill-demo test test-lerobot lint clean
 
 setup: system $(READY)
 
@@ -41,13 +42,20 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: setup
-	$(BIN)/python -m data collect --config configs/data/demo_teacher.yaml --output $(RUNS)/demo/rollouts
-	$(BIN)/python -m data collect --config configs/data/demo_calibration.yaml --output $(RUNS)/demo/rollouts
-	$(BIN)/python -m train distill --config configs/distill/demo.yaml --data $(RUNS)/demo/rollouts --output $(RUNS)/demo/first_export
-	$(BIN)/python -m data collect --config configs/data/demo_on_policy.yaml --export $(RUNS)/demo/first_export --output $(RUNS)/demo/on_policy
-	$(BIN)/python -m train distill --config configs/distill/demo.yaml --data $(RUNS)/demo/rollouts $(RUNS)/demo/on_policy --output $(RUNS)/demo/export
-	$(BIN)/python -m eval closed_loop --config configs/eval/demo.yaml --export $(RUNS)/demo/export --output $(RUNS)/demo/results/closed_loop
-	$(BIN)/python -m eval report --results $(RUNS)/demo/results --output $(RUNS)/demo/report.html
+	$(BIN)/python -m eval closed_loop --config configs/eval/demo.yaml --output $(RUNS)/demo/results/closed_loop
+	$(BIN)/python -m eval latency --config configs/eval/latency_nano.yaml --output $(RUNS)/demo/results/latency
+	$(BIN)/python -m eval report --results $(RUNS)/demo/results --output $(RUNS)/demo/report.html --title "SP-VLA from pixels"
+
+DISTILL = $(BIN)/python -m train distill --config configs/distill/distill_demo.yaml
+distill-demo: D = $(RUNS)/distill_demo
+distill-demo: setup
+	$(BIN)/python -m data collect --config configs/data/distill_demo_train.yaml --output $D/rollouts
+	$(BIN)/python -m data collect --config configs/data/distill_demo_calibration.yaml --output $D/rollouts
+	$(DISTILL) --data $D/rollouts --output $D/first_export
+	$(BIN)/python -m data collect --config configs/data/distill_demo_on_policy.yaml --export $D/first_export --output $D/on_policy
+	$(DISTILL) --data $D/rollouts $D/on_policy --output $D/export
+	$(BIN)/python -m eval closed_loop --config configs/eval/distill_demo.yaml --export $D/export --output $D/results/closed_loop
+	$(BIN)/python -m eval report --results $D/results --output $D/report.html --title "A generator of your own"
 
 test: setup lint
 	$(BIN)/python -m pytest -q -m "slow or not slow" --durations=10
