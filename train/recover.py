@@ -131,26 +131,15 @@ class RecoverModule(L.LightningModule):
         model = self.model
         counts = [len(k) for k in keep]
         kept = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
-        embeds, mask, ids = model._sequences(model.projector(kept).split(counts), prompts, keep, features.shape[1])
-        if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=self.device)
-        embed, llm = model.language_model.get_input_embeddings(), model.language_model
-        dims = model.action_space.dim
-        if given is not None:
-            embeds = torch.cat([embeds, embed(given[:, :-1])], 1)  # (B, L + D - 1, H)
-            mask = F.pad(mask, (0, dims - 1), value=1)
-            ids = torch.cat([ids, ids[:, -1:] + torch.arange(1, dims, device=self.device)], 1)
-            hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
-            return given, llm.lm_head(hidden[:, -dims:]).float()
-        from transformers import DynamicCache
-
-        cache, tokens, scores = DynamicCache(config=llm.config), [], []
-        for _ in range(dims):
-            out = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
-            scores.append(llm.lm_head(out.last_hidden_state[:, -1]).float())  # (B, V)
-            tokens.append(scores[-1].argmax(-1))
-            embeds, mask, ids = embed(tokens[-1][:, None]), F.pad(mask, (0, 1), value=1), ids[:, -1:] + 1
-        return torch.stack(tokens, 1), torch.stack(scores, 1)
+        embeds, mask, ids = model.sequences(model.projector(kept).split(counts), prompts, keep, features.shape[1])
+        if given is None:
+            return model.answer(embeds, mask, ids)
+        llm, dims = model.language_model, model.action_space.dim
+        embeds = torch.cat([embeds, llm.get_input_embeddings()(given[:, :-1])], 1)  # (B, L + D - 1, H)
+        mask = None if mask is None else F.pad(mask, (0, dims - 1), value=1)
+        ids = torch.cat([ids, ids[:, -1:] + torch.arange(1, dims, device=self.device)], 1)
+        hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
+        return given, llm.lm_head(hidden[:, -dims:]).float()
 
     def teach(self, features: Tensor, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """The unpruned model's tokens (B, D) and scores (B, D, V), without the adapter."""

@@ -589,32 +589,19 @@ class OpenVLA(nn.Module):
         clock.lap("projector")
 
         # Prefill: sequences of different lengths are padded on the left, so that all continue at the same place.
-        embeds, mask, ids = self._sequences(visual, prompts, keep, total)
+        embeds, mask, ids = self.sequences(visual, prompts, keep, total)
         cache = DynamicCache(config=self.language_model.config)
         hidden = self._decoder(embeds, mask, ids, cache)
         seen = [len(k) + len(p) for k, p in zip(keep, prompts, strict=True)]
         assert cache.get_seq_length() == max(seen), f"{cache.get_seq_length()} tokens reached the decoder, not {seen}"
         clock.lap("prefill")
 
-        # Decode: D greedy tokens; the last one is only read, never fed back.
-        states, tokens, confidence = [], [], []
-        for step in range(space.dim):
-            logits = self.language_model.lm_head(hidden).float()  # (B, V)
-            probability, token = logits.softmax(-1).max(-1)  # (B,)
-            states.append(hidden)
-            tokens.append(token)
-            confidence.append(probability)
-            if step + 1 < space.dim:
-                if mask is not None:
-                    mask = F.pad(mask, (0, 1), value=1)  # (B, L + 1)
-                ids = ids[:, -1:] + 1  # (B, 1)
-                embed = self.language_model.get_input_embeddings()(token[:, None])  # (B, 1, H)
-                hidden = self._decoder(embed, mask, ids, cache)
-        token_array = torch.stack(tokens, 1).cpu().numpy()  # (B, D)
+        tokens, scores, states = self._decode(hidden, mask, ids, cache)
+        token_array = tokens.cpu().numpy()
         normalized = self.action_tokenizer.decode(token_array)
         actions = self.conventions.to_environment(statistics.denormalize(normalized), space.gripper)
-        confidence_array = torch.stack(confidence, 1).cpu().numpy()  # (B, D)
-        pooled = torch.stack(states).float().mean(0).cpu().numpy()  # (B, H)
+        confidence = scores.softmax(-1).amax(-1).cpu().numpy()  # (B, D)
+        pooled = states.float().mean(1).cpu().numpy()  # (B, H)
         clock.lap("decode")
         kept = [k.cpu().numpy() for k in keep]
         timings = {name: ms / len(images) for name, ms in clock.laps.items()}
@@ -622,7 +609,7 @@ class OpenVLA(nn.Module):
             VLAOutput(
                 actions=actions[i : i + 1],
                 tokens=token_array[i : i + 1],
-                confidence=confidence_array[i],
+                confidence=confidence[i],
                 features=pooled[i],
                 visual_tokens=(len(keep[i]), total),
                 kept_tokens=kept[i],
@@ -646,10 +633,16 @@ class OpenVLA(nn.Module):
         assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
         return [torch.from_numpy(k).to(self.device) for k in keep]
 
-    def _sequences(
+    def sequences(
         self, visual: Sequence[Tensor], prompts: Sequence[list[int]], keep: Sequence[Tensor], total: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Decoder input: embeddings (B, L, H), mask (B, L) or None if nothing is padded, position ids (B, L)."""
+        """What the language model reads: embeddings (B, L, H), mask (B, L) or None if nothing is padded, position ids (B, L).
+
+        Args:
+            visual: each image's visual tokens, B x (K, H).
+            prompts: each instruction's tokens.
+            keep: which of ``total`` the visual tokens are, B x (K,).
+        """
         positions = self.pruner.positions if self.pruner else "packed"
         embed = self.language_model.get_input_embeddings()
         rows, ids = [], []
@@ -673,6 +666,27 @@ class OpenVLA(nn.Module):
         )
         last: Tensor = out.last_hidden_state[:, -1]
         return last
+
+    def _decode(self, hidden: Tensor, mask: Tensor | None, ids: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy action tokens (B, D), the scores (B, D, V) and the hidden states (B, D, H) that they were read from, after
+        the prompt's last hidden state (B, H), mask and position ids. The last token is only read, never fed back."""
+        tokens, scores, states = [], [], [hidden]
+        while True:
+            scores.append(self.language_model.lm_head(states[-1]).float())  # (B, V)
+            tokens.append(scores[-1].argmax(-1))  # (B,)
+            if len(tokens) == self.action_space.dim:
+                return torch.stack(tokens, 1), torch.stack(scores, 1), torch.stack(states, 1)
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)  # (B, L + 1)
+            ids = ids[:, -1:] + 1  # (B, 1)
+            embed = self.language_model.get_input_embeddings()(tokens[-1][:, None])  # (B, 1, H)
+            states.append(self._decoder(embed, mask, ids, cache))
+
+    def answer(self, embeds: Tensor, mask: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Greedy action tokens (B, D) and the scores (B, D, V) that they were read from, after :meth:`sequences`."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.language_model.config)
+        return self._decode(self._decoder(embeds, mask, ids, cache), mask, ids, cache)[:2]
 
     # ------------------------------------------------------------------------------- reading and writing checkpoints
 
