@@ -1,10 +1,11 @@
 """Policies by name, and their options."""
 
 import pytest
+import torch
 
 from spvla import InputError
 from spvla.vlas.openvla import statistics_of_suite
-from spvla.vlas.registry import load_vla, second_vla
+from spvla.vlas.registry import load_vla, second_vla, weights_stamp
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 HERE = "tests.test_registry"
@@ -54,3 +55,13 @@ def test_statistics_of_a_suite():
     assert statistics_of_suite(published, "libero_object_swap") == "libero_object_no_noops"
     assert statistics_of_suite({"libero_object": {}, "libero_object_swap": {}}, "libero_object_swap") == "libero_object_swap"
     assert statistics_of_suite({"bridge_orig": {}, "libero_1": {}}, "libero_10") is None
+
+
+def test_the_stamp_tells_weights_apart_and_nothing_else(tmp_path):
+    vla = load_vla("nano_vla")
+    vla.save_pretrained(tmp_path / "copy")
+    copy = load_vla("nano_vla", str(tmp_path / "copy"))
+    assert weights_stamp(vla) == weights_stamp(copy) and weights_stamp(scripted(None)) is None
+    with torch.no_grad():
+        copy.language_model.lm_head.weight += 1e-3
+    assert weights_stamp(vla) != weights_stamp(copy)
