@@ -109,7 +109,7 @@ def summarise(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row |= {"lifted_asked": right, "rate": right / len(mine), "ci95": wilson(right, len(mine))}
         row["lifted_own"] = sum(t["lifted"] == t["own_object"] for t in mine)
         row["lifted_nothing"] = sum(t["lifted"] is None for t in mine)
-        row["lifted_another"] = len(mine) - row["lifted_own"] - row["lifted_nothing"]
+        row["lifted_another"] = sum(t["lifted"] not in (t["object"], t["own_object"], None) for t in mine)
         rows.append(row)
     return rows
 

@@ -38,7 +38,7 @@ def test_rates():
         ]
     )
     assert (own["lifted_asked"], own["rate"], own["lifted_nothing"]) == (2, pytest.approx(2 / 3), 1)
-    assert (other["lifted_asked"], other["lifted_own"], other["lifted_another"]) == (2, 1, 3)
+    assert (other["lifted_asked"], other["lifted_own"], other["lifted_another"]) == (2, 1, 1)
     assert other["scenes"] == 4 and other["ci95"][0] < 0.5 < other["ci95"][1]
     assert "rate" not in nothing and nothing["lifted_another"] == 1
 
