@@ -151,11 +151,12 @@ def instructions(
     done = continued(raw, output / "setting.json", fixed)
     names = tuple(named(task.instruction) for task in load_tasks(suite))
     states = parse_range(init_states)
+    whole = {(t["task"], t["init_state"]) for t in done if t["asked"] == KINDS[-1]}  # the last to be asked
     groups = []
     for task in load_tasks(suite, tasks, max_steps):
         require_init_states(task, states, init_states)
         finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
-        jobs = [(s, episode_seed(seed, task, s, 0)) for s in states]
+        jobs = [(s, episode_seed(seed, task, s, 0)) for s in states if (task.index, s) not in whole]
         source = (policy, checkpoint, dict(policy_options), suite)
         groups += [Group(task, tuple(part), finished, source, names) for part in chunks(jobs, workers)]
     from tqdm import tqdm
@@ -165,7 +166,7 @@ def instructions(
             append(raw, trial)
             done.append(trial)
             bar.update()
-    chosen = {g.task.index for g in groups}
+    chosen = {task.index for task in load_tasks(suite, tasks)}
     mine = [t for t in done if t["task"] in chosen and t["init_state"] in states]
     mine.sort(key=lambda t: (KINDS.index(t["asked"]), t["task"], t["init_state"], t["instruction"]))
     rows = summarise(mine)
