@@ -15,6 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -462,16 +463,22 @@ def latency_section(folder: Path, summary: dict[str, Any]) -> str:
     return plain_section(folder, summary).replace("</h2>", f" by {by}</h2>{picture}", 1)
 
 
-def plain_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of any rows."""
-    columns = [c for c in dict.fromkeys(k for r in rows for k in r) if not any(isinstance(r.get(c), list | dict) for r in rows)]
-    body = [[f"{v:.3g}" if isinstance(v := r.get(c, "–"), float) else str(v) for c in columns] for r in rows]
-    return [c.replace("_", " ") for c in columns], body
+def plain_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and body of any rows; those that begin with another column, as a VLA's and generators' do, have their own."""
+    out = []
+    for _, group in groupby(rows, key=lambda row: next(iter(row))):
+        mine = list(group)
+        names = dict.fromkeys(k for r in mine for k in r)
+        columns = [c for c in names if not any(isinstance(r.get(c), list | dict) for r in mine)]
+        body = [[f"{v:.3g}" if isinstance(v := r.get(c, "–"), float) else str(v) for c in columns] for r in mine]
+        out.append(([c.replace("_", " ") for c in columns], body))
+    return out
 
 
 def plain_section(folder: Path, summary: dict[str, Any]) -> str:
     """A results file as its table."""
-    return f"<h2>{html.escape(summary['kind'].replace('_', ' ').capitalize())}</h2>" + html_table(*plain_table(summary["rows"]))
+    heading = f"<h2>{html.escape(summary['kind'].replace('_', ' ').capitalize())}</h2>"
+    return heading + "".join(html_table(*table) for table in plain_tables(summary["rows"]))
 
 
 def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title: str) -> str:
@@ -484,10 +491,13 @@ def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title:
         name = folder.relative_to(results).as_posix()
         loop = summary["kind"] == "closed_loop"
         heading, *sentences = closed_loop_setting(summary) if loop else [summary["kind"].replace("_", " ").capitalize()]
-        header, body = closed_loop_table(summary["rows"]) if loop else plain_table(summary["rows"])
-        lines = [" | ".join(["", *cells, ""]).strip() for cells in (header, ["---"] * len(header), *body)]
+        tables = [closed_loop_table(summary["rows"])] if loop else plain_tables(summary["rows"])
+        lines = [
+            "\n".join(" | ".join(["", *cells, ""]).strip() for cells in (header, ["---"] * len(header), *body))
+            for header, body in tables
+        ]
         raw = f"[`{results.name}/{name}`](../{results.name}/{name}/summary.json)"
-        parts += [f"## {heading} ({name})", " ".join([*sentences, f"Raw: {raw}."]), "\n".join(lines)]
+        parts += [f"## {heading} ({name})", " ".join([*sentences, f"Raw: {raw}."]), *lines]
     return "\n\n".join(parts) + "\n"
 
 
