@@ -109,6 +109,11 @@ class RolloutStore:
         """Whether targets are a teacher's labels (else: distilled from demonstrations)."""
         return bool(self.arrays["labelled"][0])
 
+    def unlabelled(self, frames: slice = slice(None)) -> bool:
+        """Whether the generator acted in ``frames`` where the teacher did not say what it would have done."""
+        generated = self.arrays["sources"][frames] == Source.GENERATOR
+        return bool(np.isnan(self.arrays["targets"][frames][generated]).any())
+
     def _derive(self, cache: Path) -> None:
         """Write the arrays, one data file of the store in memory at a time."""
         starts = np.array([e.start for e in self.episodes], np.int64)

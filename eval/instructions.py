@@ -153,7 +153,8 @@ def instructions(
     states = parse_range(init_states)
     whole = {(t["task"], t["init_state"]) for t in done if t["asked"] == KINDS[-1]}  # the last to be asked
     groups = []
-    for task in load_tasks(suite, tasks, max_steps):
+    chosen = load_tasks(suite, tasks, max_steps)
+    for task in chosen:
         require_init_states(task, states, init_states)
         finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
         jobs = [(s, episode_seed(seed, task, s, 0)) for s in states if (task.index, s) not in whole]
@@ -166,13 +167,13 @@ def instructions(
             append(raw, trial)
             done.append(trial)
             bar.update()
-    chosen = {task.index for task in load_tasks(suite, tasks)}
-    mine = [t for t in done if t["task"] in chosen and t["init_state"] in states]
+    asked = {task.index for task in chosen}
+    mine = [t for t in done if t["task"] in asked and t["init_state"] in states]
     mine.sort(key=lambda t: (KINDS.index(t["asked"]), t["task"], t["init_state"], t["instruction"]))
     rows = summarise(mine)
     write_csv(output / "trials.csv.gz", mine)
     steps = float(np.mean([t["steps"] for t in mine]))
-    path = write_summary(output, "instructions", rows, tasks=sorted(chosen), init_states=init_states, steps_mean=steps, **fixed)
+    path = write_summary(output, "instructions", rows, tasks=sorted(asked), init_states=init_states, steps_mean=steps, **fixed)
     text = table(rows, COLUMNS)
     (output / "table.txt").write_text(text + "\n")
     print(text)

@@ -21,7 +21,6 @@ from eval.output import table, write_csv, write_summary
 from eval.statistics import mean_and_error
 from spvla.errors import InputError
 from spvla.export import Export, load_export
-from spvla.history import Source
 from spvla.scheduling.learned import ActionTypeClassifier
 
 QUANTILES = 101
@@ -117,8 +116,7 @@ def offline(
     loaded = load_export(export)
     store = RolloutStore(data)
     loaded.space.require_compatible(store.space, str(data))
-    generated = store.arrays["sources"] == Source.GENERATOR
-    if np.isnan(store.arrays["targets"][generated]).any():
+    if store.unlabelled():
         raise InputError(f"{data}: has generated steps without the VLA's label; record the VLA alone or in shadow mode")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates, "ridge", "last"]))
     for name in names:

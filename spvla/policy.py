@@ -194,7 +194,8 @@ class SPVLAPolicy:
             action, source = proposal.actions[0], Source.GENERATOR
         elif self._queue:
             action, source = self._queue.popleft(), Source.VLA
-            plan = history.vla_output or VLAOutput(action[None])
+            plan = history.vla_output
+            assert plan is not None, "a queue is what is left of a plan"
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
         else:
             keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)

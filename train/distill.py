@@ -186,13 +186,13 @@ def calibration_curve(
     unlabelled = 0
     for first, length in data.split.calibration:
         store, info = facts[first]
-        arrays, part = data.windows.stores[store].arrays, slice(info.start, info.start + length)
-        generated = arrays["sources"][part] == Source.GENERATOR
-        if np.isnan(arrays["targets"][part][generated]).any():
+        frames = slice(info.start, info.start + length)
+        if data.windows.stores[store].unlabelled(frames):
             unlabelled += 1
             continue
         p, deviates = judge_episode(data, generator, gate, first, length, tolerance)
         metadata = info.metadata
+        generated = data.windows.stores[store].arrays["sources"][frames] == Source.GENERATOR
         accelerated = bool(metadata.get("accelerated")) or bool(generated.any())
         pool = pools.setdefault((accelerated, store, metadata.get("risk") or 0.0) if accelerated else (False,), ([], []))
         pool[0].append(p)
