@@ -180,6 +180,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
             yield {
                 "cell": cell.name,
                 **asdict(cell),
+                "export": _fingerprint(setting.export),
                 "suite": group.task.suite,
                 "task": group.task.index,
                 "task_name": group.task.name,
@@ -378,7 +379,8 @@ def closed_loop(
 ) -> None:
     """Evaluate cells of generator x scheduler x pruning in closed loop, paired against the VLA alone.
 
-    Stopped, it continues where it was when called again with the same output.
+    Stopped, it continues where it was when called again with the same output. With another export there, only the cells
+    that use it run anew.
 
     Args:
         suite: LIBERO suite.
@@ -447,11 +449,11 @@ def closed_loop(
         "suite": suite,
         "seed": seed,
         "weights": weights,
-        "export": _fingerprint(export),
         **{k: v for k, v in asdict(setting).items() if k != "export"},
     }
     raw = output / "episodes.jsonl.gz"
-    done = continued(raw, output / "setting.json", fixed)
+    content = _fingerprint(export)
+    done = [e for e in continued(raw, output / "setting.json", fixed) if e["generator"] == "none" or e["export"] == content]
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
     groups, left = [], 0
     for task, episodes in jobs.items():
@@ -484,7 +486,7 @@ def closed_loop(
     write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
     _write_traces(output / "traces.json.gz", mine)
     facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
-    path = write_summary(output, "closed_loop", rows, **facts, timing_episodes=timing_episodes)
+    path = write_summary(output, "closed_loop", rows, export=content, **facts, timing_episodes=timing_episodes)
     extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     text = table(rows, [*COLUMNS, *extra])
@@ -494,7 +496,7 @@ def closed_loop(
 
 
 def _fingerprint(export: str | None) -> str | None:
-    """The export's config as a short hash: results of another export are not mixed in."""
+    """The export's config as a short hash: generated episodes of another export are not mixed in; those of the VLA alone stay."""
     import hashlib
 
     config = Path(export or "") / "config.json"

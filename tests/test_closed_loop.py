@@ -14,6 +14,7 @@ from data.libero import load_tasks
 from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
 from eval.film import bar, draw
 from spvla import InputError, load_export
+from spvla.export import save_export
 from spvla.history import Source
 from spvla.pruning import TokenPruner
 from spvla.vlas.base import VLAOutput
@@ -157,3 +158,22 @@ def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     assert sorted(e["init_state"] for e in episodes) == ["", "", "30"] and len({e["seed"] for e in episodes}) == 3
     (task,) = load_tasks("libero_object", [0])
     assert not {int(e["seed"]) for e in episodes} & {episode_seed(0, task, None, i) for i in range(50)}, "not training's resets"
+
+
+def test_another_export_runs_only_the_cells_that_use_it_anew(tmp_path):
+    what = {
+        "suite": "libero_object",
+        "tasks": [0],
+        "init_states": "30",
+        "timing_episodes": 0,
+        "workers": 1,
+        "output": tmp_path / "x",
+    }
+    first, second = (save_export(make_export(tolerance=t), tmp_path / str(t)) for t in (0.2, 0.3))
+    runs = []
+    for export in (first, second, second):
+        closed_loop(**what, export=str(export), cells=["ridge+release"], max_steps=5)
+        with gzip.open(tmp_path / "x" / "episodes.jsonl.gz", "rt") as stream:
+            runs.append([json.loads(line)["cell"] for line in stream])
+        assert [row["episodes"] for row in json.loads((tmp_path / "x" / "summary.json").read_text())["rows"]] == [1, 1]
+    assert runs == [["vla", "ridge+release"], *[["vla", "ridge+release", "ridge+release"]] * 2]
