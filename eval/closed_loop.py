@@ -496,7 +496,7 @@ def closed_loop(
 
 
 def _fingerprint(export: str | None) -> str | None:
-    """The export's config as a short hash: generated episodes of another export are not mixed in; those of the VLA alone stay."""
+    """The export's config as a short hash: its episodes are not mixed with another export's."""
     import hashlib
 
     config = Path(export or "") / "config.json"
