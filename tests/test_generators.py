@@ -154,3 +154,27 @@ def test_a_generator_of_another_robot_is_refused():
     lacking = LearnedGenerator(GeneratorConfig("mlp", FeatureConfig(7, 12, vla_features=8))).bind(LIBERO)
     with pytest.raises(InputError, match="vla_features"):
         lacking.propose(filled(3))
+    lacking.propose(filled(0))  # before the first call nobody has anything to report
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_what_the_vla_reports_of_itself_is_an_input(kind):
+    config = FeatureConfig(7, 12, vla_confidence=True, vla_features=3)
+    generator = LearnedGenerator(GeneratorConfig(kind, config, width=16, depth=1, heads=2)).bind(LIBERO)
+
+    def proposal(features: list[float], confidence: float = 0.5) -> np.ndarray:
+        history = ActionHistory(LIBERO, 12)
+        history.observe(np.zeros(3))
+        before = generator.propose(history).actions
+        sure, pooled = np.full(7, confidence, np.float32), np.array(features, np.float32)
+        output = VLAOutput(np.zeros((1, 7), np.float32), confidence=sure, features=pooled)
+        history.act(output.actions[0], Source.VLA, output)
+        history.observe(np.zeros(3))
+        return np.array([before[0], generator.propose(history).actions[0]])
+
+    first = proposal([0, 0, 0])
+    for other in (proposal([0, 0, 1]), proposal([0, 0, 0], 0.9)):
+        np.testing.assert_array_equal(first[0], other[0])
+        assert not np.allclose(first[1], other[1])
+    with pytest.raises(InputError, match="vla_features of 3 values, this VLA or data set has 2"):
+        proposal([0, 0])

@@ -132,12 +132,17 @@ class HistoryFeatures(nn.Module):
         if self.config.vla_output:
             parts += [w.vla_action, w.vla_age[:, None].clip(0.0, MAX_AGE) / AGE_SCALE]
             parts += [(now - self._states(w.vla_state)) * MOTION_GAIN]
-        for wanted, name in ((self.config.vla_confidence, "vla_confidence"), (self.config.vla_features, "vla_features")):
-            if wanted:
+        confidence = self.config.action_dim if self.config.vla_confidence else 0
+        for size, name in ((confidence, "vla_confidence"), (self.config.vla_features, "vla_features")):
+            if size:
                 value = getattr(w, name)
-                if value is None:
+                if value is None and not (w.vla_age == 0).all():
                     raise InputError(f"features: the model needs {name}, which this VLA or data set does not report")
-                parts.append(value)
+                if value is not None and value.shape[1] != size:
+                    raise InputError(
+                        f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
+                    )
+                parts.append(_cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
         return parts
 
     def forward(self, w: Window) -> Tensor:
