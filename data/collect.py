@@ -24,7 +24,7 @@ from data.rollout import ActionNoise, rollout, scene_facts
 from data.student import Student
 from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
-from spvla.export import accelerate
+from spvla.export import accelerate, fingerprint
 from spvla.policy import episode_stats
 from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla, weights_stamp
 
@@ -80,8 +80,7 @@ class Setting:
         unset = {f.name: f.default for f in fields(self)}
         values = {k: v for k, v in asdict(self).items() if v != unset[k]}  # options added later change no earlier id
         if self.export is not None:
-            config = Path(self.export) / "config.json"
-            values["export"] = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else self.export
+            values["export"] = fingerprint(self.export)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 

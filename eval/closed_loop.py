@@ -25,7 +25,7 @@ from eval.film import write_film
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.errors import InputError
-from spvla.export import Export, accelerate, load_export
+from spvla.export import Export, accelerate, fingerprint, load_export
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
@@ -180,7 +180,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
             yield {
                 "cell": cell.name,
                 **asdict(cell),
-                "export": _fingerprint(setting.export),
+                "export": fingerprint(setting.export),
                 "suite": group.task.suite,
                 "task": group.task.index,
                 "task_name": group.task.name,
@@ -452,7 +452,7 @@ def closed_loop(
         **{k: v for k, v in asdict(setting).items() if k != "export"},
     }
     raw = output / "episodes.jsonl.gz"
-    content = _fingerprint(export)
+    content = fingerprint(export)
     done = [e for e in continued(raw, output / "setting.json", fixed) if e["generator"] == "none" or e["export"] == content]
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
     groups, left = [], 0
@@ -493,14 +493,6 @@ def closed_loop(
     (output / "table.txt").write_text(text + "\n")
     print(text)
     print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
-
-
-def _fingerprint(export: str | None) -> str | None:
-    """The export's config as a short hash: its episodes are not mixed with another export's."""
-    import hashlib
-
-    config = Path(export or "") / "config.json"
-    return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
 def _write_traces(path: Path, episodes: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ Loads with ``spvla`` alone; never holds a pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -232,6 +233,13 @@ def load_export(path: str | Path) -> Export:
         raise InputError(f"{config_path}: field {error} is missing") from None
     except (TypeError, AttributeError) as error:
         raise InputError(f"{config_path}: {error}") from None
+
+
+def fingerprint(export: str | None) -> str | None:
+    """Short hash of an export folder's ``config.json``, whose calibration differs when its weights do: tells whether results
+    are of the same export, wherever it lies. A hub id stands for itself."""
+    config = Path(export or "") / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
 def _load(module: M, path: Path) -> M:
