@@ -46,13 +46,21 @@ class LiberoFrom(LIBEROBenchmark):
 
     Args:
         first_init_state: the official initial state of each task's first episode; ours for evaluation are 30-49.
+        tasks: their indices in the suite; None: all.
         poses: send every pose behind the proprioception, and no picture but a black one: what the scripted expert needs
             (:class:`ExpertFromPoses`), and much faster.
     """
 
-    def __init__(self, *args: Any, first_init_state: int = 0, poses: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, first_init_state: int = 0, tasks: list[int] | None = None, poses: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.first_init_state, self.poses = first_init_state, poses
+        self.first_init_state, self.tasks, self.poses = first_init_state, tasks, poses
+
+    def get_tasks(self) -> list[dict[str, Any]]:
+        """As the benchmark's own, or those that were asked for."""
+        found: list[dict[str, Any]] = super().get_tasks()
+        return found if self.tasks is None else [found[i] for i in self.tasks]
 
     def reset(self, task: dict[str, Any]) -> Any:
         """As the benchmark's own."""

@@ -35,9 +35,10 @@ def test_the_outside_harness_and_our_loop(serving, tmp_path, benchmark):  # noqa
     one = serving("tests.test_vla_eval:untrained", Interface(**interface), generator="ridge")
     command = [str(Path(sys.executable).with_name("vla-eval")), "run", "--no-docker", "--server-url", one.url]
     command += ["--config", "configs/serve/vla_eval_libero.yaml", "--output-dir", str(tmp_path)]
-    fields = {"benchmark": f"eval.vla_eval_libero:{benchmark}", "episodes_per_task": 1, "max_tasks": 1, "max_steps": 6}
+    fields = {"benchmark": f"eval.vla_eval_libero:{benchmark}", "episodes_per_task": 1, "max_steps": 6}
     for name, value in fields.items():
         command += ["--benchmark-field", f"{name}={value}"]
+    command += ["--param", "tasks=[4]"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Spec validation passed" in done.stderr
@@ -46,7 +47,7 @@ def test_the_outside_harness_and_our_loop(serving, tmp_path, benchmark):  # noqa
     result = json.loads((tmp_path / "c.json").read_text())
     assert (result["episodes"], result["same_success"], result["same_steps"]) == (1, 1, 1)
     (row,) = result["rows"]
-    assert row["init_state"] == 30
+    assert (row["task"], row["init_state"]) == (4, 30)
     if benchmark == "LiberoAtStepEnd":
         assert row["first_difference"] is None
     else:  # robosuite's own observations are some milliseconds older, but for the first
