@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from data.images import encode_images
 from data.parallel import chunks, run_groups
-from data.sources import DataError, Part, Problem, Source, SourceName, open_source
+from data.parts import DataError, Part, Problem
+from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space
 from spvla.errors import InputError

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.convert import make_setting, require_one, tell
-from data.sources import Problem, Source, SourceName
+from data.parts import Problem
+from data.sources import Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode, read_episodes

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data.openx import Conventions, Field, find_conventions, first_action_note, standardize
-from data.sources import Part, Problem
+from data.parts import Part, Problem
 from data.video import VideoFrames, count_frames
 from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, vectors
 from spvla.errors import InputError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources import Problem
+from data.parts import Problem
 from spvla.actions import KINDS, ActionSpace, FloatArray
 from spvla.episodes import Episode
 from spvla.errors import InputError

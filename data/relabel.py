@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_one, tell, tell_end
 from data.images import ImageCheck, encode_images
-from data.sources import DataError, Part, Problem, SourceName, deal
+from data.parts import DataError, Part, Problem, deal
+from data.sources import SourceName
 from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.observation import Observation

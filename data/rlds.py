@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from data.images import ImageCheck
 from data.openx import Conventions, Steps, find_conventions, first_action_note, standardize
-from data.sources import Part, Problem
+from data.parts import Part, Problem
 from spvla.episodes import Episode
 from spvla.errors import InputError
 

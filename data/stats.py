@@ -12,7 +12,8 @@ import numpy as np
 
 from data.convert import OnError, Setting, make_setting, require_one, tell
 from data.parallel import chunks, run_groups
-from data.sources import DataError, Part, Problem, SourceName
+from data.parts import DataError, Part, Problem
+from data.sources import SourceName
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.statistics import Statistics

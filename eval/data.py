@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.parts import Problem
 from data.rlds import RldsFolder, RldsReader, read_records, scan
-from data.sources import Problem, open_source
+from data.sources import open_source
 from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_summary

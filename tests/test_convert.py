@@ -22,8 +22,8 @@ import data.inspect
 from data.convert import convert, published_space
 from data.inspect import inspect
 from data.openx import Conventions, binarize, difference, load_table, quaternion_to_euler, relative, standardize
+from data.parts import Problem
 from data.rlds import RldsFolder, read_records, scan
-from data.sources import Problem
 from data.stats import stats
 from data.store import RolloutStore
 from spvla.episodes import read_action_space, read_episodes

@@ -13,7 +13,7 @@ import pytest
 
 from data.convert import convert
 from data.lerobot import LerobotSource
-from data.sources import Problem
+from data.parts import Problem
 from data.video import VideoFrames
 from spvla.episodes import read_episodes
 from spvla.errors import InputError

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.openx import find_conventions
+from data.parts import Problem
 from data.rlds import RldsFolder, RldsSource, masked_crc, read_records, scan
-from data.sources import Problem, open_source
+from data.sources import open_source
 from spvla.errors import InputError
 from tests.conftest import write_records
 
