@@ -2,9 +2,9 @@
 
 Self-distillation into a LoRA adapter (arXiv 2106.09685): the teacher is the same checkpoint with the adapter switched off,
 reading every token; the student reads the tokens that the pruner leaves. No labels are needed, only images and
-instructions, so any OpenVLA checkpoint can be adapted to its own camera's frames. The encoders stay as they are: which
-tokens are kept depends on them, and their features then serve both. What is written is a PEFT adapter's folder, for
-``OpenVLA.from_pretrained(checkpoint, adapter=folder)``.
+instructions, so any OpenVLA checkpoint can be adapted to its own camera's frames. With adapted encoders, which see the
+whole image, what a dropped token knew can move to those that stay; without, each image is encoded once for both. What is
+written is a PEFT adapter's folder, for ``OpenVLA.from_pretrained(checkpoint, adapter=folder)``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spvla.pruning.pruner import TokenPruner
 from spvla.vlas.openvla import DTYPES, OpenVLA, pixel_values
 from train.frames import FrameBatch
 
-TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj)"
+TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d))"
 
 
 class RecoverModule(L.LightningModule):
@@ -40,7 +40,7 @@ class RecoverModule(L.LightningModule):
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
         pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
-        targets: regular expression for the names of the layers that are adapted; none of the encoders'.
+        targets: regular expression for the ends of the names of the layers that are adapted.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate falls linearly to zero at ``max_steps``.
         unnorm_key: see :meth:`OpenVLA.from_pretrained`.
@@ -82,10 +82,7 @@ class RecoverModule(L.LightningModule):
         except ValueError as error:
             raise InputError(f"recover: targets {targets!r}: {str(error).splitlines()[0]}") from None
         self.adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
-        trained = [name for name, p in self.named_parameters() if p.requires_grad]
-        inside = [name for name in trained if "vision_backbone." in name]
-        if inside:
-            raise InputError(f"recover: targets {targets!r} reaches into the encoders: {inside[0]}")
+        self.sees_anew = any("vision_backbone." in name for name, p in self.named_parameters() if p.requires_grad)
         self.output = Path(output)
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps
         self.strict_loading = False  # a training's checkpoint holds the adapter alone
@@ -99,13 +96,16 @@ class RecoverModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    @torch.no_grad()
-    def see(self, batch: FrameBatch) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Patch features (B, N, C), the attention that patches receive (B, N), and the prompts."""
-        backbone = self.model.vision_backbone
+    def prepare(self, batch: FrameBatch) -> tuple[Tensor, list[list[int]]]:
+        """Pixels as the encoders want them, (B, 3 x encoders, S, S), and the prompts."""
         pixels = torch.stack([pixel_values(image, self.model.config) for image in batch.images.cpu().numpy()])
-        features, score_input = backbone(pixels.to(self.device))
-        return features, backbone.attention(score_input), [self.model.tokenize(text) for text in self.texts(batch)]
+        return pixels.to(self.device), [self.model.tokenize(text) for text in self.texts(batch)]
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch features (B, N, C) and the attention that patches receive (B, N)."""
+        backbone = self.model.vision_backbone
+        features, score_input = backbone(pixels)
+        return features, backbone.attention(score_input)
 
     @staticmethod
     def texts(batch: FrameBatch) -> list[str]:
@@ -114,7 +114,7 @@ class RecoverModule(L.LightningModule):
 
     def choose(self, attention: Tensor, images: Tensor, share: float) -> list[Tensor]:
         """The pruner's choice for each image: B x (K,), ascending."""
-        pairs = zip(attention.cpu().numpy(), images.cpu().numpy(), strict=True)
+        pairs = zip(attention.detach().cpu().numpy(), images.cpu().numpy(), strict=True)
         return [torch.from_numpy(self.pruner.select(a, image, share)).to(self.device) for a, image in pairs]
 
     def answer(
@@ -141,17 +141,19 @@ class RecoverModule(L.LightningModule):
         hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
         return given, llm.lm_head(hidden[:, -dims:]).float()
 
-    def teach(self, features: Tensor, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """The unpruned model's tokens (B, D) and scores (B, D, V), without the adapter."""
-        everything = [torch.arange(features.shape[1], device=self.device)] * len(features)
+    def teach(self, pixels: Tensor, prompts: list[list[int]]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The unpruned model's tokens (B, D) and scores (B, D, V), without the adapter, and what :meth:`see` gave it."""
         with torch.no_grad(), self.adapted.disable_adapter():
-            return self.answer(features, prompts, everything)
+            features, attention = self.see(pixels)
+            everything = [torch.arange(features.shape[1], device=self.device)] * len(features)
+            return *self.answer(features, prompts, everything), (features, attention)
 
     # --------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
-        features, attention, prompts = self.see(batch)
-        tokens, wanted = self.teach(features, prompts)
+        pixels, prompts = self.prepare(batch)
+        tokens, wanted, seen = self.teach(pixels, prompts)
+        features, attention = self.see(pixels) if self.sees_anew else seen
         share = self.keep[int(torch.randint(len(self.keep), ()))]
         _, scores = self.answer(features, prompts, self.choose(attention, batch.images, share), tokens)
         loss = F.kl_div(scores.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
@@ -160,11 +162,12 @@ class RecoverModule(L.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        features, attention, prompts = self.see(batch)
-        tokens, _ = self.teach(features, prompts)
+        pixels, prompts = self.prepare(batch)
+        tokens, _, before = self.teach(pixels, prompts)
+        after = self.see(pixels) if self.sees_anew else before
         for share in self.keep:
-            keep = self.choose(attention, batch.images, share)
-            for name in ("before", "agreement"):
+            for name, (features, attention) in (("before", before), ("agreement", after)):
+                keep = self.choose(attention, batch.images, share)
                 with self.adapted.disable_adapter() if name == "before" else nullcontext():
                     found, _ = self.answer(features, prompts, keep)
                 self.log(f"val/{name}_{share:g}", (found == tokens).float().mean(), batch_size=len(batch.images))
