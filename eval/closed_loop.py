@@ -156,6 +156,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     teacher = second_vla(vla, *source) if setting.label else None
     policies: dict[Cell, SPVLAPolicy] = {}
     tolerance = export.tolerance if export else 0.2
+    content = fingerprint(setting.export)
     with LiberoEnv(group.task, render=setting.render if needs_images(vla) else False) as env:
         for cell, init_state, seed in group.jobs:
             if cell not in policies:
@@ -180,7 +181,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
             yield {
                 "cell": cell.name,
                 **asdict(cell),
-                "export": fingerprint(setting.export),
+                "export": content,
                 "suite": group.task.suite,
                 "task": group.task.index,
                 "task_name": group.task.name,
