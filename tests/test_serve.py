@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import io
 import json
 import re
@@ -447,46 +446,60 @@ def test_the_configurations_that_ship_declare_what_the_benchmarks_expect(name):
     )
 
 
+@contextlib.contextmanager
+def command(*options):
+    """The server as a process of its own, and its address."""
+    line = [
+        sys.executable,
+        "-m",
+        "spvla.serve",
+        "--policy",
+        "tests.test_serve:sharing",
+        "--interface.state",
+        "states",
+        *options,
+    ]
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = next(line for line in process.stderr if "ready" in line)
+            yield process, re.search(r"ws://[\d.]+:\d+", said).group()
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
-    command = [sys.executable, "-m", "spvla.serve", "--policy", "tests.test_serve:sharing", "--generator", "ridge"]
-    command += ["--interface.state", "states", "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        said = next(line for line in process.stderr if "ready" in line)
-        host, port = re.search(r"ws://([\d.]+):(\d+)", said).groups()
-        assert host == "127.0.0.1"
-        client = Client(f"ws://{host}:{port}")
+    with command("--generator", "ridge", "--port", "0") as (process, url):
+        assert url.startswith("ws://127.0.0.1:")
+        client = Client(url)
         assert client.act(obs(0)).shape == (7,)
         process.terminate()
         assert process.wait(20) == 0
         with pytest.raises(ConnectionClosed):
             client.ws.recv(timeout=5)
-    finally:
-        process.kill()
-    bad = subprocess.run([*command[:-1], "99999"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and "cannot serve at 127.0.0.1:99999" in bad.stderr and "Traceback" not in bad.stderr
-    command[4] = "nobody"
-    bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and "policy 'nobody' is unknown" in bad.stderr and "Traceback" not in bad.stderr
+    for options, message in (
+        (["--policy", "tests.test_serve:sharing", "--port", "99999"], "cannot serve at 127.0.0.1:99999"),
+        (["--policy", "nobody", "--port", "0"], "policy 'nobody' is unknown"),
+    ):
+        bad = subprocess.run([sys.executable, "-m", "spvla.serve", *options], cwd=ROOT, capture_output=True, text=True)
+        assert bad.returncode == 2 and message in bad.stderr and "Traceback" not in bad.stderr
 
 
 @pytest.mark.slow
-def test_ten_thousand_steps_in_one_episode_and_a_thousand_episodes_hold_no_memory(serving):
-    one = serving()
+def test_ten_thousand_steps_in_one_episode_and_a_thousand_episodes_hold_no_memory():
+    with command("--generator", "last", "--scheduler", "release", "--port", "0") as (process, url):
 
-    def resident():
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+        def resident():
+            return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
-    client, seen = Client(one.url), [obs(t) for t in range(20)]
-    for t in range(2000):
-        client.act(seen[t % 20])
-    before = resident()
-    for t in range(10_000):
-        client.act(seen[t % 20])
-    assert resident() - before < 4
-    for _ in range(1000):
-        client.tell("episode_start", {})
-        client.act(seen[0])
-    assert resident() - before < 4 and len(one.server._spare) <= 1
+        client, seen = Client(url), [obs(t) for t in range(20)]
+        for t in range(2000):
+            client.act(seen[t % 20])
+        before = resident()
+        for t in range(10_000):
+            client.act(seen[t % 20])
+        assert resident() - before < 4
+        for _ in range(1000):
+            client.tell("episode_start", {})
+            client.act(seen[0])
+        assert resident() - before < 4
