@@ -25,9 +25,11 @@ import numpy as np
 from spvla.errors import InputError
 
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
+MARKERS = "osD^vP"
 VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
 SPEAKING = 0.05  # share of skipped steps that deviate, up to which a risk is recommended
 TRACES = 4
+HEIGHT = 3.6  # of a picture, inches
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --faint: #8884; --accent: #2f6db5; --good: #2e7d32; }
@@ -37,6 +39,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   padding: 1.5rem }
 h1 { font-size: 1.7rem; margin: 0 }
 h2 { margin: 2.4rem 0 .6rem; font-size: 1.2rem }
+h2 small { font-weight: normal; opacity: .6; margin-left: .5rem }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 p { max-width: 46rem } .note { opacity: .75; font-size: .87rem }
 .scroll { overflow-x: auto }
@@ -45,17 +48,18 @@ th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 tr.best td { color: var(--good); font-weight: 600 }
 figure { margin: .5rem 0 1rem } figure svg { width: 100%; height: auto; color: var(--ink) }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 1rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(500px, 1fr)); gap: 1rem }
 .headline { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
 .headline div { border: 1px solid var(--faint); border-radius: 8px; padding: .6rem 1rem; min-width: 9rem }
 .headline b { display: block; font-size: 1.5rem; color: var(--accent) }
 .film { display: flex; gap: .8rem; align-items: center; margin: .4rem 0 }
 .film img { width: 0; flex: 1; min-width: 300px } .film video { width: 190px }
-@media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid } }
+@media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid }
+  table { font-size: .55rem } }
 """
 
 
-def svg(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.4) -> str:
+def svg(draw: Callable[[Any], None], width: float = 6.0, height: float = HEIGHT) -> str:
     """Draw on a matplotlib figure and return it as inline SVG in the page's text colour."""
     import matplotlib
 
@@ -87,6 +91,12 @@ def svg(draw: Callable[[Any], None], width: float = 6.0, height: float = 3.4) ->
     return re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[\d.]+pt"', r"\1", text, count=2)
 
 
+def legend(f: Any) -> None:
+    """What is drawn, below the axes, where it hides nothing."""
+    handles, labels = f.axes[0].get_legend_handles_labels()
+    f.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 20 else 3, fontsize=8)
+
+
 def figure(picture: str, caption: str) -> str:
     """A picture with its caption."""
     return f"<figure>{picture}<figcaption class=note>{html.escape(caption)}</figcaption></figure>"
@@ -101,9 +111,13 @@ def cell_name(row: dict[str, Any]) -> str:
 def scheduling_name(row: dict[str, Any]) -> str:
     """A cell without its risk."""
     pruning = "" if row["pruning"] == "none" else f", pruning {row['pruning']}"
-    if row["generator"] == "none":
-        return "VLA alone" if not pruning else f"VLA{pruning}"
-    return f"{row['generator']} + {row['scheduler']}{pruning}"
+    name = pair_name(row)
+    return f"VLA{pruning}" if pruning and name == "VLA alone" else name + pruning
+
+
+def pair_name(row: dict[str, Any]) -> str:
+    """Generator and scheduler of a cell, without its pruning and its risk."""
+    return "VLA alone" if row["generator"] == "none" else f"{row['generator']} + {row['scheduler']}"
 
 
 def percent(value: float | None, signed: bool = False) -> str:
@@ -194,13 +208,13 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
         r, low = rows[best], 100 * rows[best]["paired_delta_ci95"][0]
         high = 100 * r["paired_delta_ci95"][1]
         boxes = [
-            (f"{r['vla_calls_ratio']:.2f}×", "fewer VLA calls an episode"),
+            (f"{r['vla_calls_ratio']:.2f}×", "fewer VLA calls"),
             (f"{percent(r['skipped'])} %", "of the steps skip the VLA"),
             (f"{percent(r['success_rate'])} %", "success"),
-            (f"{percent(r['paired_delta'], True)}", f"points against the VLA alone, 95 %: {low:+.1f} to {high:+.1f}"),
+            (f"{percent(r['paired_delta'], True)}", f"points to the VLA alone ({low:+.1f} to {high:+.1f})"),
         ]
         if "policy_speedup" in r:
-            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "policy wall clock an episode, the VLA alone over this"))
+            boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "faster in policy wall clock"))
         inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
         parts.append(
             f"<p class=note>Best cell within one point: {html.escape(cell_name(r))}</p><div class=headline>{inner}</div>"
@@ -208,19 +222,24 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
     header, body = closed_loop_table(rows)
     parts.append(html_table(header, body, best))
 
+    pairs, prunings = (list(dict.fromkeys(names)) for names in (map(pair_name, rows), (r["pruning"] for r in rows)))
+
+    def look(r: dict[str, Any]) -> tuple[int, int]:  # which colour and which marker
+        return pairs.index(pair_name(r)), prunings.index(r["pruning"])
+
     def against_success(column: str, label: str) -> str:
         def draw(f: Any) -> None:
             axis = f.add_subplot()
-            names = list(dict.fromkeys(map(scheduling_name, rows)))
-            for k, name in enumerate(names):
-                mine = sorted((r for r in rows if scheduling_name(r) == name), key=lambda r: r[column])
+            for (pair, pruning), group in groupby(sorted(rows, key=look), look):
+                mine = sorted(group, key=lambda r: r[column])
                 x, y = [r[column] for r in mine], np.array([100 * r["success_rate"] for r in mine])
                 ci = 100 * np.array([r["success_ci95"] for r in mine]).T
-                axis.errorbar(x, y, np.abs(ci - y), fmt="o-", ms=5, lw=1.2, elinewidth=0.8, color=COLOURS[k % 7], label=name)
+                style = {"color": COLOURS[pair % 7], "marker": MARKERS[pruning % 6], "label": scheduling_name(mine[0])}
+                axis.errorbar(x, y, np.abs(ci - y), ms=5, lw=1.2, elinewidth=0.8, **style)
             axis.set(xlabel=label, ylabel="success %", xlim=(0, None))
-            axis.legend(fontsize=8)
+            legend(f)
 
-        return figure(svg(draw), f"{label} against success; bars are 95 % Wilson intervals.")
+        return figure(svg(draw, height=HEIGHT + 0.1 * len(rows)), f"{label} against success; bars are 95 % Wilson intervals.")
 
     pictures = [against_success("vla_calls_per_episode", "VLA calls per episode")]
     for column, label in (
@@ -230,7 +249,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
         if all(column in r for r in rows):
             pictures.append(against_success(column, label))
     knob = [r for r in rows if r.get("risk") is not None]
-    if len(knob) > 1:
+    if len({r["risk"] for r in knob}) > 1:
 
         def risk_knob(f: Any) -> None:
             axis = f.add_subplot()
@@ -244,28 +263,31 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             limit = max(r["risk"] for r in knob)
             axis.plot([0, limit], [0, 100 * limit], color="#888888", lw=0.8, label="allowed risk")
             axis.set(xlabel="allowed risk", ylabel="% of steps")
-            axis.legend(fontsize=7)
+            legend(f)
 
         pictures.append(figure(svg(risk_knob), "The risk knob in closed loop; bars are two standard errors."))
     episodes = folder / "episodes.csv.gz"
     if episodes.exists():
         with gzip.open(episodes, "rt") as stream:
             runs: dict[str, list[int]] = {}
+            names = {r["cell"]: cell_name(r | {"pruning": "none"}) for r in rows}
+            colours = dict(zip(dict.fromkeys(names.values()), COLOURS * len(rows), strict=False))
             for line in csv.DictReader(stream):
-                runs.setdefault(line["cell"], []).extend(json.loads(line["generated_run_lengths"]))
+                runs.setdefault(names[line["cell"]], []).extend(json.loads(line["generated_run_lengths"]))
         shown = {k: v for k, v in runs.items() if v}
         if shown:
 
             def run_histogram(f: Any) -> None:
                 axis = f.add_subplot()
                 top = max(max(v) for v in shown.values())
-                for k, (name, values) in enumerate(shown.items()):
+                for name, values in shown.items():
                     counts = np.bincount(values, minlength=top + 1)[1:]
-                    axis.plot(range(1, top + 1), 100 * counts / counts.sum(), ".-", color=COLOURS[k % 7], lw=1, label=name)
+                    axis.plot(range(1, top + 1), 100 * counts / counts.sum(), ".-", color=colours[name], lw=1, label=name)
                 axis.set(xlabel="generated steps in a row", ylabel="% of runs")
-                axis.legend(fontsize=7)
+                legend(f)
 
-            pictures.append(figure(svg(run_histogram), "How long the generator acts before the VLA takes over."))
+            pooled = ", with any pruning" if len({r["pruning"] for r in rows if names[r["cell"]] in shown}) > 1 else ""
+            pictures.append(figure(svg(run_histogram), f"How long the generator acts before the VLA takes over{pooled}."))
     parts.append(f"<div class=pair>{''.join(pictures)}</div>")
     parts.append(kept_section(rows))
     parts.append(film_section(folder / "films", rows, best))
@@ -346,15 +368,16 @@ def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
                 if np.ptp(actions[:, d]) > 0.05:
                     axis.plot(steps, actions[:, d], lw=1, color=COLOURS[d % 7], label=str(d))
             axis.legend(ncols=7, fontsize=7, loc="upper right", title="action dimension", title_fontsize=7)
-            axis.set(ylabel="action", ylim=(-1.15, 1.6))
+            axis.set(ylabel="action", ylim=(-1.15, 2.3))
             bar.bar(steps, 1, width=1, color=colours)
             bar.plot(steps, p, color="#010203", lw=0.7)
             bar.set(yticks=[], xlabel="control step", xlim=(-0.5, len(actions) - 0.5))
             bar.grid(False)
 
         outcome = "success" if t["success"] else "failure"
+        start = "seeded reset" if t["init_state"] is None else f"initial state {t['init_state']}"
         caption = (
-            f"{t['task_name'].replace('_', ' ')}, initial state {t['init_state']}: {outcome}. Blue: the VLA acted; orange: "
+            f"{t['task_name'].replace('_', ' ')}, {start}: {outcome}. Blue: the VLA acted; orange: "
             f"the generator{'; grey: nobody, while the VLA computed' if HELD_COLOUR in colours else ''}. "
         )
         parts.append(figure(svg(draw, 9, 2.3), caption + "Line in the bar: probability of deviating (0 to 1)."))
@@ -388,7 +411,7 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
                 mine = [r for r in rows if r["generator"] == name]
                 axis.plot([r[x] for r in mine], [r[y] for r in mine], ".-", lw=1.2, ms=4, color=COLOURS[k % 7], label=name)
             axis.set(xlabel=xlabel, ylabel=ylabel)
-            axis.legend(fontsize=8)
+            legend(f)
 
         return svg(draw)
 
@@ -522,9 +545,9 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
         raise InputError(f"{results}: no summary.json below it; run an evaluation with --output there first")
     order = ["closed_loop", "offline", "latency", "data"]
 
-    def rank(entry: tuple[Path, dict[str, Any]]) -> tuple[int, int]:  # by kind, then the largest evaluation first
+    def rank(entry: tuple[Path, dict[str, Any]]) -> tuple[int, int]:  # by kind, then the most episodes a cell first
         kind, rows = entry[1].get("kind"), entry[1]["rows"]
-        return order.index(kind) if kind in order else len(order), -sum(r.get("episodes", 0) for r in rows)
+        return order.index(kind) if kind in order else len(order), -max(r.get("episodes", 0) for r in rows)
 
     found.sort(key=rank)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -532,13 +555,17 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
         output.write_text(markdown(found, results, title))
         print(f"written: {output}")
         return
-    body = "".join(SECTIONS.get(summary["kind"], plain_section)(folder, summary) for folder, summary in found)
-    sources = ", ".join(str((folder / "summary.json").relative_to(results)) for folder, _ in found)
+    sources = [(folder / "summary.json").relative_to(results).as_posix() for folder, _ in found]
+    body = ""
+    for (folder, summary), source in zip(found, sources, strict=True):
+        section = SECTIONS.get(summary["kind"], plain_section)(folder, summary)
+        body += section.replace("</h2>", f" <small>{html.escape(source.removesuffix('/summary.json'))}</small></h2>", 1)
     machine = found[0][1].get("machine", {})
     page = (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}"
-        f"<p class=note>Drawn from {html.escape(sources)}. Python {machine.get('python')}, {machine.get('processor')}.</p>"
+        f"<p class=note>Drawn from {html.escape(', '.join(sources))}. Python {machine.get('python')}, "
+        f"{machine.get('processor')}.</p>"
         "</body></html>\n"
     )
     output.write_text(page)

@@ -55,10 +55,12 @@ def test_its_answers_are_the_policys(checkpoint, tmp_path):
     assert (pruned != whole).any(), "pruning changes nothing here: there would be nothing to win back"
 
 
-@pytest.mark.parametrize("options", [{}, {"targets": r"(projector\.fc\d|_proj)"}], ids=["encoders too", "behind the encoders"])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.25}, {"targets": r"(projector\.fc\d|_proj)"}], ids=["encoders too", "behind the encoders"]
+)
 def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options):
     m, b = RecoverModule(str(checkpoint), tmp_path / "out", learning_rate=5e-3, **options), batch()
-    assert m.sees_anew == (not options)
+    assert m.sees_anew == ("targets" not in options)
     loader = torch.utils.data.DataLoader([b] * 20, batch_size=None)
     held = torch.utils.data.DataLoader([b], batch_size=None)
     trainer = L.Trainer(**QUIET, max_steps=60, max_epochs=-1, num_sanity_val_steps=0, default_root_dir=tmp_path)
@@ -96,6 +98,7 @@ def test_bad_options_are_refused(checkpoint, tmp_path):
     for options, message in (
         ({"keep": (0.25, 1.0)}, "between 0 and 1"),
         ({"targets": "nothing_of_it"}, "targets 'nothing_of_it'"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
     ):
         with pytest.raises(InputError, match=message):

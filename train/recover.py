@@ -40,6 +40,8 @@ class RecoverModule(L.LightningModule):
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
         pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
+        temperature: of both distributions in the loss. Below 1 the likeliest tokens count most, those that greedy decoding
+            chooses from; the optimum is the same.
         targets: regular expression for the ends of the names of the layers that are adapted.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate falls linearly to zero at ``max_steps``.
@@ -56,6 +58,7 @@ class RecoverModule(L.LightningModule):
         rank: int = 16,
         alpha: int = 32,
         dropout: float = 0.0,
+        temperature: float = 1.0,
         targets: str = TARGETS,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.0,
@@ -73,7 +76,9 @@ class RecoverModule(L.LightningModule):
             raise InputError(f"recover: keep must be shares of the tokens between 0 and 1, got {list(keep)}")
         if dtype not in DTYPES:
             raise InputError(f"recover: dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
-        self.keep = tuple(keep)
+        if not temperature > 0:
+            raise InputError(f"recover: temperature must be above 0, got {temperature}")
+        self.keep, self.temperature = tuple(keep), temperature
         self.pruner = TokenPruner(**{"speed": "constant", "measure": "ratio", "contours": False, **pruning})
         model = OpenVLA.from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key, pruner=self.pruner)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=f".*{targets}")
@@ -114,7 +119,7 @@ class RecoverModule(L.LightningModule):
 
     def choose(self, attention: Tensor, images: Tensor, share: float) -> list[Tensor]:
         """The pruner's choice for each image: B x (K,), ascending."""
-        pairs = zip(attention.detach().cpu().numpy(), images.cpu().numpy(), strict=True)
+        pairs = zip(attention.detach().float().cpu().numpy(), images.cpu().numpy(), strict=True)
         return [torch.from_numpy(self.pruner.select(a, image, share)).to(self.device) for a, image in pairs]
 
     def answer(
@@ -156,7 +161,8 @@ class RecoverModule(L.LightningModule):
         features, attention = self.see(pixels) if self.sees_anew else seen
         share = self.keep[int(torch.randint(len(self.keep), ()))]
         _, scores = self.answer(features, prompts, self.choose(attention, batch.images, share), tokens)
-        loss = F.kl_div(scores.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+        given, wanted = ((x / self.temperature).log_softmax(-1) for x in (scores, wanted))
+        loss = F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean()
         self.log("train/divergence", loss, prog_bar=True, batch_size=len(batch.images))
         return loss
 
