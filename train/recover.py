@@ -32,7 +32,8 @@ class RecoverModule(L.LightningModule):
 
     Validation tells ``val/agreement_K`` for each share K of the tokens, the share of action tokens, decoded greedily, that
     are those of the unpruned model; ``val/before_K`` without the adapter; and ``val/regained_K``, how much of what pruning
-    lost is won back.
+    lost is won back. ``val/bins_off_K`` and ``val/bins_off_before_K`` are the mean distance from the unpruned model's
+    tokens, in bins: where its distributions are wide, rounding alone changes which of two neighbouring bins is the likelier.
 
     Args:
         checkpoint: folder or hub id of the VLA.
@@ -40,8 +41,7 @@ class RecoverModule(L.LightningModule):
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
         pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
-        temperature: of both distributions in the loss. Below 1 the likeliest tokens count most, those that greedy decoding
-            chooses from; the optimum is the same.
+        temperature: of both distributions in the loss: below 1 the likeliest tokens count most, above 1 all scores do.
         targets: regular expression for the ends of the names of the layers that are adapted.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate falls linearly to zero at ``max_steps``.
@@ -176,7 +176,9 @@ class RecoverModule(L.LightningModule):
                 keep = self.choose(attention, batch.images, share)
                 with self.adapted.disable_adapter() if name == "before" else nullcontext():
                     found, _ = self.answer(features, prompts, keep)
+                off = "bins_off" if name == "agreement" else "bins_off_before"
                 self.log(f"val/{name}_{share:g}", (found == tokens).float().mean(), batch_size=len(batch.images))
+                self.log(f"val/{off}_{share:g}", (found - tokens).abs().float().mean(), batch_size=len(batch.images))
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.trainer.callback_metrics
