@@ -1,4 +1,4 @@
-"""Single recorded frames for training a VLA: image, instruction, the teacher's action, and where things are in the image.
+"""Single recorded frames for training or adapting a VLA: image, instruction, the teacher's action, where things are in it.
 
 A store is read while others still write to it: :meth:`Frames.scan` picks up shards that were finished since the last scan,
 so that a trainer can run beside the collector (DAgger). What a shard holds is copied once into an Arrow file in the cache
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +32,12 @@ from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 POINTS = ("hand", "place", "item")
-CACHE_VERSION = 6
+LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
+UNKNOWN = {"label": LIBERO.dim, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of what nobody labelled
+CACHE_VERSION = 7
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
+HELD_OUT = 10  # of the episodes without an initial state every tenth, by its name's hash, is for validation
 EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
 
@@ -76,21 +80,34 @@ class Frame:
 
 
 class Frames:
-    """The labelled frames of stores that may still grow.
+    """The frames of stores that may still grow.
 
     Args:
         folders: rollout stores, finalised or not.
         validation: frames of initial states 20-29 that no student visited; else of all other episodes.
         others: also what the expert would do at each state if asked for the scene's other objects; needs LIBERO.
+        labelled: frames with the teacher's label, of LIBERO's demonstrations and of students. Without, images and instructions
+            are enough: every episode counts, of any robot, and one in ten of those without initial states is for validation.
+        camera: whose images; None: the first.
 
     Raises:
-        InputError: an episode of initial states 30-49, which are for evaluation only, or a shard without images.
+        InputError: an episode of initial states 30-49, which are for evaluation only, or a shard without such images.
     """
 
-    def __init__(self, folders: Sequence[Path], validation: bool = False, others: bool = False) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        validation: bool = False,
+        others: bool = False,
+        labelled: bool = True,
+        camera: str | None = None,
+    ) -> None:
+        if others and not labelled:
+            raise InputError("frames: what else could be asked for is taught by labels; use labelled frames, or questions: 1")
         self.folders, self.validation, self.others = [Path(f) for f in folders], validation, others
+        self.labelled, self.camera = labelled, camera
         self._stamps: dict[Path, int] = {}
-        self._shards: dict[Path, tuple[pa.Table, str, list[str]]] = {}
+        self._shards: dict[Path, list[tuple[pa.Table, str, list[str]]]] = {}
         self._tables: list[tuple[pa.Table, str, list[str]]] = []
         self.offsets = np.zeros(1, np.int64)
 
@@ -100,7 +117,7 @@ class Frames:
     @property
     def episodes(self) -> int:
         """Number of episodes in use."""
-        return len(self._shards)
+        return len(self._tables)
 
     def scan(self) -> int:
         """Take in shards that are new or were written anew; returns how many frames more there are."""
@@ -111,7 +128,7 @@ class Frames:
                 if stamp != self._stamps.get(shard):
                     self._stamps[shard] = stamp
                     self._add(shard)
-        self._tables = list(self._shards.values())
+        self._tables = [episode for episodes in self._shards.values() for episode in episodes]
         self.offsets = np.cumsum([0, *(table.num_rows for table, *_ in self._tables)]).astype(np.int64)
         return len(self) - before
 
@@ -136,59 +153,87 @@ class Frames:
         return Frame(image, instruction, values("label", -1), points, positions, others)
 
     def _add(self, shard: Path) -> None:
+        self._shards[shard] = []
+        whole, first = None, 0
         episodes = shard_info(shard)["episodes"]
-        if len(episodes) != 1:
+        if self.labelled and len(episodes) != 1:
             raise InputError(f"{shard}: {len(episodes)} episodes in one shard, expected 1")
-        facts = episodes[0]["metadata"]
+        for i, episode in enumerate(episodes):
+            if self._belongs(episode, f"{shard.stem} {i}", shard):
+                if whole is None:
+                    whole = self._mapped(shard, episode)
+                asked = json.loads((whole.schema.metadata or {}).get(b"others", b"[]"))
+                length = episode["length"] if not self.labelled else whole.num_rows if episode["success"] else GIVEN_UP
+                self._shards[shard].append((whole.slice(first, length), episode["instruction"], asked))
+            first += episode["length"]
+
+    def _belongs(self, episode: dict[str, Any], name: str, shard: Path) -> bool:
+        """Whether an episode is among these frames."""
+        facts = episode["metadata"]
         state = facts.get("init_state")
         if state in EVALUATION_INIT_STATES:
             raise InputError(f"{shard}: holds initial state {state}; 30-49 are for evaluation only, never for training")
         held_out = state in CALIBRATION_INIT_STATES
+        if not self.labelled:
+            return self.validation == (held_out if state is not None else crc32(name.encode()) % HELD_OUT == 0)
         if held_out != self.validation or (held_out and "student" in facts):
-            return
-        if not episodes[0]["success"] and "student" not in facts:
-            return  # the teacher's own failure teaches nothing
-        instruction = episodes[0]["instruction"]
-        table = _mapped(shard, facts, instruction if self.others else None)
-        if not episodes[0]["success"]:
-            table = table.slice(0, GIVEN_UP)
-        self._shards[shard] = (table, instruction, json.loads((table.schema.metadata or {}).get(b"others", b"[]")))
+            return False
+        return bool(episode["success"] or "student" in facts)  # the teacher's own failure teaches nothing
+
+    def _mapped(self, shard: Path, episode: dict[str, Any]) -> pa.Table:
+        """The frames of a shard (image, label, points, positions, wrong), memory-mapped from the cache.
+
+        With ``others`` also the labels and places of everything else (``other_labels``, ``other_items``, ``other_positions``);
+        the schema's metadata ``others`` is the list of the instructions. Without labels only images are read.
+        """
+        status, asked = shard.stat(), episode["instruction"] if self.others else None
+        key = (CACHE_VERSION, self.labelled, self.camera, asked, str(shard.resolve()), status.st_size, status.st_mtime_ns)
+        path = cache_directory() / "frames" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.arrow"
+        if not path.exists():
+            names = pq.read_schema(shard).names
+            cameras = [n for n in names if n.startswith("observation.images.")]
+            wanted = cameras[:1] if self.camera is None else [n for n in cameras if n == f"observation.images.{self.camera}"]
+            if not cameras:
+                raise InputError(f"{shard}: holds no images; collect with --images true")
+            if not wanted:
+                found = ", ".join(n.removeprefix("observation.images.") for n in cameras)
+                raise InputError(f"{shard}: has no camera {self.camera!r}; there are: {found}")
+            if self.labelled:
+                for needed in LABELS:
+                    if needed not in names:
+                        raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
+                raw = pq.read_table(shard, columns=[*wanted, *LABELS])
+                table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked)
+            else:
+                raw = pq.read_table(shard, columns=wanted)[wanted[0]]
+                nothing = {name: _lists(np.full((len(raw), n), np.nan, np.float32)) for name, n in UNKNOWN.items()}
+                table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw))})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            building = path.with_suffix(f".{os.getpid()}")
+            with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            building.replace(path)
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _mapped(shard: Path, facts: dict[str, Any], instruction: str | None) -> pa.Table:
-    """The frames of a shard (image, label, points), memory-mapped from the cache.
+def _labelled(raw: pa.Table, images: pa.ChunkedArray, facts: dict[str, Any], instruction: str | None) -> pa.Table:
+    """The labelled frames of an episode; with its ``instruction`` also what else could have been asked for."""
+    labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
+    scene = facts.get("scene")
+    columns = {"image": _encoded(images), "label": _lists(labels)}
+    columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
+    columns["wrong"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.zeros(len(labels)))
+    found = {} if instruction is None else other_questions(states, labels, facts, instruction)
+    for k, name in enumerate(("other_labels", "other_items", "other_positions")):
+        if found:
+            columns[name] = _lists(np.stack([answer[k] for answer in found.values()], 1))  # (T, M, ...)
+    table = pa.table(columns).filter(~np.isnan(labels).any(1))
+    return table.replace_schema_metadata({"others": json.dumps(list(found))})
 
-    With the shard's ``instruction`` also the labels and places of everything else (``other_labels``, ``other_items``); the
-    schema's metadata ``others`` is the list of the instructions.
-    """
-    status = shard.stat()
-    key = repr((CACHE_VERSION, instruction, str(shard.resolve()), status.st_size, status.st_mtime_ns)).encode()
-    path = cache_directory() / "frames" / f"{hashlib.sha256(key).hexdigest()[:24]}.arrow"
-    if not path.exists():
-        names = pq.read_schema(shard).names
-        cameras = [n for n in names if n.startswith("observation.images.")]
-        for needed in ("action", "vla_action", "observation.environment_state"):
-            if needed not in names:
-                raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
-        if not cameras:
-            raise InputError(f"{shard}: holds no images; collect with --images true")
-        raw = pq.read_table(shard, columns=[cameras[0], "action", "vla_action", "observation.environment_state"])
-        labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
-        scene = facts.get("scene")
-        columns = {"image": raw[cameras[0]].combine_chunks().field("bytes"), "label": _lists(labels)}
-        columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
-        columns["wrong"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.zeros(len(labels)))
-        found = {} if instruction is None else other_questions(states, labels, facts, instruction)
-        for k, name in enumerate(("other_labels", "other_items", "other_positions")):
-            if found:
-                columns[name] = _lists(np.stack([answer[k] for answer in found.values()], 1))  # (T, M, ...)
-        table = pa.table(columns).filter(~np.isnan(labels).any(1)).replace_schema_metadata({"others": json.dumps(list(found))})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building = path.with_suffix(f".{os.getpid()}")
-        with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table.combine_chunks())
-        building.replace(path)
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+def _encoded(images: pa.ChunkedArray) -> pa.Array:
+    """JPEG or PNG bytes of a column of images."""
+    return images.combine_chunks().field("bytes")
 
 
 def _lists(values: NDArray[np.float32]) -> pa.Array:

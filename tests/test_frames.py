@@ -1,5 +1,6 @@
 """Frames for training a VLA: read beside a writer, split by initial states, points where the image shows them."""
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -84,6 +85,43 @@ def test_unusable_shards_are_named(tmp_path):
         FrameData([tmp_path / "none"]).setup("fit")
 
 
+def recorded(seed: int, **metadata) -> Episode:
+    """An episode of a robot that nobody labelled, with two cameras of 48 x 64."""
+    g = np.random.default_rng(seed)
+    images = {
+        name: [encode_jpeg(np.full((48, 64, 3), 12 * seed + k, np.uint8))] * 3 for k, name in enumerate(("front", "wrist"))
+    }
+    actions = g.uniform(-1, 1, (3, 7)).astype(np.float32)
+    return Episode(actions, f"task {seed}", np.arange(3) / 10, images=images, success=False, metadata=metadata)
+
+
+def test_unlabelled_frames_need_images_and_instructions_only(tmp_path):
+    writer = RolloutWriter(tmp_path, LIBERO, policy="somebody")
+    for job in range(20):
+        writer.write(f"part {job}", [recorded(2 * job % 12), recorded((2 * job + 1) % 12)])
+    frames, held_out = (Frames([tmp_path], validation, labelled=False) for validation in (False, True))
+    assert frames.scan() + held_out.scan() == 120 and 0 < held_out.episodes < 10
+    for part in (frames, held_out):
+        for i in range(len(part)):
+            frame = part[i]
+            assert frame.instruction == f"task {round(frame.image.mean() / 12)}", "each image has its own episode's instruction"
+            assert np.isnan(frame.label).all() and np.isnan(frame.points).all() and frame.image.shape == (48, 64, 3)
+    wrist = Frames([tmp_path], labelled=False, camera="wrist")
+    wrist.scan()
+    assert wrist[0].image.mean() == pytest.approx(frames[0].image.mean() + 1, abs=0.5)
+    with pytest.raises(InputError, match=r"part 0.*no camera 'top'; there are: front, wrist"):
+        Frames([tmp_path], labelled=False, camera="top").scan()
+    with pytest.raises(InputError, match="2 episodes in one shard"):
+        Frames([tmp_path]).scan()
+    with pytest.raises(InputError, match="taught by labels"):
+        Frames([tmp_path], others=True, labelled=False)
+    write(tmp_path / "libero", a=pictured_episode(3), b=pictured_episode(25), c=pictured_episode(2, success=False))
+    assert [Frames([tmp_path / "libero"], validation, labelled=False).scan() for validation in (False, True)] == [8, 4]
+    write(tmp_path / "late", late=recorded(1, init_state=40))
+    with pytest.raises(InputError, match="30-49 are for evaluation only"):
+        Frames([tmp_path / "late"], labelled=False).scan()
+
+
 def test_points_are_projections_of_what_the_state_holds():
     episode = pictured_episode(0)
     points = image_points(episode.environment_states, SCENE)
@@ -124,6 +162,18 @@ def test_without_augmentation_a_view_is_what_the_policy_sees():
     assert np.abs(seen.astype(int) - expected).mean() < 6, "two interpolations in one: edges differ a little"
     inner = np.abs(seen.astype(int) - expected).max(-1) < 12
     assert inner.mean() > 0.8
+
+
+@pytest.mark.parametrize("height, width", [(240, 320), (480, 640), (512, 512)])
+def test_other_shapes_of_image_are_seen_as_the_policy_sees_them(height, width):
+    g = np.random.default_rng(0)
+    image = cv2.resize(g.integers(0, 256, (12, 16, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    for conventions in (Conventions(), conventions_by_name("libero")):
+        seen, points = view(image, np.float32([[width / 4 - 0.5, height / 4 - 0.5]]), conventions, 224, None, g)
+        expected = cv2.resize(conventions.apply_image(image, 224), (224, 224), interpolation=cv2.INTER_AREA)
+        assert np.abs(seen.astype(int) - expected).mean() < 3
+        side, low = np.sqrt(conventions.center_crop), 0.75 if conventions.rotate_180 else 0.25
+        np.testing.assert_allclose(points, ((low - 0.5) / side + 0.5) * 224 - 0.5, atol=0.5)
 
 
 def test_streams_are_seeded_and_validation_never_changes(tmp_path):

@@ -11,7 +11,7 @@ from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.pruning import TokenPruner
 from spvla.vlas.openvla import OpenVLA
-from tests.test_frames import pictured_episode, write
+from tests.test_frames import recorded, write
 from tests.test_train_vla import QUIET, batch, module
 from train.frames import FrameData
 from train.recover import RecoverModule
@@ -83,9 +83,9 @@ def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options
     assert right == pytest.approx(after, abs=0.02)
 
 
-def test_it_continues_and_reads_a_store(checkpoint, tmp_path):
-    write(tmp_path / "store", a=pictured_episode(0, steps=9), b=pictured_episode(25, steps=9))
-    data = FrameData([tmp_path / "store"], batch_size=4, batches=2, validation_batches=1, image_size=32)
+def test_it_continues_and_reads_a_store_that_nobody_labelled(checkpoint, tmp_path):
+    write(tmp_path / "store", **{f"part{i}": recorded(i) for i in range(20)})
+    data = FrameData([tmp_path / "store"], batch_size=4, batches=2, validation_batches=1, image_size=32, labelled=False)
     for steps in (2, 4):
         m = RecoverModule(str(checkpoint), tmp_path / "out", keep=(0.25, 0.5))
         saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)

@@ -71,8 +71,13 @@ def view(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """What an encoder of ``size`` pixels sees of an image, uint8 (S, S, 3), and where points of it are then, (P, 2).
 
-    Without augmentation this is what :meth:`Conventions.apply_image` does, in one interpolation in place of two.
+    Without augmentation this is what :meth:`Conventions.apply_image` does, in one interpolation in place of two; images that
+    are not square, or much larger, are brought to that size first.
     """
+    if image.shape[0] != image.shape[1] or image.shape[0] > 1.5 * size:
+        factor = np.array([size / image.shape[1], size / image.shape[0]], np.float32)
+        points = (points + 0.5) * factor - 0.5
+        image = np.asarray(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
     height = image.shape[0]
     if conventions.rotate_180:
         image, points = np.ascontiguousarray(image[::-1, ::-1]), height - 1 - points
@@ -142,18 +147,20 @@ class FrameStream(IterableDataset[FrameBatch]):
 
 
 class FrameData(L.LightningDataModule):
-    """Frames for :class:`train.vla.VLAModule`.
+    """Frames for :class:`train.vla.VLAModule` and :class:`train.recover.RecoverModule`.
 
     Args:
         data: rollout stores with images; they may grow during training, and need not be finalised.
         batch_size: frames per optimiser step.
         batches: optimiser steps per epoch; new shards are picked up at its beginning, validation follows its end.
-        validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29.
+        validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29
+            (and without labels one in ten of the episodes that have none).
         image_size: side of the encoders' input in pixels.
         conventions: what lies between the environment's images and the model's, by name.
         augmentation: random changes of training images.
         questions: instructions per frame (Q): its own, and with more than one also those for other objects of its
             scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
+        labelled, camera: see :class:`data.frames.Frames`.
         seed: of the order and the augmentation.
     """
 
@@ -167,13 +174,17 @@ class FrameData(L.LightningDataModule):
         conventions: str = "libero",
         augmentation: Augmentation = Augmentation(),
         questions: int = 1,
+        labelled: bool = True,
+        camera: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size, self.batches, self.validation_batches = batch_size, batches, validation_batches
         self.image_size, self.conventions = image_size, conventions_by_name(conventions)
         self.augmentation, self.questions, self.seed = augmentation, questions, seed
-        self.train_frames, self.validation_frames = Frames(data, False, questions > 1), Frames(data, True, questions > 1)
+        self.train_frames, self.validation_frames = (
+            Frames(data, validation, questions > 1, labelled, camera) for validation in (False, True)
+        )
 
     def passes(self) -> int:
         """Epochs so far, resumed ones included."""
@@ -185,11 +196,12 @@ class FrameData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what there is. Raises :class:`InputError` if a part is empty."""
+        more = "" if self.train_frames.labelled else ", or of episodes without one"
         for frames, what in ((self.train_frames, "0-19 (training)"), (self.validation_frames, "20-29 (validation)")):
             frames.scan()
             if not len(frames):
                 folders = ", ".join(map(str, frames.folders))
-                raise InputError(f"{folders}: no frames of initial states {what}; collect some with --images true")
+                raise InputError(f"{folders}: no frames of initial states {what}{more}; collect some with --images true")
 
     def train_dataloader(self) -> DataLoader[FrameBatch]:
         stream = FrameStream(self, self.train_frames, self.batches, self.augmentation)
