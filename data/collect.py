@@ -22,6 +22,7 @@ from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
 from data.rollout import ActionNoise, rollout, scene_facts
 from data.student import Student
+from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
 from spvla.export import accelerate, fingerprint
@@ -187,22 +188,22 @@ def collect(
     shadow: bool = False,
     tasks: list[int | str] | None = None,
     init_states: str = "0-19",
-    random_resets: int = 0,
-    episodes_per_task: int | None = None,
-    noise: float = 0.0,
+    random_resets: NonNegativeInt = 0,
+    episodes_per_task: PositiveInt | None = None,
+    noise: NonNegativeFloat = 0.0,
     risk: float | None = None,
     generator: str | None = None,
     scheduler: str | None = None,
     pruning: dict[str, Any] | str | None = None,
-    max_generated_run: int | None = None,
-    max_steps: int | None = None,
+    max_generated_run: PositiveInt | None = None,
+    max_steps: PositiveInt | None = None,
     images: bool = False,
     instructions: Literal["task", "scene"] = "task",
     student: str | None = None,
     student_checkpoint: str | None = None,
     shuffle: bool = False,
-    workers: int = 2,
-    seed: int = 0,
+    workers: PositiveInt = 2,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Roll a policy out in LIBERO and store the episodes with the teacher's labels.
 
@@ -251,8 +252,14 @@ def collect(
         shuffle=shuffle,
     )
     setting = replace(setting, policy_options=dict(policy_options) or None, pruning=pruning, max_steps=max_steps)
+    accelerated = {"shadow": shadow or None, "risk": risk, "generator": generator, "scheduler": scheduler}
+    for name, value in (*accelerated.items(), ("max_generated_run", max_generated_run)):
+        if value is not None and export is None:
+            raise InputError(f"{name}: belongs to an accelerated policy; name its --export")
+    if student_checkpoint is not None and student is None:
+        raise InputError("student_checkpoint: whose? name the --student")
     vla = load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
-    setting = replace(setting, weights=weights_stamp(vla))
+    setting, space = replace(setting, weights=weights_stamp(vla)), vla.action_space
     del vla
     free_memory()
     shards = output / ".shards"
@@ -278,6 +285,7 @@ def collect(
         if student is not None:
             parts = ceil(len(waiting) / ROUND)
         by_task.append([Group(task, tuple(part), setting, str(output)) for part in chunks(waiting, parts)])
+    RolloutWriter(output, space)  # a folder that cannot be a store of this robot is told now too
     groups = [group for parts in zip_longest(*by_task) for group in parts if group is not None]  # tasks in turn
     from tqdm import tqdm
 

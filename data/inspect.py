@@ -16,6 +16,7 @@ from data.parts import Problem
 from data.sources import Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
+from spvla.cli import PositiveInt
 from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
 from spvla.history import Source as Actor
@@ -32,7 +33,7 @@ def inspect(
     split: str = "train",
     camera: str | None = None,
     output: Path | None = None,
-    trajectories: int = 3,
+    trajectories: PositiveInt = 3,
 ) -> None:
     """Print what a rollout store or a data set holds: episodes, lengths, success, labels, action quantiles and histograms.
 

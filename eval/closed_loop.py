@@ -24,8 +24,9 @@ from data.rollout import Nudge, RealTime, Rollout, deviations, rollout
 from eval.film import write_film
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
+from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.export import Export, accelerate, fingerprint, load_export
+from spvla.export import SCHEDULERS, Export, accelerate, fingerprint, load_export
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
@@ -360,23 +361,23 @@ def closed_loop(
     export: str | None = None,
     tasks: list[int | str] | None = None,
     init_states: str | None = "30-49",
-    random_resets: int = 0,
+    random_resets: NonNegativeInt = 0,
     cells: list[str] = ["ridge+release", "mlp+learned"],  # noqa: B006
     risk: list[float] | None = None,
     rules: dict[str, dict[str, int | float]] = {},  # noqa: B006
     pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
-    max_generated_run: int | None = None,
-    max_steps: int | None = None,
+    max_generated_run: PositiveInt | None = None,
+    max_steps: PositiveInt | None = None,
     label: bool = True,
     real_time: bool = False,
-    vla_ms: float | None = None,
+    vla_ms: NonNegativeFloat | None = None,
     hold: Literal["stop", "last"] = "stop",
-    nudge: float = 0.0,
+    nudge: NonNegativeFloat = 0.0,
     render: RenderMode = "full",
     films: bool = True,
-    timing_episodes: int = 5,
-    workers: int = 2,
-    seed: int = 0,
+    timing_episodes: NonNegativeInt = 5,
+    workers: PositiveInt = 2,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Evaluate cells of generator x scheduler x pruning in closed loop, paired against the VLA alone.
 
@@ -428,6 +429,13 @@ def closed_loop(
     )
     if vla_ms is not None and not real_time:
         raise InputError("vla_ms: counts in real time only; add --real_time true")
+    if hold != "stop" and not real_time:
+        raise InputError("hold: counts in real time only; add --real_time true")
+    for name in rules:
+        if name not in SCHEDULERS or name == "learned":
+            raise InputError(f"rules: {name!r} is no rule; there are: {', '.join(n for n in SCHEDULERS if n != 'learned')}")
+    for name in pruning:
+        cell_pruner(name, pruning)
     for cell in wanted:
         make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
     films = films and needs_images(vla) and not real_time

@@ -26,6 +26,7 @@ from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_summary
 from spvla.actions import LIBERO
+from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 
@@ -164,10 +165,10 @@ def bench_data(
     lerobot: Path | None = None,
     conventions: str | None = None,
     reference: Path | None = None,
-    steps: int = 1_000_000,
-    batch_size: int = 4096,
-    repeats: int = 10,
-    seed: int = 0,
+    steps: PositiveInt = 1_000_000,
+    batch_size: PositiveInt = 4096,
+    repeats: PositiveInt = 10,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Steps per second from RLDS, LeRobot and rollout stores beside public alternatives, and the memory that takes.
 

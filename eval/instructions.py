@@ -20,6 +20,7 @@ from data.libero import LiberoEnv, Task, load_tasks
 from data.parallel import chunks, run_groups
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
+from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.vlas.base import VLA
 from spvla.vlas.registry import free_memory, load_vla, needs_images, weights_stamp
@@ -122,9 +123,9 @@ def instructions(
     policy_options: dict[str, Any] = {},  # noqa: B006
     tasks: list[int | str] | None = None,
     init_states: str = "30-49",
-    max_steps: int = 120,
-    workers: int = 2,
-    seed: int = 0,
+    max_steps: PositiveInt = 120,
+    workers: PositiveInt = 2,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Ask for every object of a scene, for none and for an absent one; the first object lifted by 3 cm is the answer.
 

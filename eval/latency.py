@@ -19,6 +19,7 @@ import torch
 from eval.output import table, write_summary
 from eval.vla_latency import time_vla
 from spvla.actions import ActionSpace, FloatArray
+from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export
 from spvla.observation import Observation
@@ -74,8 +75,8 @@ def latency(
     pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
     instruction: str = "pick up the black bowl and place it on the plate",
     repeats: int = 20,
-    threads: int = 1,
-    seed: int = 0,
+    threads: PositiveInt = 1,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Time what a step costs beside the VLA (give an export), the VLA's own pass by stage (give a policy), or both.
 

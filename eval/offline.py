@@ -19,6 +19,7 @@ from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_csv, write_summary
 from eval.statistics import mean_and_error
+from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
 from spvla.scheduling.learned import ActionTypeClassifier
@@ -100,8 +101,8 @@ def offline(
     export: Path,
     output: Path,
     generators: list[str] | None = None,
-    risk: list[float] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3],  # noqa: B006
-    horizon: int = 4,
+    risk: list[OpenUnitInterval] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3],  # noqa: B006
+    horizon: PositiveInt = 4,
 ) -> None:
     """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode.
 

@@ -6,13 +6,17 @@ import csv
 import gzip
 import io
 import json
+import os
 import platform
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
+
+BLOCK = 1 << 16  # bytes that are read at a time
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
@@ -48,25 +52,48 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
     """Rows (gzipped JSON lines in ``raw``) of an earlier run with the same setting, which this one continues.
 
     Raises:
-        InputError: the folder holds another setting's rows.
+        InputError: the folder holds another setting's rows, or rows that somebody damaged; a killed run's last row is none.
     """
-    if setting_path.exists() and json.loads(setting_path.read_text()) != json.loads(json.dumps(fixed)):
-        raise InputError(f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output")
-    setting_path.write_text(json.dumps(fixed, indent=1) + "\n")
-    if not raw.exists():
-        return []
-    out = []
-    with gzip.open(raw, "rt") as stream:
+    rows = _whole_rows(raw) if raw.exists() else []
+    if rows:
         try:
-            for line in stream:
-                out.append(json.loads(line))
-        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
-            pass  # the line that a killed run was writing
-    whole = raw.with_suffix(".tmp")
-    with gzip.open(whole, "wt") as stream:
-        stream.writelines(json.dumps(e) + "\n" for e in out)
-    whole.replace(raw)
-    return out
+            theirs = json.loads(setting_path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{setting_path}: is missing, so what {raw.name} holds cannot be continued") from None
+        except ValueError as error:
+            raise InputError(f"{setting_path}: not valid JSON ({error}), so {raw.name} cannot be continued") from None
+        if theirs != json.loads(json.dumps(fixed)):
+            raise InputError(
+                f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output"
+            )
+    building = setting_path.with_suffix(".tmp")
+    building.write_text(json.dumps(fixed, indent=1) + "\n")
+    building.replace(setting_path)
+    return rows
+
+
+def _whole_rows(raw: Path) -> list[dict[str, Any]]:
+    """The rows of gzip members one after another; a last one that a killed run left unfinished is cut off the file."""
+    pieces: list[bytes] = []
+    with raw.open("rb") as stream:
+        whole, member, text = 0, None, b""
+        while block := stream.read(BLOCK):
+            member = member or zlib.decompressobj(zlib.MAX_WBITS | 16)
+            try:
+                text += member.decompress(block)
+            except zlib.error as error:
+                raise InputError(f"{raw}: damaged after byte {whole} ({error}); delete it to begin anew") from None
+            if member.eof:
+                whole = stream.seek(-len(member.unused_data), os.SEEK_CUR)
+                pieces.append(text)
+                member, text = None, b""
+    try:
+        rows = [json.loads(line) for line in b"".join(pieces).splitlines()]
+    except ValueError as error:
+        raise InputError(f"{raw}: not JSON lines ({error}); delete it to begin anew") from None
+    if member is not None:
+        os.truncate(raw, whole)
+    return rows
 
 
 def append(raw: Path, row: dict[str, Any]) -> None:

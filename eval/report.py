@@ -14,7 +14,9 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from math import isqrt
 from pathlib import Path
@@ -524,6 +526,15 @@ def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title:
     return "\n\n".join(parts) + "\n"
 
 
+@contextmanager
+def drawn(folder: Path) -> Iterator[None]:
+    """What a damaged file makes of drawing becomes an :class:`InputError` that names its folder."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{folder}: summary.json or a file beside it is damaged ({type(error).__name__}: {error})") from error
+
+
 SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section, "latency": latency_section}
 
 
@@ -535,30 +546,39 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
         output: the page to write; its name's end, .html or .md, says which.
         title: its title.
     """
+    if output.suffix not in (".html", ".md"):
+        raise InputError(f"{output}: a report ends in .html or .md")
     found = []
     for path in sorted(results.rglob("summary.json")):
         try:
-            found.append((path.parent, json.loads(path.read_text())))
-        except json.JSONDecodeError as error:
+            summary = json.loads(path.read_text())
+        except ValueError as error:
             raise InputError(f"{path}: not valid JSON ({error})") from None
+        rows = summary.get("rows") if isinstance(summary, dict) else None
+        if not rows or not all(isinstance(row, dict) and row for row in rows) or not isinstance(summary.get("kind"), str):
+            raise InputError(f"{path}: not a summary of an evaluation (it needs a kind, and rows of values)")
+        found.append((path.parent, summary))
     if not found:
         raise InputError(f"{results}: no summary.json below it; run an evaluation with --output there first")
     order = ["closed_loop", "offline", "latency", "data"]
 
     def rank(entry: tuple[Path, dict[str, Any]]) -> tuple[int, int]:  # by kind, then the most episodes a cell first
         kind, rows = entry[1].get("kind"), entry[1]["rows"]
-        return order.index(kind) if kind in order else len(order), -max(r.get("episodes", 0) for r in rows)
+        return order.index(kind) if kind in order else len(order), -max(r.get("episodes") or 0 for r in rows)
 
     found.sort(key=rank)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".md":
-        output.write_text(markdown(found, results, title))
+        with drawn(results):
+            text = markdown(found, results, title)
+        output.write_text(text)
         print(f"written: {output}")
         return
     sources = [(folder / "summary.json").relative_to(results).as_posix() for folder, _ in found]
     body = ""
     for (folder, summary), source in zip(found, sources, strict=True):
-        section = SECTIONS.get(summary["kind"], plain_section)(folder, summary)
+        with drawn(folder):
+            section = SECTIONS.get(summary["kind"], plain_section)(folder, summary)
         body += section.replace("</h2>", f" <small>{html.escape(source.removesuffix('/summary.json'))}</small></h2>", 1)
     machine = found[0][1].get("machine", {})
     page = (

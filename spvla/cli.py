@@ -9,9 +9,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from spvla.errors import InputError
+
+if TYPE_CHECKING:
+    PositiveInt: TypeAlias = int
+    NonNegativeInt: TypeAlias = int
+    NonNegativeFloat: TypeAlias = float
+    OpenUnitInterval: TypeAlias = float
+else:  # annotations of commands: other numbers are refused when the command line is parsed
+    from jsonargparse.typing import NonNegativeFloat as NonNegativeFloat
+    from jsonargparse.typing import NonNegativeInt as NonNegativeInt
+    from jsonargparse.typing import OpenUnitInterval as OpenUnitInterval
+    from jsonargparse.typing import PositiveInt as PositiveInt
 
 
 def _is_list(annotation: Any) -> bool:
@@ -60,4 +71,9 @@ def guard(call: Callable[[], Any]) -> int:
         return 130
     except BrokenPipeError:  # whoever reads the output has enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a folder where a file should be, no permission, ...
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0

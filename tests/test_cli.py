@@ -1,17 +1,22 @@
 """Commands: bad input is one line and exit code 2, lists are easy to type, help is there."""
 
+import contextlib
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from spvla.cli import join_list_options, run
+from eval.output import BLOCK, append, continued
+from spvla.cli import guard, join_list_options, run
 from spvla.errors import InputError
 from tests.conftest import smooth_episode, write_store
+from train.__main__ import fit
 
 ROOT = Path(__file__).parents[1]
+LOOP = ("--suite", "libero_object", "--cells", "vla+release", "--output", "{tmp}/c")
 
 
 def call(*arguments, **options):
@@ -23,6 +28,77 @@ def test_lists():
     assert join_list_options(["--tasks", "0", "1", "--seed", "3"], names) == ["--tasks=[0,1]", "--seed", "3"]
     assert join_list_options(["--tasks", "[0, 1]"], names) == ["--tasks=[0, 1]"]
     assert join_list_options(["--data", "a", "--tasks", "7"], names) == ["--data=[a]", "--tasks=[7]"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "closed_loop", *LOOP, "--random_resets", "-3"),
+        ("eval", "closed_loop", *LOOP, "--nudge", "-1"),
+        ("eval", "latency", "--output", "{tmp}", "--threads", "0"),
+        ("eval", "offline", "--data", "{tmp}", "--export", "{tmp}", "--output", "{tmp}/o", "--risk", "0.1", "-0.2"),
+        ("eval", "data", "--output", "{tmp}", "--batch_size", "-3"),
+        ("data", "collect", "--suite", "libero_object", "--output", "{tmp}/o", "--noise", "-1"),
+        ("data", "inspect", "--data", "{tmp}", "--trajectories", "0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_the_line_is_parsed(arguments, tmp_path, capsys):
+    package, *rest = (a.format(tmp=tmp_path) for a in arguments)
+    with pytest.raises(SystemExit, match="2"):
+        run(import_module(f"{package}.__main__").COMMANDS, "x", rest)
+    option = [a for a in rest if a.startswith("--")][-1].removeprefix("--")
+    assert option in capsys.readouterr().err
+
+
+def test_a_run_continues_after_a_kill_and_never_over_damage(tmp_path):
+    raw, setting, fixed = tmp_path / "rows.jsonl.gz", tmp_path / "setting.json", {"suite": "x"}
+    assert continued(raw, setting, fixed) == [] and continued(raw, setting, {"suite": "y"}) == [], (
+        "nothing done, nothing to mix"
+    )
+    rows = [{"task": i, "trace": list(range(i * 1000))} for i in range(40)]
+    continued(raw, setting, fixed)
+    sizes = []
+    for row in rows:
+        append(raw, row)
+        sizes.append(raw.stat().st_size)
+    assert sizes[-1] > BLOCK and continued(raw, setting, fixed) == rows
+    whole = raw.read_bytes()
+    raw.write_bytes(whole[:-5])
+    assert continued(raw, setting, fixed) == rows[:-1] and raw.stat().st_size == sizes[-2]
+    append(raw, rows[-1])
+    assert continued(raw, setting, fixed) == rows
+    with pytest.raises(InputError, match="another setting"):
+        continued(raw, setting, {"suite": "y"})
+    setting.write_text('{"suite"')
+    with pytest.raises(InputError, match=r"setting\.json: not valid JSON"):
+        continued(raw, setting, fixed)
+    setting.unlink()
+    with pytest.raises(InputError, match=r"setting\.json: is missing"):
+        continued(raw, setting, fixed)
+    setting.write_text('{"suite": "x"}')
+    for byte in (3, sizes[4] + 15, sizes[20] - 6):
+        damaged = bytearray(whole)
+        damaged[byte] ^= 0x10
+        raw.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            assert continued(raw, setting, fixed) == rows, "a bit without meaning"
+        assert raw.read_bytes() == damaged, "nothing that was finished is thrown away"
+
+
+def test_fit_names_what_it_cannot_use(tmp_path, capsys):
+    pytest.importorskip("peft")
+    (tmp_path / "bad.ckpt").write_text("junk")
+    config = ["--config", str(ROOT / "configs/train/recover_pruned.yaml")]
+    for options, message in (
+        (["--model.init_args.checkpoint", f"{tmp_path}/none"], "none': no such folder"),
+        (["--ckpt_path", f"{tmp_path}/bad.ckpt"], "bad.ckpt is not a whole checkpoint"),
+        ([f"--ckpt_path={tmp_path}/none.ckpt"], "none.ckpt does not exist"),
+        (["--trainer.max_steps", "-7"], "max_steps"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert guard(lambda options=options: fit([*config, *options])) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_run_dispatches_and_reports(capsys, tmp_path):
@@ -55,6 +131,16 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
         (("train", "export", "--generator", "{tmp}/x.ckpt", "--gate", "y", "--data", "{tmp}", "--output", "{tmp}/e"), "x.ckpt"),
         (("eval", "report", "--results", "{tmp}", "--output", "{tmp}/r.html"), "no summary.json"),
         (("eval", "latency", "--export", "{tmp}", "--output", "{tmp}/l"), "config.json"),
+        (("eval", "report", "--results", "{tmp}", "--output", "{tmp}/r.pdf"), "ends in .html or .md"),
+        (("data", "collect", "--suite", "libero_object", "--risk", "0.1", "--output", "{tmp}/o"), "risk: belongs to"),
+        (
+            ("data", "collect", "--suite", "libero_object", "--student_checkpoint", "x", "--output", "{tmp}/o"),
+            "student_checkpoint",
+        ),
+        (("data", "collect", "--suite", "libero_object", "--init_states", "0", "--output", "/proc/o"), "/proc/o"),
+        (("eval", "closed_loop", *LOOP, "--rules", "{{relase: {{step_skip: 2}}}}"), "'relase' is no rule"),
+        (("eval", "closed_loop", *LOOP, "--pruning", "{{half: {{keep: 7}}}}"), "keep must lie in (0, 1], got 7"),
+        (("eval", "closed_loop", *LOOP, "--hold", "last"), "hold: counts in real time only"),
         (("eval", "closed_loop", "--suite", "libero_object", "--cells", "mlp", "--output", "{tmp}/c"), "mlp"),
         (("eval", "closed_loop", "--suite", "libero_object", "--output", "{tmp}/c"), "generator 'mlp'"),
     ],

@@ -84,3 +84,27 @@ def test_a_folder_without_results_is_told(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         report(tmp_path, tmp_path / "page.html")
+    with pytest.raises(InputError, match=r"ends in \.html or \.md"):
+        report(tmp_path, tmp_path / "page.pdf")
+
+
+@pytest.mark.parametrize("folder", ["real_time", "libero_object/offline", "latency"])
+def test_damaged_results_are_named(folder, tmp_path):
+    def drawn(summary):
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        for name in ("page.html", "page.md"):
+            report(tmp_path, tmp_path / name)
+
+    whole = json.loads((RESULTS / folder / "summary.json").read_text())
+    for name in ("episodes.csv.gz", "traces.json.gz"):
+        if (RESULTS / folder / name).exists():
+            (tmp_path / name).write_bytes((RESULTS / folder / name).read_bytes())
+    drawn(whole)
+    for damaged in ([], {}, {**whole, "rows": []}, {**whole, "rows": [3]}, {**whole, "kind": 4}):
+        with pytest.raises(InputError, match=r"summary\.json: not a summary"):
+            drawn(damaged)
+    needed = {"closed_loop": "success_rate", "offline": "max_abs_error", "latency": "gate_ms_p50"}[whole["kind"]]
+    for row in whole["rows"]:
+        row.pop(needed, None)
+    with pytest.raises(InputError, match=f"{tmp_path}.*damaged"):
+        drawn(whole)

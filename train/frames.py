@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from data.frames import POINTS, Frame, Frames, Question
+from spvla.cli import PositiveInt
 from spvla.errors import InputError
 from spvla.vlas.conventions import Conventions, conventions_by_name
 
@@ -167,13 +168,13 @@ class FrameData(L.LightningDataModule):
     def __init__(
         self,
         data: list[Path],
-        batch_size: int = 32,
-        batches: int = 200,
-        validation_batches: int = 8,
-        image_size: int = 224,
+        batch_size: PositiveInt = 32,
+        batches: PositiveInt = 200,
+        validation_batches: PositiveInt = 8,
+        image_size: PositiveInt = 224,
         conventions: str = "libero",
         augmentation: Augmentation = Augmentation(),
-        questions: int = 1,
+        questions: PositiveInt = 1,
         labelled: bool = True,
         camera: str | None = None,
         seed: int = 0,
