@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 
 FloatArray = NDArray[np.float32]
 
@@ -57,6 +58,8 @@ class ActionSpace:
     _admissible: tuple[FloatArray, FloatArray, FloatArray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        with naming(f"action space {self.name!r}"):
+            check_fields(self, at_least={"max_jump": 0}, infinite=("low", "high", "max_jump"))
         for name in ("q01", "q99", "low", "high", "max_jump"):
             value = getattr(self, name)
             if value is None:
@@ -65,17 +68,19 @@ class ActionSpace:
             if len(value) != self.dim:
                 raise InputError(f"action space {self.name!r}: {name} has {len(value)} entries, q01 has {self.dim}")
         for name in ("translation", "rotation", "gripper"):
-            indices = tuple(int(i) for i in getattr(self, name))
-            object.__setattr__(self, name, indices)
-            if any(not 0 <= i < self.dim for i in indices):
+            if any(not 0 <= i < self.dim for i in getattr(self, name)):
                 raise InputError(f"action space {self.name!r}: {name} names a dimension outside 0..{self.dim - 1}")
         if self.kind not in KINDS:
             raise InputError(f"action space {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if not self.control_rate > 0:
             raise InputError(f"action space {self.name!r}: control_rate must be positive, got {self.control_rate}")
         q01, q99 = np.asarray(self.q01, np.float64), np.asarray(self.q99, np.float64)
-        if not (np.isfinite(q01).all() and np.isfinite(q99).all() and (q99 >= q01).all()):
+        if not (q99 >= q01).all():
             raise InputError(f"action space {self.name!r}: q01 and q99 must be finite with q99 >= q01")
+        if not (np.asarray(self.high) >= np.asarray(self.low)).all():
+            raise InputError(f"action space {self.name!r}: high must not lie below low")
+        if not self.dim:
+            raise InputError(f"action space {self.name!r}: q01 has no entries")
         # A dimension that never moves (q01 == q99) has no scale of its own: unit scale keeps it finite.
         half = np.where(q99 > q01, (q99 - q01) / 2, 1.0)
         object.__setattr__(self, "_offset", ((q01 + q99) / 2).astype(np.float32))
@@ -177,12 +182,10 @@ class ActionSpace:
         return {k: v for k, v in asdict(self).items() if not k.startswith("_")}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "action_space") -> ActionSpace:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "action_space") -> ActionSpace:
         """Read :meth:`to_dict`'s form. Raises :class:`InputError` naming ``where`` and the wrong or missing field."""
-        try:
+        with naming(where):
             return cls(**values)
-        except TypeError as error:
-            raise InputError(f"{where}: {error}") from None
 
     def with_max_jump(self, max_jump: ArrayLike) -> ActionSpace:
         """A copy that refuses larger jumps between consecutive actions than ``max_jump`` (D,), normalised units."""
@@ -213,7 +216,7 @@ def read_space(value: ActionSpace | Mapping[str, Any] | str | Path) -> ActionSpa
     if isinstance(value, ActionSpace):
         return value
     if isinstance(value, Mapping):
-        return ActionSpace.from_dict(dict(value))
+        return ActionSpace.from_dict(value)
     if value == LIBERO.name:
         return LIBERO
     try:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import nn
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.fields import check_fields, check_values, naming
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
@@ -33,12 +35,26 @@ from spvla.scheduling.base import Scheduler
 from spvla.scheduling.calibration import Calibration
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
 from spvla.scheduling.rules import PaperRule, ReleaseRule
+from spvla.vlas.checkpoint import read_json, require_finite
 from spvla.vlas.foreign import as_vla
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
 SCHEDULERS = ("learned", "release", "paper")
+DEFAULTS = {"generator": str, "scheduler": str, "risk": float, "max_generated_run": int}
+PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
+CONFIG = {
+    "format": int,
+    "action_space": dict[str, Any],
+    "tolerance": float,
+    "defaults": dict[str, Any],
+    "generators": dict[str, dict[str, Any]],
+    "gates": dict[str, dict[str, Any]],
+    "calibration": dict[str, dict[str, Any]],
+    "provenance": dict[str, Any],
+}
+WEIGHTS = (".safetensors", ".onnx")  # all that an export's subfolders hold
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,13 @@ class Export:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.tolerance <= 0:
+            raise InputError(f"tolerance must be positive, got {self.tolerance}")
+        if missing := self.gates.keys() - self.calibration.keys():
+            raise InputError(f"calibration lacks gate {min(missing)!r}")
+        with naming("defaults"):
+            check_defaults(self.defaults, tuple(self.generators))
         for name in self.gates.keys() & self.generators.keys():
             generator, gate = self.generators[name].features, self.gates[name].features
             if generator.config == gate.config:
@@ -81,6 +104,26 @@ class Export:
         if generator not in self.gates:
             raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(self.gates))}")
         return LearnedScheduler(self.gates[generator], self.calibration[generator].threshold(risk), space)
+
+
+def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> None:
+    """Raise :class:`InputError` unless ``defaults`` are complete and name one of ``generators`` or a built-in one."""
+    if missing := DEFAULTS.keys() - defaults.keys():
+        raise InputError(f"{min(missing)} is missing")
+    check_values(defaults, DEFAULTS, at_least={"max_generated_run": 1})
+    for name, known in (("generator", (*generators, *BUILT_IN_GENERATORS, "none")), ("scheduler", SCHEDULERS)):
+        if defaults[name] not in known:
+            raise InputError(f"{name} {defaults[name]!r} is unknown; there are: {', '.join(known)}")
+    check_risk(defaults["risk"])
+    check_values(defaults, PRUNING)
+    make_pruner(defaults.get("pruning"))
+
+
+def check_risk(risk: Any) -> None:
+    """Raise :class:`InputError` unless ``risk`` is a number in (0, 1]."""
+    check_values({"risk": risk}, {"risk": float})
+    if not 0 < risk <= 1:
+        raise InputError(f"risk must lie in (0, 1], got {risk}")
 
 
 def built_in_generator(name: str, space: ActionSpace, also: tuple[str, ...] = ()) -> ActionGenerator:
@@ -129,16 +172,25 @@ def accelerate(
             :class:`~spvla.policy.SPVLAPolicy`.
     """
     loaded = load_export(export) if isinstance(export, str | Path) else export
+    if not isinstance(loaded, Export | None):
+        raise InputError(f"accelerate: export must be a folder, a hub id or an Export, got {type(loaded).__name__}")
+    if risk is not None:
+        check_risk(risk)
+    check_values({"pruning": pruning}, PRUNING)
     defaults = dict(loaded.defaults) if loaded else {}
     vla = as_vla(vla, None if loaded is None else replace(loaded.space, max_jump=None))
     if loaded is not None:
         loaded.space.require_compatible(vla.action_space, "accelerate")
     generator = generator or defaults.get("generator", "ridge")
     scheduler = scheduler or defaults.get("scheduler", "release")
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"scheduler {scheduler!r} is unknown; there are: {', '.join(SCHEDULERS)}")
+    if rule and (scheduler == "learned" or generator == "none"):
+        raise InputError(f"rule: there is no hand-set rule that its constants ({', '.join(rule)}) would belong to")
     space = vla.action_space
     pruner = make_pruner(defaults.get("pruning") if pruning is None else pruning)
     options: dict[str, Any] = {
-        "max_generated_run": int(defaults.get("max_generated_run", 20)) if max_generated_run is None else max_generated_run,
+        "max_generated_run": defaults.get("max_generated_run", 20) if max_generated_run is None else max_generated_run,
         "tolerance": loaded.tolerance if loaded else 0.2,
         "shadow": shadow,
         "record": record,
@@ -153,27 +205,61 @@ def accelerate(
     if scheduler == "learned":
         if loaded is None:
             raise InputError("accelerate: the learned scheduler needs an export with a gate")
-        decider = loaded.gate(generator, float(defaults["risk"]) if risk is None else risk, space)
-    elif scheduler in SCHEDULERS:
-        rules = {"release": ReleaseRule, "paper": PaperRule}
-        try:
-            decider = rules[scheduler](space, **(rule or {}))
-        except TypeError as error:
-            raise InputError(f"rule {scheduler!r}: {error}") from None
+        decider = loaded.gate(generator, defaults["risk"] if risk is None else risk, space)
     else:
-        raise InputError(f"scheduler {scheduler!r} is unknown; there are: {', '.join(SCHEDULERS)}")
+        with naming("accelerate"):
+            decider = {"release": ReleaseRule, "paper": PaperRule}[scheduler](space, **(rule or {}))
     return SPVLAPolicy(vla, part, decider, pruner, **options)
 
 
 def save_export(export: Export, folder: str | Path) -> Path:
-    """Write ``export`` to ``folder``; config.json comes last, so that a folder with one is whole."""
+    """Write ``export`` to ``folder``, in the place of an older one.
+
+    It is written beside that one and swapped in when it is whole; config.json comes last, so that a folder with one is whole.
+
+    Raises:
+        InputError: ``folder`` holds something else, see :func:`require_export_folder`.
+    """
+    folder = require_export_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ("generators", "gates", "README.md", "config.json")
+    with TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        old.mkdir()
+        _write(export, new)
+        for part in reversed(parts):
+            if (folder / part).exists():
+                (folder / part).rename(old / part)
+        for part in parts:
+            (new / part).rename(folder / part)
+    return folder
+
+
+def require_export_folder(folder: str | Path) -> Path:
+    """``folder`` as one that :func:`save_export` may write to: new, empty but for hidden files, or an export.
+
+    Raises:
+        InputError: it holds something else, which would be lost.
+    """
     folder = Path(folder)
-    config_path = folder / "config.json"
-    config_path.unlink(missing_ok=True)
+    if not folder.exists():
+        return folder
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is a file; an export is a folder")
+    if any(not p.name.startswith(".") for p in folder.iterdir()):
+        config = folder / "config.json"
+        if not (config.exists() and {"format", "action_space"} <= read_json(config).keys()):
+            raise InputError(f"{folder}: is neither empty nor an export; nothing is written to it")
+    for kind in ("generators", "gates"):
+        for path in sorted((folder / kind).glob("*")):
+            if path.is_dir() or path.suffix not in WEIGHTS:
+                raise InputError(f"{path}: is no part of an export and would be lost; move it elsewhere")
+    return folder
+
+
+def _write(export: Export, folder: Path) -> None:
     for kind, modules in (("generators", export.generators), ("gates", export.gates)):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        for old in (folder / kind).glob("*"):
-            old.unlink()
+        (folder / kind).mkdir(parents=True)
         for name, module in modules.items():
             save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / kind / f"{name}.safetensors")
     config = {
@@ -187,8 +273,7 @@ def save_export(export: Export, folder: str | Path) -> Path:
         "provenance": dict(export.provenance),
     }
     (folder / "README.md").write_text(model_card(export))
-    config_path.write_text(json.dumps(config, indent=1) + "\n")
-    return folder
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def load_export(path: str | Path) -> Export:
@@ -202,37 +287,25 @@ def load_export(path: str | Path) -> Export:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise InputError(f"{config_path}: missing; {folder} is not an export (or its writing was cut short)")
-    try:
-        config = json.loads(config_path.read_text())
-        space = ActionSpace.from_dict(config["action_space"], f"{config_path}: action_space")
+    config = read_json(config_path)
+    for name in CONFIG:
+        if name not in config:
+            raise InputError(f"{config_path}: field {name!r} is missing")
+    with naming(config_path):
+        check_values(config, CONFIG)
         if config["format"] != FORMAT:
-            raise InputError(f"{config_path}: export format {config['format']}, this version reads {FORMAT}")
+            raise InputError(f"export format {config['format']}, this version reads {FORMAT}")
+        space = ActionSpace.from_dict(config["action_space"], "action_space")
+        calibration = {k: Calibration.from_dict(v, f"calibration.{k}") for k, v in config["calibration"].items()}
         generators = {
-            name: _load(LearnedGenerator(GeneratorConfig(**values)), folder / "generators" / f"{name}.safetensors")
-            for name, values in config["generators"].items()
+            k: _build(LearnedGenerator, GeneratorConfig, v, f"generators.{k}") for k, v in config["generators"].items()
         }
-        gates = {
-            name: _load(ActionTypeClassifier(ClassifierConfig(**values)), folder / "gates" / f"{name}.safetensors")
-            for name, values in config["gates"].items()
-        }
-        calibration = {k: Calibration.from_dict(v, f"{config_path}: calibration.{k}") for k, v in config["calibration"].items()}
-        if missing := set(gates) - set(calibration):
-            raise InputError(f"{config_path}: calibration lacks gate {sorted(missing)[0]!r}")
-        return Export(
-            space=space,
-            tolerance=float(config["tolerance"]),
-            generators=generators,
-            gates=gates,
-            calibration=calibration,
-            defaults=config["defaults"],
-            provenance=config["provenance"],
-        )
-    except json.JSONDecodeError as error:
-        raise InputError(f"{config_path}: not valid JSON ({error})") from None
-    except KeyError as error:
-        raise InputError(f"{config_path}: field {error} is missing") from None
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{config_path}: {error}") from None
+        gates = {k: _build(ActionTypeClassifier, ClassifierConfig, v, f"gates.{k}") for k, v in config["gates"].items()}
+    for kind, modules in (("generators", generators), ("gates", gates)):
+        for name, module in modules.items():
+            _load(module, folder / kind / f"{name}.safetensors")
+    with naming(config_path):
+        return Export(space, config["tolerance"], generators, gates, calibration, config["defaults"], config["provenance"])
 
 
 def fingerprint(export: str | None) -> str | None:
@@ -242,12 +315,17 @@ def fingerprint(export: str | None) -> str | None:
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
-def _load(module: M, path: Path) -> M:
+def _build(network: Callable[[Any], M], config: Callable[..., Any], values: Mapping[str, Any], where: str) -> M:
+    with naming(where):
+        return network(config(**values))
+
+
+def _load(module: nn.Module, path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path}: missing from the export")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
     expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
@@ -255,10 +333,9 @@ def _load(module: M, path: Path) -> M:
         odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))[0]
         raise InputError(f"{path}: tensor {odd!r} has shape {found.get(odd)}, config.json asks for {expected.get(odd)}")
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{path}: tensor {name!r} contains NaN or infinity")
+        require_finite(tensor, name, path)
     module.load_state_dict(tensors)
-    return module.eval()
+    module.eval()
 
 
 def _download(hub_id: str) -> Path:

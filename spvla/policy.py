@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
+from spvla.fields import check_options, naming
 from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
@@ -107,6 +108,8 @@ class SPVLAPolicy:
     ) -> None:
         if (generator is None) != (scheduler is None):
             raise InputError("policy: a generator needs a scheduler and a scheduler a generator; give both or neither")
+        with naming("policy"):
+            check_options(SPVLAPolicy.__init__, {"max_generated_run": max_generated_run, "tolerance": tolerance})
         if max_generated_run < 1:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
         if when_unavailable not in WHEN_UNAVAILABLE:
@@ -203,7 +206,7 @@ class SPVLAPolicy:
             asked = perf_counter()
             times["capture"] = 1e3 * (asked - scheduled)
             try:
-                output = self.vla.predict(seen, keep_mass=keep_mass)
+                output = self._check(self.vla.predict(seen, keep_mass=keep_mass))
             except VLAUnavailable as failure:
                 action, source = self._safe_action(proposal, failure)
                 unavailable = str(failure)
@@ -211,9 +214,8 @@ class SPVLAPolicy:
             else:
                 times["vla"] = 1e3 * (perf_counter() - asked)
                 times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
-                actions = self._check(output)
-                action, source = actions[0], Source.VLA
-                self._queue.extend(actions[1:])
+                action, source = output.actions[0], Source.VLA
+                self._queue.extend(output.actions[1:])
             self._waiting = unavailable is not None
 
         deviates, error = None, None
@@ -292,13 +294,18 @@ class SPVLAPolicy:
             return proposal.actions[0], Source.GENERATOR
         return self.space.stop(last), Source.HELD
 
-    def _check(self, output: VLAOutput) -> FloatArray:
-        actions = output.actions
+    def _check(self, output: Any) -> VLAOutput:
+        actions = output.actions if isinstance(output, VLAOutput) else None
+        if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
+            found = type(output if actions is None else actions).__name__
+            raise InputError(
+                f"VLA {type(self.vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}"
+            )
         if actions.ndim != 2 or actions.shape[1] != self.space.dim or not len(actions):
             raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
         if not np.isfinite(actions).all():
             raise InputError("VLA: returned an action with NaN or infinity")
-        return actions
+        return output
 
     def finish(self, success: bool | None = None, **metadata: Any) -> None:
         """Close the episode; with ``record=`` it is written to the rollout store. Facts about it go in as keywords."""

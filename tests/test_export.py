@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spvla import InputError, Observation, accelerate, load_export, save_export
+from spvla import InputError, Observation, VLAOutput, accelerate, load_export, save_export
 from spvla.actions import LIBERO
 from spvla.export import Export
 from spvla.generators.features import FeatureConfig
@@ -122,6 +122,139 @@ def test_a_damaged_export_names_its_culprit(folder, change, message):
     with pytest.raises(InputError, match=message) as caught:
         load_export(folder)
     assert "\n" not in str(caught.value)
+
+
+def mlp(config):
+    return config["generators"]["mlp"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(tolerance="wide"), r"tolerance must be a finite number, got 'wide'"),
+        (lambda c: c.update(tolerance=float("nan")), r"tolerance must be a finite number, got nan"),
+        (lambda c: c.update(tolerance=-1), r"tolerance must be positive, got -1"),
+        (lambda c: c.update(defaults=None), r"defaults must be a map, got None"),
+        (lambda c: c["defaults"].pop("risk"), r"defaults: risk is missing"),
+        (lambda c: c["defaults"].update(risk="low"), r"defaults: risk must be a finite number, got 'low'"),
+        (lambda c: c["defaults"].update(risk=7), r"defaults: risk must lie in \(0, 1\], got 7"),
+        (lambda c: c["defaults"].update(max_generated_run="many"), r"defaults: max_generated_run must be a whole number"),
+        (lambda c: c["defaults"].update(generator="magic"), r"defaults: generator 'magic' is unknown; there are: mlp, "),
+        (lambda c: c["defaults"].update(pruning=5), r"defaults: pruning must be .*, got 5"),
+        (lambda c: c["calibration"]["mlp"]["risk"].reverse(), r"calibration\.mlp: risk must ascend"),
+        (lambda c: c["calibration"]["mlp"]["thresholds"].reverse(), r"calibration\.mlp: thresholds must ascend"),
+        (lambda c: c["calibration"]["mlp"]["risk"].__setitem__(3, float("nan")), r"calibration\.mlp: risk must be a list"),
+        (lambda c: c["calibration"]["mlp"]["coverage"].__setitem__(3, "a"), r"calibration\.mlp: coverage must be a list"),
+        (lambda c: c["calibration"]["mlp"]["risk"].pop(), r"calibration\.mlp: .* must have one length"),
+        (lambda c: c["calibration"]["mlp"].update(episodes=-1), r"calibration\.mlp: episodes must be at least 1, got -1"),
+        (lambda c: c["calibration"].update(mlp=None), r"calibration must be a map of maps"),
+        (lambda c: mlp(c).update(width=-1), r"generators\.mlp: generator: width must be at least 1, got -1"),
+        (lambda c: mlp(c).update(width=10**15), r"generators\.mlp: "),
+        (lambda c: mlp(c).update(dropout=7), r"generators\.mlp: generator: dropout must lie below 1, got 7"),
+        (lambda c: mlp(c).update(gripper=[9]), r"generators\.mlp: generator: gripper \(9,\) lies outside 0\.\.6"),
+        (lambda c: c["generators"]["transformer"].update(heads=5), r"width 16 is no multiple of heads 5"),
+        (lambda c: c["generators"]["transformer"].update(heads=0), r"heads must be at least 1, got 0"),
+        (lambda c: mlp(c)["features"].update(state_q01=["a", "b"]), r"features: state_q01 must be a list \(a finite number"),
+        (
+            lambda c: c["gates"]["mlp"]["features"].update(state_dims=[-1, 2]),
+            r"gates\.mlp: features: state_dims must be at least 0",
+        ),
+        (lambda c: c["action_space"].update(translation=["x"]), r"action space 'libero': translation must be a list"),
+        (lambda c: c["action_space"].update(low=[2] * 7), r"high must not lie below low"),
+        (lambda c: c["action_space"].update(low=[float("nan")] * 7), r"low must be a list"),
+        (lambda c: c["action_space"].update(max_jump=[-1] * 7), r"max_jump must be at least 0"),
+        (lambda c: c["action_space"].update(max_jump=[float("nan")] * 7), r"max_jump must be a list"),
+    ],
+)
+def test_values_that_cannot_be_are_named_with_their_file(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"{folder}/config\.json: .*{message}") as caught:
+        load_export(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none_are_named(folder):
+    (folder / "gates" / "mlp.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"gates/mlp\.safetensors: not a whole safetensors file"):
+        load_export(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+        load_export(folder)
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_export_takes_the_place_of_an_older_one_whole(folder):
+    (folder / ".stages").mkdir()
+    (folder / "generators" / "mlp.onnx").write_bytes(b"")
+    other = make_export(tolerance=0.3)
+    save_export(replace(other, generators={"mlp": other.generators["mlp"]}), folder)
+    assert load_export(folder).tolerance == 0.3
+    assert sorted(p.name for p in folder.iterdir()) == [".stages", "README.md", "config.json", "gates", "generators"]
+    assert [p.name for p in (folder / "generators").iterdir()] == ["mlp.safetensors"]
+
+
+@pytest.mark.parametrize("what", ["a folder in it", "values no JSON holds"])
+def test_an_export_that_cannot_be_replaced_is_left_as_it_was(folder, what):
+    export = make_export()
+    if what == "a folder in it":
+        (folder / "generators" / "notes").mkdir()
+    else:
+        export = replace(export, provenance={"teacher": object()})
+    before = everything(folder)
+    with pytest.raises((InputError, TypeError)):
+        save_export(export, folder)
+    assert everything(folder) == before and load_export(folder).tolerance == 0.2
+
+
+@pytest.mark.parametrize("name", ["generators/base.py", "config.json", "README.md"])
+def test_a_folder_of_other_things_is_not_written_to(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="is neither empty nor an export"):
+        save_export(make_export(), tmp_path)
+    assert everything(tmp_path) == {name: b"{}"}
+
+
+@pytest.mark.parametrize("state", [None, np.zeros(1)])
+def test_a_state_too_short_is_told(folder, state):
+    policy = accelerate(ScriptedVLA(np.zeros((5, 7))), folder)
+    policy.reset("go")
+    with pytest.raises(InputError, match=r"observation\.state: has [01] values, the model reads the one with index 2"):
+        policy.select_action(Observation(state=state))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"export": 123}, "export must be a folder, a hub id or an Export, got int"),
+        ({"risk": 7, "scheduler": "release"}, r"risk must lie in \(0, 1\], got 7"),
+        ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
+        ({"generator": "none", "scheduler": "lerned"}, "scheduler 'lerned' is unknown; there are: learned, release, paper"),
+        ({"rule": {"z_max": 1}}, "rule: there is no hand-set rule that its constants"),
+        ({"scheduler": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
+        ({"scheduler": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),
+        ({"max_generated_run": 2.5}, "max_generated_run must be a whole number, got 2.5"),
+        ({"pruning": 5}, "pruning must be .*, got 5"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(folder, options, message):
+    with pytest.raises(InputError, match=message):
+        accelerate(ScriptedVLA(np.zeros((5, 7))), **{"export": folder, **options})
+
+
+@pytest.mark.parametrize("answer", [None, [0.0] * 7, VLAOutput([0.0] * 7)])
+def test_a_vla_that_returns_no_array_is_named(answer):
+    vla = ScriptedVLA(np.zeros((5, 7)))
+    vla.predict = lambda observation, keep_mass=1.0: answer
+    policy = accelerate(vla)
+    policy.reset("go")
+    with pytest.raises(InputError, match=r"VLA ScriptedVLA: predict\(\) must return a VLAOutput .*, got (NoneType|list)"):
+        policy.select_action(Observation())
 
 
 def test_ill_fitting_uses_are_refused(folder):

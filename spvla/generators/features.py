@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 from spvla.history import Window
 
 
@@ -44,8 +45,8 @@ class FeatureConfig:
     vla_features: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("state_dims", "state_q01", "state_q99", "state_lags"):  # JSON gives lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        with naming("features"):
+            check_fields(self, at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0})
         if not len(self.state_dims) == len(self.state_q01) == len(self.state_q99):
             raise InputError("features: state_dims, state_q01 and state_q99 differ in length")
         if any(not 1 <= lag <= self.history for lag in self.state_lags):
@@ -110,6 +111,7 @@ class HistoryFeatures(nn.Module):
         self.register_buffer("state_offset", torch.from_numpy(self.offset), persistent=False)
         self.register_buffer("state_scale", torch.from_numpy(self.scale), persistent=False)
         self.state_dims = list(config.state_dims)
+        self.state_size = max(self.state_dims, default=-1) + 1  # values of the state that are needed
         self.lag_steps = [config.history - lag for lag in config.state_lags]
         self.size = len(feature_names(config))
         self._latest: tuple[Window, Tensor] | None = None
@@ -118,6 +120,10 @@ class HistoryFeatures(nn.Module):
         self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
 
     def _states(self, states: Any) -> Any:
+        if states.shape[-1] < self.state_size:
+            raise InputError(
+                f"observation.state: has {states.shape[-1]} values, the model reads the one with index {self.state_size - 1}"
+            )
         tensors = isinstance(states, Tensor)
         offset, scale = (self.state_offset, self.state_scale) if tensors else (self.offset, self.scale)
         return (_take(states, self.state_dims, -1) - offset) / scale

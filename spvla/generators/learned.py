@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.history import ActionHistory, Window
@@ -51,11 +52,14 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
-        object.__setattr__(self, "gripper", tuple(self.gripper))
-        if self.kind not in ("mlp", "transformer"):
-            raise InputError(f"generator kind {self.kind!r} is neither 'mlp' nor 'transformer'")
-        if self.horizon < 1:
-            raise InputError(f"generator horizon must be at least 1, got {self.horizon}")
+        with naming("generator"):
+            check_fields(self, at_least={"gripper": 0, "horizon": 1, "width": 1, "depth": 0, "heads": 1, "dropout": 0})
+        if max(self.gripper, default=0) >= self.features.action_dim:
+            raise InputError(f"generator: gripper {self.gripper} lies outside 0..{self.features.action_dim - 1}")
+        if self.kind == "transformer" and self.width % self.heads:
+            raise InputError(f"generator: width {self.width} is no multiple of heads {self.heads}")
+        if self.dropout >= 1:
+            raise InputError(f"generator: dropout must lie below 1, got {self.dropout}")
 
 
 class MLP(nn.Sequential):

@@ -7,7 +7,7 @@ threshold rises, so for n exchangeable calibration episodes with mean loss R(thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 
 GRID = 512
 
@@ -36,6 +37,14 @@ class Calibration:
     coverage: tuple[float, ...]
     deviating: tuple[float, ...]
     episodes: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, at_least={"episodes": 1})
+        if not len(self.thresholds) == len(self.risk) == len(self.coverage) == len(self.deviating) > 0:
+            raise InputError("thresholds, risk, coverage and deviating must have one length")
+        for name in ("thresholds", "risk"):
+            if (np.diff(getattr(self, name)) < 0).any():
+                raise InputError(f"{name} must ascend")
 
     @property
     def smallest_risk(self) -> float:
@@ -60,16 +69,10 @@ class Calibration:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "calibration") -> Calibration:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "calibration") -> Calibration:
         """Read :meth:`to_dict`'s form; an :class:`InputError` names ``where`` if it is not that."""
-        try:
-            curves = {k: tuple(v) for k, v in values.items() if k != "episodes"}
-            out = cls(episodes=int(values["episodes"]), **curves)
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError(f"{where}: {error}") from None
-        if not len(out.thresholds) == len(out.risk) == len(out.coverage) == len(out.deviating) > 0:
-            raise InputError(f"{where}: thresholds, risk, coverage and deviating must have one length")
-        return out
+        with naming(where):
+            return cls(**values)
 
 
 def calibrate(

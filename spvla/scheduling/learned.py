@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.generators.learned import MLP
@@ -37,6 +38,10 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
+        with naming("gate"):
+            check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0})
+        if self.dropout >= 1:
+            raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
 
 
 class ActionTypeClassifier(

@@ -12,6 +12,7 @@ import numpy as np
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 from spvla.generators.base import Proposal
 from spvla.history import ActionHistory
 from spvla.scheduling.base import Decision
@@ -42,6 +43,8 @@ class PaperRule:
 
     def __post_init__(self) -> None:
         _require_translation(self.space, "paper", 1)
+        with naming("rule 'paper'"):
+            check_fields(self, at_least={"buffer": 1})
 
     @property
     def history_length(self) -> int:
@@ -79,9 +82,8 @@ class ReleaseRule:
 
     def __post_init__(self) -> None:
         _require_translation(self.space, "release", 3)
-        for name in ("step_skip", "buffer"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"rule 'release': {name} must be a whole number of steps, at least 1, got {value}")
+        with naming("rule 'release'"):
+            check_fields(self, at_least={"step_skip": 1, "buffer": 1})
 
     @property
     def history_length(self) -> int:

@@ -42,6 +42,8 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(f"{file}: missing") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -71,8 +73,8 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InputError(f"{index}: no weight_map of tensor names to file names")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.exists():
@@ -109,4 +111,11 @@ def read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype)
 
     with safe_open(file, framework="pt", device=str(device)) as handle:
         tensor: Tensor = handle.get_tensor(name)
-        return tensor.to(dtype, copy=device.type == "cpu")
+        return require_finite(tensor.to(dtype, copy=device.type == "cpu"), name, file)
+
+
+def require_finite(tensor: Tensor, name: str, file: Path) -> Tensor:
+    """``tensor`` itself. Raises :class:`InputError` for NaN or infinity in it, at no cost of memory."""
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise InputError(f"{file}: tensor {name!r} contains NaN or infinity")
+    return tensor
