@@ -74,4 +74,4 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(RUNS)
+	rm -rf $(VENV)

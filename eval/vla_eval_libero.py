@@ -5,7 +5,7 @@ the same initial states and compares every action. results/vla_eval has the comm
 
 The one thing that differs between the two loops is the age of an observation: robosuite samples its sensors and renders
 before a control step's last simulation steps, our loop shows the end of the step. :class:`LiberoAtStepEnd` is vla-eval's
-benchmark with observations taken at the end; with it the actions are the same bit for bit.
+benchmark with observations taken at the end; with it the actions of nearly every episode are the same bit for bit.
 """
 
 from __future__ import annotations

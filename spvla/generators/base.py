@@ -1,4 +1,4 @@
-"""The role of an action generator: continue the motion from history alone."""
+"""The role of an action generator: continue the motion from history alone (the VLA's last features included), never an image."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ActionGenerator(Protocol):
         """Steps of history this generator reads."""
 
     def propose(self, history: ActionHistory) -> Proposal:
-        """Propose the next actions. At the start of an episode, with nothing executed yet, the proposal is all zeros
-        in normalised units; the policy never executes that one, since the VLA always acts first."""
+        """Propose the next actions. At the start of an episode, with nothing executed yet, the proposal means nothing; the
+        policy never executes that one, since the VLA always acts first."""
 
     def propose_windows(self, window: Window) -> FloatArray:
         """The same for B histories at once: normalised actions (B, H, D)."""
