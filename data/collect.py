@@ -212,7 +212,8 @@ def collect(
     Args:
         suite: LIBERO suite, for example libero_object.
         output: rollout store to make or extend.
-        policy: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or package.module:factory.
+        policy: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
+            package.module:factory.
         checkpoint: the policy's folder or hub id.
         policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; the accelerated policy acts, and the teacher labels every visited state.

@@ -387,7 +387,8 @@ def closed_loop(
     Args:
         suite: LIBERO suite.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
-        policy: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or package.module:factory.
+        policy: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
+            package.module:factory.
         checkpoint: the policy's folder or hub id.
         policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.

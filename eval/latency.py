@@ -1,6 +1,7 @@
 """What a step costs beside the VLA, and what the VLA's own pass costs: ``python -m eval latency``.
 
-For an export, histories are filled with smooth random motion; every stage is timed on the same histories in one process, warm-up excluded. A VLA's stages are :mod:`eval.vla_latency`'s.
+For an export, histories are filled with smooth random motion; every stage is timed on the same histories in one process,
+warm-up excluded. A VLA's stages are :mod:`eval.vla_latency`'s.
 """
 
 from __future__ import annotations
