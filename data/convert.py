@@ -1,8 +1,8 @@
 """Data sets from elsewhere into the rollout store: ``python -m data convert``; what ``relabel`` shares with it.
 
 Every part of the source becomes one shard, written whole or not at all; what could not be used is kept beside it, with the
-size of what was read. Workers share the parts, and a run that was stopped continues with those that are not there yet, on
-as many workers as it likes.
+size of what was read and when the files with problems were last changed. Workers share the parts, and a run that was stopped
+continues with those that are not there yet, on as many workers as it likes.
 """
 
 from __future__ import annotations
@@ -96,18 +96,31 @@ class Shards:
         note, shard = self._note(part), self.writer.shard_path(self.setting.job(part))
         if not note.exists():
             return shard.exists()
-        values = json.loads(note.read_text())
+        values = self._read(note)
+        told = None
         if values["size"] != part.size:
+            told = f"{part.file} (and what follows) had {values['size']} bytes, now it has {part.size}"
+        elif changed := [f for f, time in _changed(values["problems"]).items() if time not in (None, values["changed"].get(f))]:
+            told = f"{changed[0]} had a problem, it was changed since"
+        if told is not None:
             raise InputError(
-                f"{shard}: was made when {part.file} (and what follows) had {values['size']} bytes, now it has {part.size}; "
-                f"delete {note.name} and {shard.name} there to make it anew, or name another --output"
+                f"{shard}: was made when {told}; delete {note.name} and {shard.name} there to make it anew, or name another "
+                "--output"
             )
         return shard.exists() or values["episodes"] == 0
+
+    def _read(self, note: Path) -> dict[str, Any]:
+        try:
+            values = json.loads(note.read_text())
+            return {"changed": {}} | {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{note}: not readable ({error!r}); delete it and its shard to make them anew") from None
 
     def write(self, part: Part, episodes: Sequence[Episode], problems: Sequence[Problem]) -> None:
         """Finish a part: first what was left out, then the shard."""
         note = self._note(part)
-        values = {"size": part.size, "episodes": len(episodes), "problems": [p.to_dict() for p in problems]}
+        told = [p.to_dict() for p in problems]
+        values = {"size": part.size, "episodes": len(episodes), "problems": told, "changed": _changed(told)}
         temporary = note.with_name(f".{note.stem}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(note)
@@ -117,7 +130,13 @@ class Shards:
     def problems(self, parts: Sequence[Part]) -> list[Problem]:
         """What was left out of finished parts."""
         notes = [self._note(part) for part in parts]
-        return [Problem(**p) for note in notes if note.exists() for p in json.loads(note.read_text())["problems"]]
+        return [Problem(**p) for note in notes if note.exists() for p in self._read(note)["problems"]]
+
+
+def _changed(problems: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """When the files that have ``problems`` were last changed, nanoseconds; None for one that is not there."""
+    files = dict.fromkeys(p["file"] for p in problems)
+    return {f: Path(f).stat().st_mtime_ns if Path(f).exists() else None for f in files}
 
 
 def make_setting(
@@ -144,6 +163,22 @@ def require_one(command: str, data: Path | None, source: str | None, path: Path 
         raise InputError(f"{command}: name either data (a rollout store) or source and path")
 
 
+def require_apart(data: Path, output: Path) -> None:
+    """Raise :class:`InputError` if a store is to be made in the folder of the data set that it is made from."""
+    if data.resolve() == output.resolve():
+        raise InputError(f"{output}: --output is the data set itself, which would be replaced; name another folder")
+
+
+def no_episode(setting: Setting, problems: Sequence[Problem]) -> InputError:
+    """Says that nothing of a data set could be used, and why."""
+    reason = ""
+    if problems:
+        reason = f"; the first problem: {problems[0]}"
+    elif setting.episodes is not None:
+        reason = f"; none has a number that --episodes names ({min(setting.episodes)} to {max(setting.episodes)})"
+    return InputError(f"{setting.path}: no episode could be used{reason}")
+
+
 def tell(what: str, lines: Sequence[Any]) -> None:
     """Print lines that begin with ``what``, the first :data:`MOST_TOLD` of them."""
     for line in lines[:MOST_TOLD]:
@@ -157,8 +192,7 @@ def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool
     problems = shards.problems(parts)
     tell("left out", problems)
     if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
-        first = f"; the first problem: {problems[0]}" if problems else ""
-        raise InputError(f"{shards.setting.path}: no episode could be used{first}")
+        raise no_episode(shards.setting, problems)
     finalize(output, measured)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
@@ -254,6 +288,7 @@ def convert(
         on_error: what to do about a record that cannot be used: stop, or skip it and say so.
         workers: processes.
     """
+    require_apart(path, output)
     setting = make_setting(source, path, conventions, split, camera, images, episodes)
     found = setting.open()
     tell("note", found.notes)

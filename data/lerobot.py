@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from data.openx import Conventions, Field, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames, count_frames
-from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, vectors
+from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_parquet, read_sources, read_vectors, vectors
 from spvla.errors import InputError
 
 EPISODES_PER_PART = 16
@@ -141,18 +141,24 @@ class LerobotSource:
         times = _times(table)
         facts: dict[str, Any] = {"dataset": self.name, "file": row.file.name, "number": row.number}
         if "metadata" in row.meta:
-            facts = json.loads(row.meta["metadata"])
+            try:
+                facts = {**json.loads(row.meta["metadata"]), "number": row.number}
+            except (ValueError, TypeError):
+                return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
         number = -1 if row.number is None else row.number
         instruction = self._instruction(row, table)
         out = standardize(steps, self.conventions, file, number, facts, {}, instruction, times, pictures)
         if isinstance(out, Episode):
             out.success = row.meta.get("success")
             if self.own_space:  # a rollout store: its labels come along
-                for name in LABELS:
-                    if VECTOR_COLUMNS[name] in table.column_names:
-                        setattr(out, name, vectors(table[VECTOR_COLUMNS[name]]))
-                if "action.source" in table.column_names:
-                    out.sources = table["action.source"].to_numpy().astype(np.uint8)
+                try:
+                    for name in LABELS:
+                        if VECTOR_COLUMNS[name] in table.column_names:
+                            setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
+                    out.sources = read_sources(table, file)
+                    out.check(self.space, file)
+                except InputError as error:
+                    return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
         return out
 
     def _instruction(self, row: EpisodeRows, table: pa.Table) -> str:
@@ -318,10 +324,12 @@ class LerobotSource:
         found: list[EpisodeRows] = []
         for file in sorted((self.path / "data").glob("*/*.parquet")):
             try:
-                numbers = pq.read_table(file, columns=["episode_index"])["episode_index"].to_numpy()
-            except (pa.ArrowException, OSError, KeyError) as error:
-                problem = f"damaged Parquet file ({' '.join(str(error).split())})"
-                found.append(EpisodeRows(None, file, problem=problem))
+                numbers = read_parquet(file, ["episode_index"])["episode_index"].to_numpy()
+            except KeyError:
+                found.append(EpisodeRows(None, file, problem="no column episode_index"))
+                continue
+            except InputError as error:
+                found.append(EpisodeRows(None, file, problem=str(error).removeprefix(f"{file}: ")))
                 continue
             edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
             for a, b in pairwise(edges):
@@ -350,7 +358,8 @@ class LerobotSource:
         for file in sorted((self.path / "meta" / "episodes").glob("*/*.parquet")):
             try:
                 names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
-                out |= {int(e["episode_index"]): e for e in pq.read_table(file, columns=names).to_pylist()}
+                table = pq.read_table(file, columns=names, page_checksum_verification=True)
+                out |= {int(e["episode_index"]): e for e in table.to_pylist()}
             except (pa.ArrowException, OSError, KeyError) as error:
                 self._told.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
         return out

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.convert import OnError, Setting, Shards, make_setting, record_of, require_one, tell, tell_end
+from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
 from data.images import ImageCheck, encode_images
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
@@ -262,6 +262,7 @@ def relabel(
     facts = {"policy": policy, "checkpoint": checkpoint, "options": policy_options}
     where = data if data is not None else path
     assert where is not None
+    require_apart(where, output)
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
     tell("note", setting.open().notes)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data.convert import OnError, Setting, make_setting, require_one, tell
+from data.convert import OnError, Setting, make_setting, no_episode, require_one, tell
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import SourceName
 from spvla.actions import ActionSpace
-from spvla.errors import InputError
 from spvla.statistics import Statistics
 
 
@@ -127,7 +126,7 @@ def stats(
                 steps=sum(total.lengths), per_second=f"{sum(total.lengths) / max(bar.format_dict['elapsed'], 1e-9):.0f}"
             )
     if not total.lengths:
-        raise InputError(f"{setting.path}: no episode could be used; the first problem: {total.problems[0]}")
+        raise no_episode(setting, total.problems)
     entry = total.result(found.space)
     tell("left out", total.problems)
     print(f"{found.name}: {entry['num_trajectories']} episodes, {entry['num_transitions']} steps")

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
-from spvla.episodes import read_action_space, read_episode_table, vectors
+from spvla.episodes import read_action_space, read_episode_table, read_parquet, read_sources, read_steps, read_vectors
 from spvla.errors import InputError
 from spvla.history import Source
 
@@ -132,24 +130,31 @@ class RolloutStore:
             return arrays[name][first : first + len(like)]
 
         first, labelled = 0, False
+        widths: dict[str, int] = {}
         for path in sorted((self.folder / "data").glob("*/*.parquet")):
-            try:
-                names = pq.read_schema(path).names
-                table = pq.read_table(path, columns=[c for c in (*FLOAT_FIELDS.values(), "action.source") if c in names])
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(f"{path}: damaged Parquet file ({error})") from None
+            table = read_parquet(path, [*FLOAT_FIELDS.values(), "action.source", "frame_index"])
             if first + table.num_rows > total:
                 raise InputError(f"{self.folder}: data holds more frames than meta/episodes claims ({total})")
             raw: dict[str, NDArray[np.float32]] = {}
             for name, column in FLOAT_FIELDS.items():
-                if column in table.column_names:
-                    raw[name] = vectors(table[column])
+                if column in table.column_names or name == "actions":
+                    raw[name] = read_vectors(table, column, str(path))
                     self._require_finite(raw[name], column, first, allow_missing=name.startswith("vla_"))
+            for name in raw.keys() & {"actions", "vla_actions"}:
+                if (width := raw[name].shape[1]) != self.space.dim:
+                    raise InputError(f"{path}: {FLOAT_FIELDS[name]} has {width} entries, the action space {self.space.dim}")
+            found = {name: value.shape[1] for name, value in raw.items()}
+            widths = widths or found
+            if found != widths:
+                raise InputError(f"{path}: features are {found}, those of the first data file {widths}")
             labelled = "vla_actions" in raw
             actions = self.space.normalize(raw["actions"])
-            sources = table["action.source"].to_numpy().astype(np.uint8)
+            sources = read_sources(table, str(path))
             inside = (starts >= first) & (starts < first + table.num_rows)  # a file holds whole episodes
             start = np.repeat(starts[inside], lengths[inside])
+            steps = np.arange(first, first + table.num_rows)
+            if len(start) != len(steps) or not np.array_equal(steps - start, read_steps(table, str(path))):
+                raise InputError(f"{path}: frame_index does not agree with the episodes of meta/episodes")
             new: dict[str, NDArray[Any]] = {
                 "actions": actions,
                 "targets": self.space.normalize(raw["vla_actions"]) if labelled else actions,

@@ -15,9 +15,10 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.history import Source
 from spvla.statistics import Statistics
 
 CODEBASE_VERSION = "v3.0"
@@ -35,6 +37,7 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_FILE_BYTES = 100 * 2**20
 SHARD_KEY = b"spvla"
 SMALLEST_SCALE = 0.05
+README_TITLE = "# Rollouts on "
 VECTOR_COLUMNS = {  # Episode field -> feature name of the store
     "actions": "action",
     "states": "observation.state",
@@ -42,6 +45,14 @@ VECTOR_COLUMNS = {  # Episode field -> feature name of the store
     "vla_actions": "vla_action",
     "vla_confidence": "vla_confidence",
     "vla_features": "vla_features",
+}
+EPISODE_COLUMNS = {  # of meta/episodes, and what each entry is
+    "length": int,
+    "dataset_from_index": int,
+    "data/file_index": int,
+    "tasks": list,
+    "success": bool | NoneType,
+    "metadata": str,
 }
 
 
@@ -86,6 +97,8 @@ class Episode:
         steps = len(self.actions)
         if steps == 0:
             raise InputError(f"{what}: the episode has no steps")
+        if not isinstance(self.instruction, str):
+            raise InputError(f"{what}: instruction is {self.instruction!r}, expected text")
         for name in VECTOR_COLUMNS:
             value = getattr(self, name)
             if value is None:
@@ -96,11 +109,27 @@ class Episode:
             bad = ~(np.isfinite(value) | (np.isnan(value) if allow_gaps else False)).all(1)
             if bad.any():
                 raise InputError(f"{what}: {name} contains NaN or infinity at step {int(bad.argmax())}")
-        if self.actions.shape[1] != space.dim:
-            raise InputError(f"{what}: actions have {self.actions.shape[1]} dimensions, the action space {space.dim}")
+        for name in ("actions", "vla_actions"):
+            value = getattr(self, name)
+            if value is not None and value.shape[1] != space.dim:
+                raise InputError(f"{what}: {name} have {value.shape[1]} dimensions, the action space {space.dim}")
+        if self.timestamps.shape != (steps,) or not np.isfinite(self.timestamps).all():
+            raise InputError(f"{what}: timestamps, shape {self.timestamps.shape}: expected {steps} finite ones")
+        if self.sources is not None:
+            if self.sources.shape != (steps,):
+                raise InputError(f"{what}: sources has shape {self.sources.shape}, expected ({steps},)")
+            _require_sources(self.sources, f"{what}: sources")
         for camera, frames in self.images.items():
             if len(frames) != steps:
                 raise InputError(f"{what}: camera {camera!r} has {len(frames)} images for {steps} steps")
+
+
+def _require_sources(sources: NDArray[np.integer], what: str) -> None:
+    """Raise :class:`InputError` naming ``what`` unless all are a :class:`~spvla.history.Source`."""
+    bad = ~np.isin(sources, list(Source))
+    if bad.any():
+        k = int(bad.argmax())
+        raise InputError(f"{what} is {sources[k]} at step {k}, expected one of {', '.join(str(int(s)) for s in Source)}")
 
 
 def _vectors(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
@@ -135,6 +164,9 @@ class RolloutWriter:
         folder: the store; made if absent, extended if it is one already.
         space: the action space all episodes share. An existing store of another one is refused.
         policy: who acted or labelled, for the record.
+
+    Raises:
+        InputError: a store of another action space, or a folder with ``data`` or ``meta`` that are not a store's.
     """
 
     def __init__(self, folder: str | Path, space: ActionSpace, policy: str = "") -> None:
@@ -142,6 +174,7 @@ class RolloutWriter:
         self.space = space
         self.policy = policy
         self.shards = self.folder / ".shards"
+        _require_own(self.folder)
         self.shards.mkdir(parents=True, exist_ok=True)
         for shard in sorted(self.shards.glob("*.parquet"))[:1]:
             theirs = ActionSpace.from_dict(shard_info(shard)["action_space"], str(shard))
@@ -158,11 +191,25 @@ class RolloutWriter:
         return self.shard_path(job).exists()
 
     def write(self, job: str, episodes: Sequence[Episode]) -> None:
-        """Write the episodes of ``job`` and make them durable; a second write of the same job replaces the first."""
-        tables = []
+        """Write the episodes of ``job`` and make them durable; a second write of the same job replaces the first.
+
+        Raises:
+            InputError: no episodes, one that is not whole, or features that differ from those of the store's other shards;
+                nothing is written then.
+        """
+        path = self.shard_path(job)
+        tables: list[pa.Table] = []
+        others = (shard for shard in sorted(self.shards.glob("*.parquet")) if shard != path)
+        expected = next(((_shard_schema(shard), str(shard)) for shard in others), None)
         for i, episode in enumerate(episodes):
-            episode.check(self.space, f"job {job}, episode {i}")
-            tables.append(_to_table(episode))
+            what = f"job {job}, episode {i}"
+            episode.check(self.space, what)
+            table = _to_table(episode)
+            expected = expected or (table.schema, f"job {job}, episode 0")
+            _require_features(table.schema, *expected, what)
+            tables.append(table.select(expected[0].names))
+        if not tables:
+            raise InputError(f"job {job}: no episodes")
         info = {
             "action_space": self.space.to_dict(),
             "policy": self.policy,
@@ -170,11 +217,14 @@ class RolloutWriter:
                 {"length": len(e), "instruction": e.instruction, "success": e.success, "metadata": e.metadata} for e in episodes
             ],
         }
-        table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: json.dumps(info).encode()})
-        path = self.shard_path(job)
+        try:
+            text = json.dumps(info)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"job {job}: metadata or success cannot be written as JSON ({error})") from None
+        table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: text.encode()})
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
         with temporary.open("wb") as stream:
-            pq.write_table(table, stream, compression="zstd")
+            pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -192,10 +242,55 @@ class RolloutWriter:
 def shard_info(path: Path) -> dict[str, Any]:
     """What a shard says of itself: ``action_space``, ``policy`` and one dict per episode (see :class:`RolloutWriter`)."""
     try:
-        info: dict[str, Any] = json.loads(pq.read_schema(path).metadata[SHARD_KEY])
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a whole shard of a rollout store ({error})") from None
-    return info
+        info: dict[str, Any] = json.loads(_shard_schema(path).metadata[SHARD_KEY])
+        [e[name] for e in info["episodes"] for name in ("length", "instruction", "success", "metadata")]
+        return {name: info[name] for name in ("action_space", "policy", "episodes")}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise _not_whole(path, error) from None
+
+
+def _shard_schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _not_whole(path, error) from None
+
+
+def _not_whole(path: Path, error: BaseException) -> InputError:
+    return InputError(f"{path}: not a whole shard of a rollout store ({_line(error)}); delete it to do its job again")
+
+
+def _line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
+
+
+def _require_own(folder: Path) -> None:
+    """Raise :class:`InputError` if :func:`finalize` would replace ``data`` or ``meta`` that it did not make from shards."""
+    there = [folder / name for name in ("data", "meta") if (folder / name).exists()]
+    shards = any((folder / ".shards").glob("*.parquet"))
+    if there and not (shards and ((folder / "meta" / "spvla.json").exists() or not (folder / "meta").exists())):
+        names = " and ".join(path.name for path in there)
+        raise InputError(
+            f"{folder}: has {names}, but no .shards of a rollout store that they were made from; choose another folder, or "
+            "bring .shards along if it is a copy of a store"
+        )
+    for path in (p for kind in there for p in sorted(kind.rglob("[!.]*"))):
+        if path.is_file() and path.suffix not in (".parquet", ".json"):
+            raise InputError(f"{path}: not a rollout store's file, it would be deleted; move it, or choose another folder")
+
+
+def _require_features(schema: pa.Schema, expected: pa.Schema, where: str, what: str) -> None:
+    """Raise :class:`InputError` naming ``what`` and the features in which ``schema`` differs from that of ``where``."""
+
+    def forms(schema: pa.Schema) -> dict[str, str]:
+        return {f.name: f"{f.type.list_size} entries" if _is_vectors(f.type) else str(f.type) for f in schema}
+
+    mine, theirs = forms(schema), forms(expected)
+    odd = [n for n in sorted(mine.keys() | theirs.keys()) if mine.get(n) != theirs.get(n)]
+    if odd:
+        told = "; ".join(f"{n} ({mine.get(n, 'absent')}, there {theirs.get(n, 'absent')})" for n in odd)
+        raise InputError(f"{what}: features differ from those of {where}: {told}; choose another store")
 
 
 def _feature(column: pa.DataType, fps: float, image_shape: list[int]) -> dict[str, Any]:
@@ -244,15 +339,16 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
         measured: the action space's q01, q99 and bounds are those of the actions found, not what the shards say.
 
     Raises:
-        InputError: no shards, or shards that hold different features.
+        InputError: no shards, damaged ones, ones that hold different features, or ``data`` or ``meta`` that are not a store's.
     """
     folder = Path(folder)
+    _require_own(folder)
     shards = sorted((folder / ".shards").glob("*.parquet"))
     if not shards:
         raise InputError(f"{folder}: no finished shards under .shards, nothing to finalise")
     infos = [shard_info(path) for path in shards]
     space = ActionSpace.from_dict(infos[0]["action_space"], str(shards[0]))
-    schema = pq.read_schema(shards[0]).remove_metadata()
+    schema = _shard_schema(shards[0]).remove_metadata()
     building = folder / ".building"
     shutil.rmtree(building, ignore_errors=True)
     (building / "data" / "chunk-000").mkdir(parents=True)
@@ -267,13 +363,14 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
     image_shapes: dict[str, list[int]] = {}
     if cameras := [f.name for f in schema if pa.types.is_struct(f.type)]:
         full = _described(full)
-        first = pq.read_table(shards[0], columns=cameras)
+        first = read_parquet(shards[0], cameras)
         image_shapes = {name: _image_shape(first[name], f"{shards[0]}: {name}") for name in cameras}
     for path, info in zip(shards, infos, strict=True):
-        table = pq.read_table(path).replace_schema_metadata(None)
-        if table.schema != schema:
-            odd = {f.name for f in table.schema} ^ {f.name for f in schema} or {"their shapes"}
-            raise InputError(f"{path}: features differ from those of {shards[0].name}: {', '.join(sorted(odd))}")
+        table = read_parquet(path).replace_schema_metadata(None)
+        _require_features(table.schema, schema, str(shards[0]), str(path))
+        table = table.select(schema.names)
+        if (length := sum(e["length"] for e in info["episodes"])) != table.num_rows:
+            raise InputError(f"{path}: holds {table.num_rows} steps, its episodes have {length}; delete it to do its job again")
         for name, s in stats.items():
             s.add(vectors(table[name]))
         episode_index, task_index = [], []
@@ -302,7 +399,7 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
         frames = position
         if writer is None:
             target = building / DATA_PATH.format(chunk_index=0, file_index=file_index)
-            writer = pq.ParquetWriter(target, full, compression="zstd")
+            writer = pq.ParquetWriter(target, full, compression="zstd", write_page_checksum=True)
         writer.write_table(table)
         if target.stat().st_size > DATA_FILE_BYTES:
             writer.close()
@@ -314,7 +411,8 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
         space = measured_space(space, stats["action"])
     meta = building / "meta"
     (meta / "episodes" / "chunk-000").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet")
+    episodes = meta / "episodes" / "chunk-000" / "file-000.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), episodes, write_page_checksum=True)
     _write_tasks(meta / "tasks.parquet", list(tasks))
     _write_json(meta / "stats.json", {k: s.result() for k, s in stats.items() if s.count})
     fps = space.control_rate
@@ -334,13 +432,14 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
     }
     _write_json(meta / "info.json", info_json)
     _write_json(meta / "spvla.json", {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})})
-    (building / "README.md").write_text(_readme(space, rows, frames))
     for name in ("meta", "data"):  # meta goes first and comes last: a store with meta is whole
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("data", "meta"):
         (building / name).rename(folder / name)
-    (building / "README.md").replace(folder / "README.md")
     building.rmdir()
+    readme = folder / "README.md"
+    if not readme.exists() or README_TITLE in readme.read_text(errors="replace"):  # another one is somebody's own
+        readme.write_text(_readme(space, rows, frames))
     return folder
 
 
@@ -385,9 +484,10 @@ def _write_tasks(path: Path, tasks: list[str]) -> None:
 def _readme(space: ActionSpace, rows: list[dict[str, Any]], frames: int) -> str:
     return (
         "---\nconfigs:\n- config_name: default\n  data_files: data/*/*.parquet\ntags:\n- LeRobot\n- robotics\n---\n\n"
-        f"# Rollouts on {space.name}\n\n{len(rows)} episodes, {frames} frames at {space.control_rate:g} Hz, in LeRobotDataset "
+        f"{README_TITLE}{space.name}\n\n{len(rows)} episodes, {frames} frames at {space.control_rate:g} Hz, in LeRobotDataset "
         f"{CODEBASE_VERSION} form.\n\nExtra features: `vla_action` (the teacher's action at the visited state), "
-        "`vla_confidence`, `vla_features`, `action.source` (0: the VLA acted, 1: the generator did).\n"
+        "`vla_confidence`, `vla_features`, `action.source` (0: the VLA acted, 1: the generator did, 2: nobody, the robot "
+        "held or stopped).\n"
     )
 
 
@@ -400,35 +500,111 @@ def vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, width)
 
 
+def _is_vectors(column: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_list(column) and pa.types.is_floating(column.value_type))
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or those of ``columns`` that it has; check sums are verified.
+
+    Raises:
+        InputError: it is damaged or not there.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged Parquet file ({_line(error)})") from None
+
+
+def _column(table: pa.Table, name: str, what: str, fits: Callable[[pa.DataType], bool], expected: str) -> pa.ChunkedArray:
+    """A column without empty entries whose type ``fits``; an :class:`InputError` names ``what`` and the column if not."""
+    if name not in table.column_names:
+        raise InputError(f"{what}: no column {name}; there are: {', '.join(table.column_names)}")
+    column = table[name]
+    if not fits(column.type):
+        raise InputError(f"{what}: {name} is {column.type}, expected {expected}")
+    if column.null_count:
+        raise InputError(f"{what}: {name} has {column.null_count} empty entries")
+    return column
+
+
+def read_vectors(table: pa.Table, name: str, what: str) -> NDArray[np.float32]:
+    """The column ``name`` as float32 (T, D).
+
+    Raises:
+        InputError: naming ``what`` and the column: not there, empty entries, not vectors of one size.
+    """
+    return vectors(_column(table, name, what, _is_vectors, "vectors of one size"))
+
+
+def read_sources(table: pa.Table, what: str) -> NDArray[np.uint8]:
+    """The column ``action.source`` as uint8 (T,).
+
+    Raises:
+        InputError: naming ``what``: not there, empty entries, another value than a :class:`~spvla.history.Source`.
+    """
+    column = _column(table, "action.source", what, pa.types.is_integer, "integers").to_numpy()
+    _require_sources(column, f"{what}: action.source")
+    return np.asarray(column, np.uint8)
+
+
+def read_steps(table: pa.Table, what: str) -> NDArray[np.int64]:
+    """The column ``frame_index``, each frame's step in its episode, as int64 (T,). Errors as for :func:`read_sources`."""
+    return np.asarray(_column(table, "frame_index", what, pa.types.is_integer, "integers").to_numpy(), np.int64)
+
+
 def read_episodes(folder: str | Path) -> Iterator[Episode]:
-    """The episodes of a finalised store, in order, images left encoded. See ``data.store`` for training arrays."""
+    """The episodes of a finalised store, in order, images left encoded. See ``data.store`` for training arrays.
+
+    Raises:
+        InputError: naming file or episode and field for whatever is damaged.
+    """
     folder = Path(folder)
-    loaded, part_of = -1, pa.table({})
-    for row in read_episode_table(folder):
+    rows, space = read_episode_table(folder), read_action_space(folder)
+    loaded, path, part_of = -1, folder, pa.table({})
+    for number, row in enumerate(rows):
         if row["data/file_index"] != loaded:  # one file in memory at a time
             loaded, first = row["data/file_index"], row["dataset_from_index"]
-            part_of = pq.read_table(folder / DATA_PATH.format(chunk_index=0, file_index=loaded))
-        part = part_of.slice(row["dataset_from_index"] - first, row["length"])
+            path = folder / DATA_PATH.format(chunk_index=0, file_index=loaded)
+            part_of = read_parquet(path)
+        part, what = part_of.slice(row["dataset_from_index"] - first, row["length"]), f"{path}, episode {number}"
+        if part.num_rows != row["length"]:
+            raise InputError(f"{what}: holds {part.num_rows} of the {row['length']} steps that meta/episodes claims")
         names = part.column_names
-        values = {field: vectors(part[store]) for field, store in VECTOR_COLUMNS.items() if store in names}
+        values = {
+            field: read_vectors(part, store, what)
+            for field, store in VECTOR_COLUMNS.items()
+            if store in names or field == "actions"
+        }
         images = {
-            n.removeprefix("observation.images."): part[n].combine_chunks().field("bytes").to_pylist()
+            n.removeprefix("observation.images."): _column(part, n, what, pa.types.is_struct, "images")
+            .combine_chunks()
+            .field("bytes")
+            .to_pylist()
             for n in names
             if n.startswith("observation.images.")
         }
-        yield Episode(
+        times = _column(part, "timestamp", what, pa.types.is_floating, "numbers")
+        episode = Episode(
             **values,
             instruction=row["tasks"][0],
-            timestamps=part["timestamp"].to_numpy().astype(np.float64),
-            sources=part["action.source"].to_numpy().astype(np.uint8),
+            timestamps=times.to_numpy().astype(np.float64),
+            sources=read_sources(part, what),
             images=images,
             success=row["success"],
             metadata=json.loads(row["metadata"]),
         )
+        episode.check(space, what)
+        yield episode
 
 
 def read_episode_table(folder: str | Path) -> list[dict[str, Any]]:
-    """One dict per episode of a finalised store (length, tasks, success, metadata as JSON text, frame range)."""
+    """One dict per episode of a finalised store (length, tasks, success, metadata as JSON text, frame range).
+
+    Raises:
+        InputError: not finalised, or naming file, episode and field for whatever is damaged.
+    """
     folder = Path(folder)
     files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
@@ -437,8 +613,34 @@ def read_episode_table(folder: str | Path) -> list[dict[str, Any]]:
                 f"{folder}: recording is not finalised; run its command again, or call spvla.episodes.finalize(folder)"
             )
         raise InputError(f"{folder}: not a rollout store (no meta/episodes)")
-    rows: list[dict[str, Any]] = pa.concat_tables([pq.read_table(f) for f in files]).to_pylist()
+    rows: list[dict[str, Any]] = []
+    frames = 0
+    for file in files:
+        for row in read_parquet(file).to_pylist():
+            _check_row(row, frames, f"{file}, episode {len(rows)}")
+            rows.append(row)
+            frames += row["length"]
+    if not rows:
+        raise InputError(f"{files[0]}: lists no episodes")
     return rows
+
+
+def _check_row(row: dict[str, Any], frames: int, what: str) -> None:
+    """Raise :class:`InputError` unless a row of meta/episodes is whole and follows an episode that ends at ``frames``."""
+    for name, kind in EPISODE_COLUMNS.items():
+        if name not in row or not isinstance(row[name], kind):
+            raise InputError(f"{what}: {name} is {row[name]!r}" if name in row else f"{what}: {name} is missing")
+    if row["length"] < 1 or row["dataset_from_index"] != frames:
+        told = f"dataset_from_index is {row['dataset_from_index']} and length {row['length']}"
+        raise InputError(f"{what}: {told}; the episode before ends at {frames}")
+    if not row["tasks"] or not isinstance(row["tasks"][0], str):
+        raise InputError(f"{what}: tasks is {row['tasks']}, expected an instruction")
+    try:
+        whole = isinstance(json.loads(row["metadata"]), dict)
+    except json.JSONDecodeError:
+        whole = False
+    if not whole:
+        raise InputError(f"{what}: metadata is {row['metadata']!r}, expected a JSON object")
 
 
 def read_action_space(folder: str | Path) -> ActionSpace:
@@ -446,4 +648,10 @@ def read_action_space(folder: str | Path) -> ActionSpace:
     path = Path(folder) / "meta" / "spvla.json"
     if not path.exists():
         raise InputError(f"{folder}: not a finalised rollout store (no meta/spvla.json)")
-    return ActionSpace.from_dict(json.loads(path.read_text())["action_space"], str(path))
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(values, dict) or "action_space" not in values:
+        raise InputError(f"{path}: no action_space")
+    return ActionSpace.from_dict(values["action_space"], str(path))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
@@ -114,6 +114,7 @@ class ActionHistory:
 
     def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
         """Take in the executed action (D,), environment units, who made it, and the VLA's output if it was asked."""
+        action = self._checked(action)
         self._window = None
         normalized = self.space.normalize(action)
         for buffer, value in (
@@ -142,9 +143,19 @@ class ActionHistory:
         """Replace the last executed action (D,), environment units: something downstream changed it."""
         if not self.steps:
             raise InputError("history: no action was executed yet")
+        action = self._checked(action)
         self._window = None
         self.actions[-1] = action
         self.normalized[-1] = self.space.normalize(action)
+
+    def _checked(self, action: ArrayLike) -> FloatArray:
+        """An executed action as float32 (D,), or an :class:`InputError` if it is of another shape or not finite."""
+        values = np.asarray(action, np.float32)
+        if values.shape != (self.space.dim,):
+            raise InputError(f"executed action: expected shape ({self.space.dim},), got {values.shape}")
+        if not np.isfinite(values).all():
+            raise InputError("executed action: contains NaN or infinity")
+        return values
 
     @property
     def last_action(self) -> FloatArray | None:

@@ -260,7 +260,7 @@ def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
     path.write_bytes(whole)
     with pytest.raises(InputError, match="to make it anew, or name another --output"):
         convert("rlds", folder, tmp_path / "store")
-    shutil.rmtree(tmp_path / "store" / ".shards")
+    shutil.rmtree(tmp_path / "store")
     convert("rlds", folder, tmp_path / "store")
     assert len(list(read_episodes(tmp_path / "store"))) == 25
 
@@ -361,3 +361,50 @@ def test_published_scale(shared, bridge, tmp_path, capsys):
     (tmp_path / "short.json").write_text(json.dumps({"x": {"action": {k: [0.0] for k in ("q01", "q99", "min", "max")}}}))
     with pytest.raises(InputError, match="has actions of 1 dimensions"):
         published_space(space, tmp_path / "short.json", "x")
+
+
+def test_a_repaired_file_of_the_same_size_is_read_again(bridge, tmp_path):
+    folder = shutil.copytree(bridge, tmp_path / "bridge_dataset" / "1.0.0")
+    path = next(folder.glob("*-train.tfrecord*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200_000] + bytes([whole[200_000] ^ 1]) + whole[200_001:])
+    convert("rlds", folder, tmp_path / "store", on_error="skip")
+    convert("rlds", folder, tmp_path / "store", on_error="skip")  # nothing was changed
+    before = tree(tmp_path / "store")
+    path.write_bytes(whole)
+    with pytest.raises(
+        InputError, match=r"tfrecord-00000-of-00001 had a problem, it was changed since; delete .*json"
+    ) as error:
+        convert("rlds", folder, tmp_path / "store", on_error="skip")
+    assert tree(tmp_path / "store") == before
+    note = next(p for p in (tmp_path / "store" / ".shards").glob("*.json") if p.name in str(error.value))
+    note.unlink()
+    note.with_suffix(".parquet").unlink()
+    convert("rlds", folder, tmp_path / "store")
+    assert len(list(read_episodes(tmp_path / "store"))) == 25
+    note.write_text("{")
+    with pytest.raises(InputError, match=rf"{note.name}: not readable"):
+        convert("rlds", folder, tmp_path / "store")
+
+
+def test_a_data_set_is_not_its_own_output(store_folder, tmp_path):
+    folder = shutil.copytree(store_folder, tmp_path / "store")
+    before = tree(folder)
+    with pytest.raises(InputError, match="--output is the data set itself"):
+        convert("lerobot", folder, tmp_path / "other" / ".." / "store")
+    assert tree(folder) == before
+
+
+def test_episodes_of_a_store_are_chosen_by_number(store_folder, tmp_path, capsys):
+    stats(data=store_folder, episodes="0-1")
+    assert "2 episodes, 120 steps" in capsys.readouterr().out
+    convert("lerobot", store_folder, tmp_path / "store", episodes="3,58")
+    mine, theirs = list(read_episodes(tmp_path / "store")), list(read_episodes(store_folder))
+    for a, b in zip(mine, (theirs[3], theirs[58]), strict=True):
+        np.testing.assert_array_equal(a.actions, b.actions)
+    for call in (
+        lambda: stats(data=store_folder, episodes="99"),
+        lambda: convert("lerobot", store_folder, tmp_path, episodes="99"),
+    ):
+        with pytest.raises(InputError, match=r"no episode could be used; none has a number that --episodes names \(99 to 99\)"):
+            call()

@@ -271,3 +271,10 @@ def test_from_rlds_to_an_export_in_one_command(shared, tmp_path):
     times = {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     assert times == {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}
+
+
+def test_a_data_set_is_not_its_own_output(vla, store_folder):
+    before = tree(store_folder)
+    with pytest.raises(InputError, match="--output is the data set itself"):
+        relabel(store_folder, "seeing", data=store_folder)
+    assert tree(store_folder) == before

@@ -1,9 +1,11 @@
 """The rollout store, and that training windows are what a policy's history holds."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from data.store import RolloutStore, last_vla_frame
 from data.windows import BatchStream, Windows, frames_of, shuffled, split_episodes
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter, read_episodes
+from spvla.episodes import Episode, RolloutWriter, finalize, read_episodes
 from spvla.errors import InputError
 from spvla.history import ActionHistory, Source
 from spvla.vlas.base import VLAOutput
@@ -139,11 +141,6 @@ def test_bad_episodes_and_stores_are_named(tmp_path, store_folder):
     writer.write("a", [smooth_episode(1)])
     with pytest.raises(InputError, match="not finalised"):
         list(read_episodes(tmp_path / "s"))
-    other = smooth_episode(2)
-    other.vla_actions = None
-    writer.write("b", [other])
-    with pytest.raises(InputError, match=r"b\.parquet: features differ .* vla_action"):
-        writer.finalize()
     (tmp_path / "s" / ".shards" / "b.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(InputError, match=r"b\.parquet: not a whole shard"):
         writer.finalize()
@@ -159,8 +156,6 @@ def test_nan_in_a_store_is_found_with_field_episode_and_step(tmp_path):
     table = pq.read_table(path)
     column = np.array(table["action"].to_pylist(), np.float32)
     column[60 + 17, 2] = np.nan
-    import pyarrow as pa
-
     values = pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), 7)
     pq.write_table(table.set_column(table.column_names.index("action"), "action", values), path)
     with pytest.raises(InputError, match="action contains NaN or infinity in episode 1 at step 17"):
@@ -252,3 +247,185 @@ def test_action_spaces_of_different_sizes_are_kept_apart(tmp_path, store_folder)
 def test_an_episode_without_steps_is_refused():
     with pytest.raises(InputError, match="no steps"):
         Episode(np.zeros((0, 7), np.float32), "x", np.zeros(0)).check(LIBERO, "here")
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_folders_of_others_are_not_replaced(tmp_path, store_folder):
+    """A copy without its shards, somebody's data set and somebody's project are refused before anything is collected."""
+    copy = shutil.copytree(store_folder, tmp_path / "copy", ignore=shutil.ignore_patterns(".shards"))
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "data" / "code.py").write_text("mine")
+    for folder in (copy, project):
+        before = contents(folder)
+        with pytest.raises(InputError, match=r"has data.*no \.shards.*choose another folder"):
+            RolloutWriter(folder, LIBERO)
+        assert contents(folder) == before and not (folder / ".shards").exists()
+    owned = write_store(tmp_path / "owned", range(2))
+    (owned / "meta" / "notes.txt").write_text("mine")
+    before = contents(owned)
+    with pytest.raises(InputError, match=r"meta/notes\.txt: not a rollout store's file, it would be deleted"):
+        finalize(owned)
+    assert contents(owned) == before
+    (owned / "meta" / "notes.txt").unlink()
+    (owned / "meta" / "spvla.json").unlink()
+    with pytest.raises(InputError, match=r"has data and meta, but no \.shards"):
+        finalize(owned)
+
+
+def test_a_store_that_was_killed_while_finalising_goes_on(tmp_path):
+    folder = write_store(tmp_path / "s", range(3))
+    before = contents(folder)
+    shutil.rmtree(folder / "meta")
+    assert contents(finalize(folder)) == before
+
+
+def test_a_readme_of_somebody_else_stays(tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    write_store(tmp_path, range(1))
+    assert (tmp_path / "README.md").read_text() == "my project"
+    (tmp_path / "README.md").unlink()
+    assert "2: nobody" in (finalize(tmp_path) / "README.md").read_text()
+
+
+def test_other_features_are_refused_before_they_are_written(tmp_path):
+    writer = RolloutWriter(tmp_path, LIBERO)
+    writer.write("b", [smooth_episode(1)])
+    unlabelled, narrow = smooth_episode(2), smooth_episode(3)
+    unlabelled.vla_actions = None
+    narrow.states = narrow.states[:, :2]
+    for job in ("a", "c"):
+        with pytest.raises(
+            InputError, match=r"features differ from those of .*b\.parquet: vla_action \(absent, there 7 entries\)"
+        ):
+            writer.write(job, [unlabelled])
+    with pytest.raises(InputError, match=r"job c, episode 1: .*: observation.state \(2 entries, there 5 entries\)"):
+        writer.write("c", [smooth_episode(2), narrow])
+    assert [p.name for p in writer.shards.iterdir()] == ["b.parquet"]
+    writer.write("b", [unlabelled])  # the only shard is replaced: nothing to agree with
+    with pytest.raises(InputError, match=r"job b, episode 1: features differ from those of job b, episode 0"):
+        writer.write("b", [unlabelled, smooth_episode(1)])
+    assert len(list(read_episodes(writer.finalize()))) == 1
+
+
+def test_cameras_may_come_in_any_order(tmp_path):
+    writer = RolloutWriter(tmp_path, LIBERO)
+    image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    for job, cameras in (("a", ("left", "right")), ("b", ("right", "left"))):
+        episode = smooth_episode(0, steps=1)
+        episode.images = {name: [image] for name in cameras}
+        writer.write(job, [episode])
+    assert [set(e.images) for e in read_episodes(writer.finalize())] == [{"left", "right"}] * 2
+
+
+@pytest.mark.parametrize("kind", ["shard", "data"])
+def test_a_flipped_bit_is_found(tmp_path, kind):
+    folder = write_store(tmp_path / "s", range(2))
+    before = contents(folder)
+    path = folder / {"shard": ".shards/job-001.parquet", "data": "data/chunk-000/file-000.parquet"}[kind]
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    calls = {"shard": [finalize], "data": [RolloutStore, lambda f: list(read_episodes(f))]}[kind]
+    for call in calls:
+        with pytest.raises(InputError, match=rf"{path.name}: damaged Parquet file"):
+            call(folder)
+    after = contents(folder)
+    assert all(after[p] == b for p, b in before.items() if p != path.relative_to(folder))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("timestamps", np.arange(5) / 20, r"timestamps, shape \(5,\): expected 60 finite ones"),
+        ("timestamps", np.full(60, np.nan), "timestamps"),
+        ("sources", np.zeros(5, np.uint8), r"sources has shape \(5,\), expected \(60,\)"),
+        ("sources", np.full(60, 9, np.uint8), "sources is 9 at step 0, expected one of 0, 1, 2"),
+        ("vla_actions", np.zeros((60, 6), np.float32), "vla_actions have 6 dimensions, the action space 7"),
+        ("instruction", None, "instruction is None, expected text"),
+        ("metadata", {"x": np.float32(1)}, "metadata or success cannot be written as JSON"),
+    ],
+)
+def test_unusable_episodes_are_not_written(tmp_path, field, value, told):
+    episode = smooth_episode(0)
+    setattr(episode, field, value)
+    writer = RolloutWriter(tmp_path, LIBERO)
+    with pytest.raises(InputError, match=f"job j.*{told}"):
+        writer.write("j", [episode])
+    with pytest.raises(InputError, match="job j: no episodes"):
+        writer.write("j", [])
+    assert not list(writer.shards.iterdir())
+
+
+EPISODES, DATA = "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"
+
+
+def edit(path, column, values=None):
+    """Put ``values`` (by the old ones) in place of a column, or drop it."""
+    table = pq.read_table(path)
+    if values is None:
+        return pq.write_table(table.drop_columns([column]), path)
+    array = values(table[column].to_pylist())
+    return pq.write_table(table.set_column(table.column_names.index(column), column, array), path)
+
+
+def listed(rows, width=7):
+    return pa.array(rows, pa.list_(pa.float32(), width))
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "values", "told"),
+    [
+        (EPISODES, "length", None, "episode 0: length is missing"),
+        (EPISODES, "length", lambda v: pa.array([-60, 60, 60]), "episode 0: dataset_from_index is 0 and length -60"),
+        (EPISODES, "length", lambda v: pa.array([50, 70, 60]), "episode 1: dataset_from_index is 60 and length 70"),
+        (EPISODES, "metadata", lambda v: pa.array(["{"] * 3), "episode 0: metadata is '{', expected a JSON object"),
+        (EPISODES, "metadata", lambda v: pa.nulls(3, pa.string()), "episode 0: metadata is None"),
+        (EPISODES, "tasks", lambda v: pa.array([[]] * 3, pa.list_(pa.string())), r"tasks is \[\], expected an instruction"),
+        (DATA, "action", None, "no column action; there are: observation.state"),
+        (DATA, "action", lambda v: listed([None, *v[1:]]), "action has 1 empty entries"),
+        (
+            DATA,
+            "action",
+            lambda v: listed([a[:6] for a in v], 6),
+            "actions? ha(s|ve) 6 (entries|dimensions), the action space 7",
+        ),
+        (DATA, "action", lambda v: pa.array(v, pa.list_(pa.float32())), "action is list.*, expected vectors of one size"),
+        (DATA, "action", lambda v: pa.array(["x"] * len(v)), "action is string, expected vectors of one size"),
+        (DATA, "vla_action", lambda v: listed([a[:6] for a in v], 6), "vla_actions? ha(s|ve) 6 (entries|dimensions)"),
+        (DATA, "action.source", None, "no column action.source"),
+        (DATA, "action.source", lambda v: pa.array([*v[:-1], None]), "action.source has 1 empty entries"),
+        (DATA, "action.source", lambda v: pa.array([9, *v[1:]]), "sources? is 9 at step 0, expected one of 0, 1, 2"),
+        (DATA, "action.source", lambda v: pa.array(["vla"] * len(v)), "action.source is string, expected integers"),
+        (DATA, "frame_index", lambda v: pa.array(v[1:] + v[:1]), "frame_index does not agree with the episodes"),
+    ],
+)
+def test_damaged_stores_are_named(tmp_path, file, column, values, told):
+    folder = write_store(tmp_path / "s", range(3))
+    edit(folder / file, column, values)
+    with pytest.raises(InputError, match=f"file-000.parquet.*{told}"):
+        RolloutStore(folder)
+    if column != "frame_index":
+        with pytest.raises(InputError, match=f"file-000.parquet.*{told}"):
+            list(read_episodes(folder))
+
+
+@pytest.mark.parametrize("text", ['{"action', "{}", "[]", '{"action_space": []}', '{"action_space": {"name": 5}}'])
+def test_damaged_action_spaces_are_named(tmp_path, text):
+    folder = write_store(tmp_path / "s", range(1))
+    (folder / "meta" / "spvla.json").write_text(text)
+    with pytest.raises(InputError, match=r"meta/spvla\.json"):
+        RolloutStore(folder)
+
+
+def test_cut_off_files_of_a_store_are_named(tmp_path):
+    for k, file in enumerate((EPISODES, DATA)):
+        folder = write_store(tmp_path / str(k), range(2))
+        (folder / file).write_bytes((folder / file).read_bytes()[:-20])
+        for call in (RolloutStore, lambda f: list(read_episodes(f))):
+            with pytest.raises(InputError, match=f"{file}: damaged Parquet file"):
+                call(folder)
