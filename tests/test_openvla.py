@@ -416,6 +416,91 @@ def test_bad_configs_are_named(checkpoint):
         (checkpoint / "config.json").write_text(before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_weight_that_is_no_number_is_named(checkpoint, value, dtype):
+    edit_tensors(checkpoint, lambda t: t["language_model.lm_head.weight"][0, :1].fill_(value))
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor 'language_model\.lm_head\.weight' contains NaN or inf"):
+        OpenVLA.from_pretrained(checkpoint, dtype=dtype)
+
+
+def test_scores_that_are_no_numbers_give_no_action():
+    model = tiny_model()
+    model.reset("pick up a mug")
+    with torch.no_grad():
+        model.language_model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="scores of the action tokens contain NaN"):
+        model.predict(picture(0))
+
+
+def vision(**changes):
+    return lambda c: c["timm_model_kwargs"][0].update(changes)
+
+
+def text(**changes):
+    return lambda c: c["text_config"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(text_config=None), "config.json: text_config must be a map, got None"),
+        (lambda c: c.pop("text_config"), "config.json: field 'text_config' is missing"),
+        (text(hidden_size=0), "config.json: text_config: "),
+        (text(hidden_act="foo"), "config.json: text_config: KeyError: 'foo'"),
+        (text(rope_scaling={"type": "foo"}), "config.json: text_config: KeyError: 'foo'"),
+        (text(bos_token_id=None), "bos_token_id None is not one of 328 ids"),
+        (text(bos_token_id=99999), "bos_token_id 99999 is not one of 328 ids"),
+        (lambda c: c.update(n_action_bins=1), "n_action_bins must be at least 2, got 1"),
+        (lambda c: c.update(n_action_bins="256"), "n_action_bins must be a whole number, got '256'"),
+        (lambda c: c.update(n_action_bins=265), "n_action_bins 265 do not fit the vocabulary of 264 ids"),
+        (lambda c: c.update(pad_to_multiple_of=99999), "n_action_bins 64 do not fit the vocabulary"),
+        (lambda c: c.update(pad_to_multiple_of=-5), "pad_to_multiple_of must be at least 0, got -5"),
+        (lambda c: c.update(llm_max_length="x"), "llm_max_length must be a whole number, got 'x'"),
+        (lambda c: c.update(image_sizes=[-56, -56]), "image_sizes must be at least 1, got"),
+        (lambda c: c.update(use_fused_vision_backbone="no"), "use_fused_vision_backbone must be true or false, got 'no'"),
+        (lambda c: c.update(norm_stats=None), "norm_stats must be a map, got None"),
+        (vision(num_heads=0), "vision encoder: num_heads must be at least 1, got 0"),
+        (vision(patch_size=0), "vision encoder: patch_size must be at least 1, got 0"),
+        (vision(embed_dim=-8), "vision encoder: embed_dim must be at least 1, got -8"),
+    ],
+)
+def test_values_that_cannot_be_are_named_with_their_folder(checkpoint, change, message):
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        OpenVLA.from_pretrained(checkpoint)
+    assert str(caught.value).startswith(f"{checkpoint}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stds": [[0, 0, 0], [1, 1, 1]]}, "stds must be positive"),
+        ({"stds": [[float("nan")] * 3] * 2}, "stds must be a list"),
+        ({"means": [[0.5]] * 2}, "means must be a list"),
+        ({"interpolations": [3, 3]}, "interpolations must be a list"),
+    ],
+)
+def test_a_bad_preprocessor_is_named(checkpoint, changes, message):
+    file = checkpoint / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=rf"{checkpoint}: preprocessor_config\.json: {message}"):
+        OpenVLA.from_pretrained(checkpoint)
+
+
+def test_a_tokenizer_of_another_vocabulary_and_an_odd_index_are_refused(checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(InputError, match=r"index\.json: no weight_map of tensor names to file names"):
+        OpenVLA.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors.index.json").unlink()
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "up": 328}, unk_token="<unk>"))
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer\.json: has token id 328, config\.json's vocabulary has 328"):
+        OpenVLA.from_pretrained(checkpoint)
+
+
 def test_pickles_and_missing_files_are_refused(checkpoint):
     (checkpoint / "tokenizer.json").rename(checkpoint / "t.json")
     with pytest.raises(InputError, match=r"tokenizer\.json: missing"):

@@ -42,6 +42,37 @@ def test_options_are_keyword_arguments_of_the_factory():
         load_vla("spvla.nowhere:load")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":", "cannot import : "),
+        ("./x:y", "cannot import ./x:y"),
+        ("os:sep", "os:sep is no factory but str"),
+        ("json:loads", r"json:loads\(checkpoint, ...\): the JSON object must be"),
+    ],
+)
+def test_what_makes_no_policy_is_refused(name, message):
+    with pytest.raises(InputError, match=f"policy '{name}': {message}"):
+        load_vla(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conventions": 5}, "conventions must be .*, got 5"),
+        ({"conventions": {"bound": "x"}}, "conventions: bound must be a finite number or null, got 'x'"),
+        ({"conventions": {"control_rate": -1}}, "conventions: control_rate must be positive, got -1"),
+        ({"control_rate": "fast"}, "control_rate must be a finite number or null, got 'fast'"),
+        ({"control_rate": 0}, "control_rate must be positive, got 0"),
+        ({"adapter": 5}, "adapter must be a text or null, got 5"),
+        ({"device": "meta"}, "device 'meta': holds no values"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        load_vla("nano_vla", None, options)
+
+
 def test_a_second_episode_shares_the_weights_where_it_can():
     first = load_vla(f"{HERE}:prunable")
     assert second_vla(first, f"{HERE}:prunable").pruner is None

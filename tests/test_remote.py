@@ -118,6 +118,11 @@ def test_an_error_about_the_episodes_start_does_not_shift_the_answers(serving): 
 def test_nobody_there():
     with pytest.raises(InputError, match=r"no vla-eval server answers at ws://127\.0\.0\.1:9"):
         RemoteVLA("ws://127.0.0.1:9")
+    for url in ("ws://127.0.0.1:abc", "ws://127.0.0.1:999999", "ws://"):
+        with pytest.raises(InputError, match=f"needs a server's address as checkpoint, ws://host:port, got '{url}'"):
+            RemoteVLA(url, LIBERO)
+    with pytest.raises(InputError, match="timeout must be positive, got -1"):
+        RemoteVLA("ws://127.0.0.1:9", LIBERO, timeout=-1)
     with pytest.raises(InputError, match="needs a server's address"):
         load_vla("remote", "model/folder")
     with pytest.raises(InputError, match="protocol 'http' is not one of vla-eval, openpi"):

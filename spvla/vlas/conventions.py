@@ -18,6 +18,7 @@ from PIL import Image
 
 from spvla.actions import FloatArray
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 
 UInt8Array = NDArray[np.uint8]
 
@@ -47,8 +48,13 @@ class Conventions:
     bound: float | None = None
 
     def __post_init__(self) -> None:
+        with naming("conventions"):
+            check_fields(self)
         if not 0 < self.center_crop <= 1:
             raise InputError(f"conventions: center_crop must lie in (0, 1], got {self.center_crop}")
+        for name in ("control_rate", "bound"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"conventions: {name} must be positive, got {value}")
 
     def apply_image(self, image: UInt8Array, size: int) -> UInt8Array:
         """An environment's image, uint8 (H, W, 3), as the training data would show it; (size, size, 3) if resized."""
@@ -109,10 +115,9 @@ def conventions_by_name(conventions: Conventions | Mapping[str, Any] | str | Non
         for name in conventions:
             if name not in known:
                 raise InputError(f"conventions: {name!r} is unknown; there are: {', '.join(known)}")
-        try:
-            return replace(base, **conventions)
-        except TypeError as error:  # a text where a number belongs
-            raise InputError(f"conventions: {error}") from None
+        return replace(base, **conventions)
+    if not isinstance(conventions, Conventions):
+        raise InputError(f"conventions must be a name or a map of changes, got {conventions!r}")
     return conventions
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
-from spvla.vlas.openvla import OpenVLA
-from spvla.vlas.openvla import load as load_openvla
+from spvla.vlas.base import VLA
+from spvla.vlas.registry import load_vla
 
 FOLDER = Path(__file__).parents[1] / "pretrained" / "nano_vla"
 
 
-def load(checkpoint: str | None = None, *, suite: str | None = None, **options: Any) -> OpenVLA:
+def load(checkpoint: str | None = None, *, suite: str | None = None, **options: Any) -> VLA:
     """The policy ``nano_vla``.
 
     Args:
@@ -30,4 +30,4 @@ def load(checkpoint: str | None = None, *, suite: str | None = None, **options: 
                 "with `python -m train fit --config configs/train/nano_vla.yaml`"
             )
         checkpoint = str(FOLDER)
-    return load_openvla(checkpoint, **{"conventions": "libero", **options})
+    return load_vla("openvla", checkpoint, {"conventions": "libero", **options})

@@ -28,11 +28,21 @@ from torch.nn import functional as F
 
 from spvla.actions import ActionSpace, ActionTokenizer
 from spvla.errors import InputError
+from spvla.fields import check_fields, check_values, naming
 from spvla.observation import Observation
 from spvla.pruning.attention import attention_received
 from spvla.pruning.pruner import POSITIONS, TokenPruner
 from spvla.vlas.base import VLAOutput
-from spvla.vlas.checkpoint import read_json, read_tensor, read_tokenizer, resolve_folder, some, tensor_shapes, weight_files
+from spvla.vlas.checkpoint import (
+    read_json,
+    read_tensor,
+    read_tokenizer,
+    require_finite,
+    resolve_folder,
+    some,
+    tensor_shapes,
+    weight_files,
+)
 from spvla.vlas.conventions import CONVENTIONS, Conventions, UInt8Array, conventions_by_name
 from spvla.vlas.vision import VisionTransformer, ViTConfig, unused_tensors, vit_config
 
@@ -47,6 +57,8 @@ RESIZE = "resize-naive"  # resize to a square, ignoring the aspect ratio
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_NOOPS = "_no_noops"  # OpenVLA's LIBERO data without its no-op steps; published statistics carry it in their names
+NUMBERS = tuple[tuple[float, float, float], ...]
+PREPROCESSOR = {"means": NUMBERS, "stds": NUMBERS, "interpolations": tuple[str, ...]}  # what is read of the file
 DEFAULT_CONTROL_RATE = 5.0  # Hz; most of OpenVLA's training data (BridgeData V2)
 
 
@@ -87,11 +99,14 @@ class OpenVLAConfig:
     pad_to_multiple_of: int = 64
     llm_max_length: int = 2048
     append_space_token: bool = True
-    image_means: tuple[tuple[float, ...], ...] = ()
-    image_stds: tuple[tuple[float, ...], ...] = ()
+    image_means: tuple[tuple[float, float, float], ...] = ()
+    image_stds: tuple[tuple[float, float, float], ...] = ()
     interpolations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        with naming("config.json"):
+            positive = ("image_sizes", "llm_max_length")
+            check_fields(self, at_least={**dict.fromkeys(positive, 1), "n_action_bins": 2, "pad_to_multiple_of": 0})
         expected = 2 if self.use_fused_vision_backbone else 1
         if len(self.timm_model_ids) != expected:
             raise InputError(f"config.json: timm_model_ids has {len(self.timm_model_ids)} encoders, expected {expected}")
@@ -107,8 +122,15 @@ class OpenVLAConfig:
         for name in self.interpolations:
             if name not in INTERPOLATIONS:
                 raise InputError(f"preprocessor_config.json: interpolation {name!r} not in {', '.join(INTERPOLATIONS)}")
+        if any(std <= 0 for stds in self.image_stds for std in stds):
+            raise InputError(f"preprocessor_config.json: stds must be positive, got {self.image_stds}")
         if not isinstance(self.text_config.get("vocab_size", 32000), int):
             raise InputError("config.json: text_config.vocab_size must be an integer")
+        if self.n_action_bins > self.vocab:
+            raise InputError(
+                f"config.json: n_action_bins {self.n_action_bins} do not fit the vocabulary of {self.vocab} ids "
+                f"(vocab_size less pad_to_multiple_of {self.pad_to_multiple_of})"
+            )
         grids = {vit.grid for vit in self.encoders}
         if len(grids) > 1:
             raise InputError(f"config.json: the encoders cut the image into different grids, {sorted(grids)}")
@@ -146,7 +168,8 @@ class OpenVLAConfig:
         if statistics.exists():
             values["norm_stats"] = read_json(statistics)
         preprocessor = folder / "preprocessor_config.json"
-        return cls.from_dicts(values, read_json(preprocessor) if preprocessor.exists() else None)
+        with naming(folder):
+            return cls.from_dicts(values, read_json(preprocessor) if preprocessor.exists() else None)
 
     @classmethod
     def from_dicts(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None) -> OpenVLAConfig:
@@ -159,14 +182,14 @@ class OpenVLAConfig:
             raise InputError(f"config.json: model_type is {config.get('model_type')!r}, expected 'openvla'")
         values = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         preprocessor = preprocessor or {}
+        with naming("preprocessor_config.json"):
+            check_values(preprocessor, PREPROCESSOR)
         for name, key in (("image_means", "means"), ("image_stds", "stds"), ("interpolations", "interpolations")):
             if key in preprocessor:
                 values[name] = preprocessor[key]
-        try:
-            values = {k: _frozen(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"config.json: {error}") from None
+        if missing := {"timm_model_ids", "image_sizes", "text_config"} - values.keys():
+            raise InputError(f"config.json: field {min(missing)!r} is missing")
+        return cls(**values)
 
     def to_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """``config.json``'s and ``preprocessor_config.json``'s content; :meth:`from_dicts` reads them back."""
@@ -183,11 +206,6 @@ class OpenVLAConfig:
             "use_fused_vision_backbone": self.use_fused_vision_backbone,
         }
         return config, preprocessor
-
-
-def _frozen(value: list[Any]) -> tuple[Any, ...]:
-    """Nested JSON lists as nested tuples."""
-    return tuple(_frozen(v) if isinstance(v, list) else v for v in value)
 
 
 @dataclass(frozen=True)
@@ -385,14 +403,16 @@ class OpenVLA(nn.Module):
         self.tokenizer = tokenizer
         self.conventions = conventions_by_name(conventions)
         self.pruner = pruner
-        self.control_rate = control_rate or self.conventions.control_rate or DEFAULT_CONTROL_RATE
+        known = self.conventions.control_rate or DEFAULT_CONTROL_RATE
+        self.control_rate = known if control_rate is None else control_rate
         self.action_tokenizer = ActionTokenizer(config.vocab, config.n_action_bins)
         text = llama_config(config)
         self.bos = text.bos_token_id
         self.context = min(config.llm_max_length, text.max_position_embeddings)
         self.vision_backbone = VisionBackbone(config)
         self.projector = Projector(self.vision_backbone.width, text.hidden_size, config.use_fused_vision_backbone)
-        self.language_model = LlamaForCausalLM(text)
+        with naming("config.json: text_config"):
+            self.language_model = LlamaForCausalLM(text)
         self.statistics: ActionStatistics | None = None
         self._space: ActionSpace | None = None
         if unnorm_key is not None or len(config.norm_stats) == 1:
@@ -601,6 +621,11 @@ class OpenVLA(nn.Module):
         normalized = self.action_tokenizer.decode(token_array)
         actions = self.conventions.to_environment(statistics.denormalize(normalized), space.gripper)
         confidence = scores.softmax(-1).amax(-1).cpu().numpy()  # (B, D)
+        if not np.isfinite(confidence).all():
+            raise InputError(
+                f"{type(self).__name__}: the scores of the action tokens contain NaN or infinity, though weights are finite "
+                f"when loaded: dtype {str(self.dtype).removeprefix('torch.')} may be too narrow for them"
+            )
         pooled = states.float().mean(1).cpu().numpy()  # (B, H)
         clock.lap("decode")
         kept = [k.cpu().numpy() for k in keep]
@@ -725,7 +750,7 @@ class OpenVLA(nn.Module):
         ActionStatistics.find(config.norm_stats, unnorm_key)
         files = weight_files(folder)
         tokenizer = read_tokenizer(folder)
-        with torch.device("meta"):
+        with naming(folder), torch.device("meta"):
             model = cls(
                 config,
                 tokenizer=tokenizer,
@@ -734,6 +759,9 @@ class OpenVLA(nn.Module):
                 pruner=pruner,
                 control_rate=control_rate,
             )
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest >= (rows := model.language_model.config.vocab_size):
+            raise InputError(f"{folder / 'tokenizer.json'}: has token id {largest}, config.json's vocabulary has {rows}")
         model._load_tensors(files, torch.device(device), dtype)
         if adapter is not None:
             model._load_adapter(adapter, merge_adapter)
@@ -804,6 +832,10 @@ class OpenVLA(nn.Module):
             wrapped = PeftModel.from_pretrained(self, str(folder), config=config)
             with safe_open(weights, framework="pt") as handle:
                 stored = set(handle.keys())
+                for name in stored:
+                    require_finite(handle.get_tensor(name), name, weights)
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"adapter {folder}: does not fit this model: {str(error).splitlines()[0]}") from None
         loaded = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
@@ -841,9 +873,12 @@ def llama_config(config: OpenVLAConfig) -> Any:
 
     values = {k: v for k, v in config.text_config.items() if k not in ("model_type", "torch_dtype", "dtype")}
     try:
-        return LlamaConfig(**{**values, "attn_implementation": "sdpa"})
+        text = LlamaConfig(**{**values, "attn_implementation": "sdpa"})
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise InputError(f"config.json: text_config: {' '.join(str(error).split())}") from None
+    if not isinstance(text.bos_token_id, int) or not 0 <= text.bos_token_id < text.vocab_size:
+        raise InputError(f"config.json: text_config: bos_token_id {text.bos_token_id} is not one of {text.vocab_size} ids")
+    return text
 
 
 # ------------------------------------------------------------------------------------------ the policies by their name
@@ -905,6 +940,8 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torc
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if place.type == "meta":
+        raise InputError(f"device {device!r}: holds no values, so nothing can run on it")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")

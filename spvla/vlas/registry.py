@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.fields import check_options, naming
 from spvla.vlas.base import VLA, PrunableVLA
 
 BUILT_IN = {
@@ -55,8 +56,10 @@ def load_vla(
     module, _, attribute = target.partition(":")
     try:
         factory = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no name of a module
         raise InputError(f"policy {name!r}: cannot import {target} ({error})") from None
+    if not callable(factory):
+        raise InputError(f"policy {name!r}: {target} is no factory but {type(factory).__name__}")
     keywords = dict(options or {})
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
@@ -66,12 +69,12 @@ def load_vla(
             raise InputError(f"policy {name!r} takes no option {option!r}; it takes: {', '.join(takes) or 'none'}")
     if suite is not None and "suite" in takes:
         keywords.setdefault("suite", suite)
+    with naming(f"policy {name!r}"):
+        check_options(factory, keywords)
     try:
         vla = factory(checkpoint, **keywords)
-    except TypeError as error:  # a factory that takes any option handed it on to one that does not
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise InputError(f"policy {name!r}: {error}") from None
+    except TypeError as error:  # no factory, or one that takes any option and handed it on to one that does not
+        raise InputError(f"policy {name!r}: {target}(checkpoint, ...): {error}") from error
     if not isinstance(vla, VLA):
         raise InputError(f"policy {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
     return vla

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -66,6 +67,14 @@ class RemoteVLA:
         conventions: Conventions | Mapping[str, Any] | str | None = None,
         pruner: TokenPruner | None = None,
     ) -> None:
+        try:
+            known = urlsplit(url).hostname and urlsplit(url).port != 0
+        except ValueError:  # a port that is none
+            known = False
+        if not known or not url.startswith(("ws://", "wss://")):
+            raise InputError(f"policy 'remote' needs a server's address as checkpoint, ws://host:port, got {url!r}")
+        if not timeout > 0:
+            raise InputError(f"remote: timeout must be positive, got {timeout}")
         if protocol not in KEYS:
             raise InputError(f"remote: protocol {protocol!r} is not one of {', '.join(KEYS)}")
         unknown = [name for name in keys or {} if name not in KEYS[protocol]]
@@ -322,6 +331,4 @@ def load(
         action_space: see :func:`~spvla.actions.read_space`; None: the server says so.
         protocol, timeout, keys, conventions: see :class:`RemoteVLA`.
     """
-    if checkpoint is None or not checkpoint.startswith(("ws://", "wss://")):
-        raise InputError(f"policy 'remote' needs a server's address as checkpoint, ws://host:port, got {checkpoint!r}")
-    return RemoteVLA(checkpoint, action_space, protocol=protocol, timeout=timeout, keys=keys, conventions=conventions)
+    return RemoteVLA(checkpoint or "", action_space, protocol=protocol, timeout=timeout, keys=keys, conventions=conventions)

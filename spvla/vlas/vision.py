@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spvla.errors import InputError
+from spvla.fields import check_fields, naming
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -65,6 +66,9 @@ class ViTConfig:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        sizes = ("patch_size", "img_size", "embed_dim", "num_heads")
+        with naming("vision encoder"):
+            check_fields(self, at_least={**dict.fromkeys(sizes, 1), "mlp_ratio": 0, "reg_tokens": 0})
         problem = None
         if self.img_size % self.patch_size:
             problem = f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}"
