@@ -36,6 +36,8 @@ from PIL import Image
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.export import accelerate, load_export
+from spvla.fields import check_fields, naming
+from spvla.history import ActionHistory
 from spvla.observation import Observation, check_image
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import make_pruner
@@ -96,6 +98,8 @@ class Interface:
     benchmark: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        with naming("interface"):
+            check_fields(self, at_least={"image_size": 1})
         known = [name for name, value in vars(specs).items() if isinstance(value, specs.DimSpec)]
         for name in (*self.action_spec.values(), *self.observation_spec.values()):
             if name not in known:
@@ -218,6 +222,18 @@ class PolicyServer(ModelServer):
         self._sessions: WeakKeyDictionary[SessionContext, _Session] = WeakKeyDictionary()
         self._spare = [self._make(first=True)]  # made now, so that what does not fit is told before anyone connects
         self.space = self._vla.action_space
+        if self.interface.state is None:
+            self._require_no_state(self._spare[0].policy)
+
+    @staticmethod
+    def _require_no_state(policy: SPVLAPolicy) -> None:
+        """Raise :class:`InputError` if generator or scheduler read the state, which this interface does not hand on."""
+        if policy.generator is None or policy.scheduler is None:
+            return
+        history = ActionHistory(policy.space, policy.history.length)
+        history.observe(None)
+        with naming("interface.state is not given, though the generator or its gate needs it"):
+            policy.scheduler.decide(history, policy.generator.propose(history))
 
     def _make(self, first: bool = False) -> _Session:
         # A VLA that cannot share its weights serves the first session itself; further ones load their own.

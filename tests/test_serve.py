@@ -22,9 +22,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from spvla import InputError, Observation, accelerate
+from spvla import InputError, Observation, accelerate, save_export
 from spvla.actions import LIBERO, ActionSpace
 from spvla.vlas.base import VLAOutput
+from tests.test_export import make_export
 
 pytest.importorskip("vla_eval")
 from vla_eval import specs
@@ -417,6 +418,18 @@ def test_conventions_of_other_benchmarks():
         Interface(action_spec={"gripper": "GRIPPER_SLIPPERY"})
     with pytest.raises(InputError, match="belong together"):
         Interface(gripper_from=(0, 1))
+    with pytest.raises(InputError, match=r"interface: image_size must be at least 1, got \[-1, 0\]"):
+        Interface(image_size=[-1, 0])
+
+
+def test_an_export_that_reads_the_state_needs_one(tmp_path):
+    export = str(save_export(make_export(), tmp_path / "export"))
+    PolicyServer("tests.test_serve:sharing", export=export, interface=WIRE)
+    PolicyServer("tests.test_serve:sharing", export=export, generator="none")
+    PolicyServer("tests.test_serve:sharing", export=export, generator="last", scheduler="release")
+    for generator in ("mlp", "ridge"):  # the gate of the latter alone reads it
+        with pytest.raises(InputError, match=r"interface\.state is not given, though .*: observation\.state: has 0 values"):
+            PolicyServer("tests.test_serve:sharing", export=export, generator=generator)
 
 
 BENCHMARKS = {
