@@ -11,27 +11,32 @@ import hashlib
 import json
 import subprocess
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 from zlib import crc32
 
 import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.parallel import run_groups
 from data.relabel import relabel_into
+from data.store import RolloutStore
 from data.windows import blocks_of
+from spvla.actions import LIBERO
 from spvla.errors import InputError
-from spvla.export import Export, built_in_generator, save_export
+from spvla.export import BUILT_IN_GENERATORS, Export, built_in_generator, check_risk, require_export_folder, save_export
+from spvla.fields import check_values, naming
 from spvla.generators.base import ActionGenerator
+from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
 from spvla.history import Source
 from spvla.pruning.pruner import make_pruner
@@ -39,6 +44,15 @@ from spvla.scheduling.calibration import Calibration, calibrate, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from train.datamodules import RolloutData, fit_generator, fold_of_frames, quick_fit
 from train.modules import ClassifierModule, GeneratorModule
+
+N = TypeVar("N", bound=nn.Module)
+LEARNED_GENERATORS = ("mlp", "transformer")
+LEAST = {
+    **dict.fromkeys(("history", "horizon", "steps", "gate_steps", "batch_size", "max_generated_run", "threads"), 1),
+    **dict.fromkeys(("state_dims", "hide", "calibration_fraction", "weights", "seed"), 0),
+    "folds": 2,
+}
+LEAST_OF_TRAINING = {"learning_rate": 0, "weight_decay": 0, "later_weight": 0, "tolerance": 0, "batch_size": 1}
 
 
 @dataclass(frozen=True)
@@ -136,15 +150,13 @@ class Plan:
         """A generator as its stage left it."""
         options = {k: v for k, v in self.learned[name].items() if k != "batch_size"}
         network = GeneratorModule(self.rollouts.features, self.rollouts.space, **options).network
-        network.load_state_dict(load_file(self.path(Stage("generator", name, without))))
-        return network.eval()
+        return load_stage(network, self.path(Stage("generator", name, without)))
 
     def classifier(self, name: str) -> ActionTypeClassifier:
         """A gate as its stage left it."""
         fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout")}
         network = ActionTypeClassifier(ClassifierConfig(self.rollouts.features, **fields))
-        network.load_state_dict(load_file(self.path(Stage("gate", name))))
-        return network.eval()
+        return load_stage(network, self.path(Stage("gate", name)))
 
     def judges(self, name: str) -> tuple[list[ActionGenerator], NDArray[np.uint8]]:
         """Who judges each fold's frames, the generator itself last; and the folds."""
@@ -152,6 +164,16 @@ class Plan:
         if name not in self.learned:
             return [built_in_generator(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
         return [self.generator(name, k).bind(space) for k in [*range(self.folds), None]], self.fold
+
+
+def load_stage(network: N, path: Path) -> N:
+    """``network`` with a stage's weights. Raises :class:`InputError` naming a damaged file."""
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not the whole weights of a stage ({reason}); delete it to train that stage again") from None
+    return network.eval()
 
 
 def _train_stage(job: tuple[Plan, Stage, int]) -> Iterator[None]:
@@ -267,6 +289,52 @@ def provenance(data: RolloutData) -> dict[str, Any]:
     }
 
 
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for what :func:`distill` cannot be ``given``, before hours of labelling and training."""
+    check_values(given, get_type_hints(distill), LEAST)
+    for name in ("hide", "calibration_fraction"):
+        if given[name] > 1:
+            raise InputError(f"{name} must be at most 1, got {given[name]}")
+    if given["tolerance"] <= 0:
+        raise InputError(f"tolerance must be positive, got {given['tolerance']}")
+    with naming("default_risk"):
+        check_risk(given["default_risk"])
+    generators, baselines = given["generators"], given["baselines"]
+    for name, known in (("generators", LEARNED_GENERATORS), ("baselines", BUILT_IN_GENERATORS)):
+        if unknown := [n for n in given[name] if n not in known]:
+            raise InputError(f"{name}: {unknown[0]!r} is unknown; there are: {', '.join(known)}")
+    for name, items in (("generators", generators), ("baselines", baselines), ("data", [p.resolve() for p in given["data"]])):
+        if twice := [i for i in items if items.count(i) > 1]:
+            raise InputError(f"{name}: {str(twice[0])!r} is there twice")
+    features = FeatureConfig(LIBERO.dim, given["history"])
+    for kind in generators:
+        check_network(kind, given[kind], GeneratorModule, features=features, space=LIBERO, kind=kind)
+    check_network(
+        "gate", given["gate"], ClassifierModule, features=features, space=LIBERO, judges=[], fold=np.zeros(0), tolerance=1
+    )
+    default = given["default_generator"]
+    if default is not None and default not in (*generators, *baselines):
+        raise InputError(
+            f"default_generator {default!r} is not among the distilled ones: {', '.join([*generators, *baselines])}"
+        )
+    if not (generators or baselines):
+        raise InputError("generators and baselines: there is none to distil")
+    make_pruner(given["default_pruning"], "default_pruning")
+    require_export_folder(given["output"])
+
+
+def check_network(name: str, options: Mapping[str, Any], module: type[nn.Module], **others: Any) -> None:
+    """Raise :class:`InputError` unless ``module`` can be made with ``options`` beside ``others``."""
+    types = get_type_hints(module.__init__)
+    known = types.keys() - others.keys() - {"return"} | ({"batch_size"} if name in LEARNED_GENERATORS else set())
+    for option in options:
+        if option not in known:
+            raise InputError(f"{name}: {option!r} is unknown; there are: {', '.join(sorted(known))}")
+    with naming(name):
+        check_values(options, {**types, "batch_size": int}, LEAST_OF_TRAINING)
+        module(**others, **{k: v for k, v in options.items() if k != "batch_size"})
+
+
 def distill(
     data: list[Path],
     output: Path,
@@ -329,17 +397,13 @@ def distill(
         threads: cores to train on.
         seed: of everything.
     """
-    sizes = {"mlp": mlp, "transformer": transformer}  # what cannot be is told before hours of labelling and training
-    for name in generators:
-        if name not in sizes:
-            raise InputError(f"generators: {name!r} is unknown; there are: {', '.join(sizes)}")
-    default = default_generator or [*generators, *baselines, ""][0]
-    if default not in (*generators, *baselines):
-        raise InputError(
-            f"default_generator {default!r} is not among the distilled ones: {', '.join([*generators, *baselines])}"
-        )
-    make_pruner(default_pruning, "default_pruning")
+    check_arguments(locals())
+    sizes = {"mlp": mlp, "transformer": transformer}
+    default = default_generator or [*generators, *baselines][0]
     data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
+    width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
+    if state_dims and max(state_dims) >= width:
+        raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", module="lightning")
     plan = Plan(
@@ -357,6 +421,8 @@ def distill(
         tolerance=tolerance,
     )
     rollouts, split = plan.rollouts, plan.rollouts.split
+    if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
+        raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
     print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
     if not all(s.labelled_by_teacher for s in rollouts.windows.stores):
         print("distilled from demonstrations: there are no teacher labels in the data")
