@@ -88,14 +88,14 @@ class Shards:
         return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
 
     def finished(self, part: Part) -> bool:
-        """Whether a part is done: its shard is there, or it is known to hold nothing of use.
+        """Whether a part is done: its note is there, and its shard, or it is known to hold nothing of use.
 
         Raises:
             InputError: it was made from another file than the one that is there now.
         """
         note, shard = self._note(part), self.writer.shard_path(self.setting.job(part))
         if not note.exists():
-            return shard.exists()
+            return False
         values = self._read(note)
         told = None
         if values["size"] != part.size:
@@ -104,8 +104,7 @@ class Shards:
             told = f"{changed[0]} had a problem, it was changed since"
         if told is not None:
             raise InputError(
-                f"{shard}: was made when {told}; delete {note.name} and {shard.name} there to make it anew, or name another "
-                "--output"
+                f"{shard}: was made when {told}; delete {note.name} there to make it anew, or name another --output"
             )
         return shard.exists() or values["episodes"] == 0
 
@@ -114,7 +113,7 @@ class Shards:
             values = json.loads(note.read_text())
             return {"changed": {}} | {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{note}: not readable ({error!r}); delete it and its shard to make them anew") from None
+            raise InputError(f"{note}: not readable ({error!r}); delete it to make its shard anew") from None
 
     def write(self, part: Part, episodes: Sequence[Episode], problems: Sequence[Problem]) -> None:
         """Finish a part: first what was left out, then the shard."""
@@ -126,6 +125,8 @@ class Shards:
         temporary.replace(note)
         if episodes:
             self.writer.write(self.setting.job(part), episodes)
+        else:
+            self.writer.shard_path(self.setting.job(part)).unlink(missing_ok=True)
 
     def problems(self, parts: Sequence[Part]) -> list[Problem]:
         """What was left out of finished parts."""

@@ -175,7 +175,7 @@ class LerobotSource:
         if lines.is_file():
             return {e["task_index"]: str(e["task"]) for e in self._read_lines(lines) if {"task_index", "task"} <= e.keys()}
         try:
-            rows = pq.read_table(table).to_pylist()
+            rows = pq.read_table(table, page_checksum_verification=True).to_pylist()
         except (pa.ArrowException, OSError):
             return {}
         return {r["task_index"]: next((v for v in r.values() if isinstance(v, str)), "") for r in rows if "task_index" in r}
@@ -471,7 +471,8 @@ class LerobotSource:
                 names = set(pq.read_schema(file).names)
                 there = [key for key in keys if {f"stats/{key}/min", f"stats/{key}/max"} <= names]
                 columns = ["episode_index", *(f"stats/{key}/{end}" for key in there for end in ("min", "max"))]
-                for e in pq.read_table(file, columns=columns).slice(0, EPISODES_CHECKED).to_pylist():
+                stats = pq.read_table(file, columns=columns, page_checksum_verification=True)
+                for e in stats.slice(0, EPISODES_CHECKED).to_pylist():
                     out[e["episode_index"]] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
             except (pa.ArrowException, OSError, KeyError):
                 break  # told when the episodes were looked up

@@ -263,6 +263,8 @@ def relabel(
     where = data if data is not None else path
     assert where is not None
     require_apart(where, output)
+    if batch_size < 1:
+        raise InputError(f"relabel: batch_size must be at least 1, got {batch_size}")
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
     tell("note", setting.open().notes)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
@@ -270,7 +272,11 @@ def relabel(
     strategy = (
         DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(days=30)) if several else "auto"
     )
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    except (ValueError, TypeError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"relabel: accelerator {accelerator}, devices {devices}, num_nodes {num_nodes}: {told}") from None
     try:
         fabric.launch(partial(_run, job))
     except torch.multiprocessing.ProcessRaisedException as error:  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from data.store import RolloutStore
 from spvla.episodes import read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.statistics import Statistics
-from tests.conftest import write_records
+from tests.conftest import write_records, write_store
 
 ROOT = Path(__file__).parents[1]
 COLUMN = st.integers(1, 12).flatmap(lambda n: arrays(np.float32, (n, 1), elements=st.floats(-1, 1, width=16)))
@@ -379,12 +379,22 @@ def test_a_repaired_file_of_the_same_size_is_read_again(bridge, tmp_path):
     assert tree(tmp_path / "store") == before
     note = next(p for p in (tmp_path / "store" / ".shards").glob("*.json") if p.name in str(error.value))
     note.unlink()
-    note.with_suffix(".parquet").unlink()
     convert("rlds", folder, tmp_path / "store")
     assert len(list(read_episodes(tmp_path / "store"))) == 25
     note.write_text("{")
     with pytest.raises(InputError, match=rf"{note.name}: not readable"):
         convert("rlds", folder, tmp_path / "store")
+
+
+def test_the_only_part_is_made_anew_when_its_note_is_gone(tmp_path):
+    data, output = write_store(tmp_path / "data", range(3)), tmp_path / "store"
+    convert("lerobot", data, output)
+    write_store(data, range(4))
+    with pytest.raises(InputError, match=r"delete data-000000.*\.json there") as error:
+        convert("lerobot", data, output)
+    next(p for p in (output / ".shards").glob("*.json") if p.name in str(error.value)).unlink()
+    convert("lerobot", data, output)
+    assert len(list(read_episodes(output))) == 4
 
 
 def test_a_data_set_is_not_its_own_output(store_folder, tmp_path):

@@ -278,3 +278,13 @@ def test_a_data_set_is_not_its_own_output(vla, store_folder):
     with pytest.raises(InputError, match="--output is the data set itself"):
         relabel(store_folder, "seeing", data=store_folder)
     assert tree(store_folder) == before
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"accelerator": "abacus"}, {"devices": 0}, {"devices": -3}, {"num_nodes": 0}]
+)
+def test_bad_options_are_named(bridge, tmp_path, options):
+    (name,) = options
+    with pytest.raises(InputError, match=f"relabel: .*{name} "):
+        run(tmp_path / "store", bridge, **{"accelerator": "cpu"} | options)
+    assert not (tmp_path / "store").exists()
