@@ -1,4 +1,4 @@
-"""The role of an action generator: continue the motion from history alone (the VLA's last features included), never an image."""
+"""The role of an action generator: continue the motion from history alone (with the VLA's last features), never an image."""
 
 from __future__ import annotations
 
