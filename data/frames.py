@@ -27,7 +27,7 @@ from data.libero import LiberoEnv, PrivilegedState, Scene, load_tasks, project, 
 from data.store import cache_directory
 from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
 from spvla.actions import LIBERO
-from spvla.episodes import shard_info, vectors
+from spvla.episodes import read_parquet, read_vectors, shard_info
 from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
@@ -202,10 +202,10 @@ class Frames:
                 for needed in LABELS:
                     if needed not in names:
                         raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
-                raw = pq.read_table(shard, columns=[*wanted, *LABELS])
-                table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked)
+                raw = read_parquet(shard, [*wanted, *LABELS])
+                table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked, str(shard))
             else:
-                raw = pq.read_table(shard, columns=wanted)[wanted[0]]
+                raw = read_parquet(shard, wanted)[wanted[0]]
                 nothing = {name: _lists(np.full((len(raw), n), np.nan, np.float32)) for name, n in UNKNOWN.items()}
                 table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw))})
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,13 +216,13 @@ class Frames:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _labelled(raw: pa.Table, images: pa.ChunkedArray, facts: dict[str, Any], instruction: str | None) -> pa.Table:
-    """The labelled frames of an episode; with its ``instruction`` also what else could have been asked for."""
-    labels, states = vectors(raw["vla_action"]), vectors(raw["observation.environment_state"])
+def _labelled(raw: pa.Table, images: pa.ChunkedArray, facts: dict[str, Any], instruction: str | None, what: str) -> pa.Table:
+    """The labelled frames of the shard ``what``; with its ``instruction`` also what else could have been asked for."""
+    actions, labels, states = (read_vectors(raw, name, what) for name in LABELS)
     scene = facts.get("scene")
     columns = {"image": _encoded(images), "label": _lists(labels)}
     columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
-    columns["wrong"] = pa.array(mistakes(vectors(raw["action"]), labels) if "student" in facts else np.zeros(len(labels)))
+    columns["wrong"] = pa.array(mistakes(actions, labels) if "student" in facts else np.zeros(len(labels)))
     found = {} if instruction is None else other_questions(states, labels, facts, instruction)
     for k, name in enumerate(("other_labels", "other_items", "other_positions")):
         if found:

@@ -45,10 +45,12 @@ def inspect(
             own name if omitted.
         split: RLDS split, or all.
         camera: image feature in place of the conventions' one.
-        output: PNG file for a picture of some trajectories with their labels.
+        output: PNG, PDF or SVG file for a picture of some trajectories with their labels.
         trajectories: how many, spread over the episodes.
     """
     require_one("inspect", data, source, path)
+    if output is not None and output.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"output: {output} is no picture; its name must end in .png, .pdf or .svg")
     if data is not None:
         store = RolloutStore(data)
         shown = _describe_store(store)

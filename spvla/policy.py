@@ -45,8 +45,8 @@ class StepInfo:
         keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
         visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
         unavailable: why the VLA could not be asked, or None; the action is then the safe one.
-        milliseconds: wall clock by stage: ``scheduling``, ``vla``, the VLA's own stages as ``vla/<stage>``, ``unavailable``
-            (asking in vain), ``total``.
+        milliseconds: wall clock by stage: ``capture`` (of a callable observation), ``scheduling``, ``vla``, the VLA's own
+            stages as ``vla/<stage>``, ``unavailable`` (asking in vain), ``total``.
     """
 
     source: Source

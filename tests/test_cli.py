@@ -127,6 +127,7 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
         (("data", "collect", "--suite", "libero_object", "--init_states", "9-3", "--output", "{tmp}/o"), "9-3"),
         (("data", "collect", "--suite", "libero_object", "--policy", "nobody", "--output", "{tmp}/o"), "nobody"),
         (("data", "inspect", "--data", "{tmp}"), "{tmp}"),
+        (("data", "inspect", "--data", "{tmp}", "--output", "{tmp}/o.xyz"), "o.xyz is no picture"),
         (("train", "distill", "--data", "{tmp}", "--output", "{tmp}/e"), "{tmp}"),
         (("train", "export", "--generator", "{tmp}/x.ckpt", "--gate", "y", "--data", "{tmp}", "--output", "{tmp}/e"), "x.ckpt"),
         (("eval", "report", "--results", "{tmp}", "--output", "{tmp}/r.html"), "no summary.json"),
