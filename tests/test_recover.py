@@ -85,7 +85,9 @@ def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options
 
 def test_it_continues_and_reads_a_store_that_nobody_labelled(checkpoint, tmp_path):
     write(tmp_path / "store", **{f"part{i}": recorded(i) for i in range(20)})
-    data = FrameData([tmp_path / "store"], batch_size=4, batches=2, validation_batches=1, image_size=32, labelled=False)
+    data = FrameData(
+        [tmp_path / "store"], batch_size=4, batches=2, validation_batches=1, image_size=32, labelled=False, conventions=None
+    )
     for steps in (2, 4):
         m = RecoverModule(str(checkpoint), tmp_path / "out", keep=(0.25, 0.5))
         saver = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)

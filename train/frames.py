@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import lightning as L
@@ -157,7 +158,8 @@ class FrameData(L.LightningDataModule):
         validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29
             (and without labels one in ten of the episodes that have none).
         image_size: side of the encoders' input in pixels.
-        conventions: what lies between the environment's images and the model's, by name.
+        conventions: what lies between the environment's images and the model's: a name, fields of
+            :class:`spvla.vlas.conventions.Conventions`, or None for nothing.
         augmentation: random changes of training images.
         questions: instructions per frame (Q): its own, and with more than one also those for other objects of its
             scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
@@ -172,7 +174,7 @@ class FrameData(L.LightningDataModule):
         batches: PositiveInt = 200,
         validation_batches: PositiveInt = 8,
         image_size: PositiveInt = 224,
-        conventions: str = "libero",
+        conventions: str | dict[str, Any] | None = "libero",
         augmentation: Augmentation = Augmentation(),
         questions: PositiveInt = 1,
         labelled: bool = True,
