@@ -94,6 +94,9 @@ def test_it_continues_and_reads_a_store_that_nobody_labelled(checkpoint, tmp_pat
         trainer = L.Trainer(**QUIET, max_steps=steps, max_epochs=-1, callbacks=[saver], num_sanity_val_steps=0)
         trainer.fit(m, datamodule=data, ckpt_path="last")
         assert trainer.global_step == steps and "val/regained_0.5" in trainer.callback_metrics
+    trainer = L.Trainer(**QUIET, max_steps=1, max_epochs=-1, num_sanity_val_steps=0, default_root_dir=tmp_path)
+    trainer.fit(RecoverModule(str(checkpoint), tmp_path / "early"), datamodule=data)
+    assert "val/regained_0.25" not in trainer.callback_metrics and (tmp_path / "early" / "adapter_config.json").exists()
 
 
 def test_bad_options_are_refused(checkpoint, tmp_path):

@@ -37,7 +37,7 @@ class RecoverModule(L.LightningModule):
 
     Args:
         checkpoint: folder or hub id of the VLA.
-        output: folder that the adapter is written to after each validation.
+        output: folder that the adapter is written to after each validation and at the end.
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
         pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
@@ -185,7 +185,14 @@ class RecoverModule(L.LightningModule):
         for share in self.keep:
             before, after = (float(metrics[f"val/{name}_{share:g}"]) for name in ("before", "agreement"))
             self.log(f"val/regained_{share:g}", (after - before) / max(1 - before, 1e-9))
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if not self.trainer.sanity_checking:
+            self._save()
+
+    def on_train_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        if self.trainer.is_global_zero:
             self.adapted.save_pretrained(str(self.output))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
