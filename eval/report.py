@@ -15,8 +15,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from math import isqrt
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from spvla.errors import InputError
+from spvla.fields import naming
 
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
 MARKERS = "osD^vP"
@@ -526,13 +527,9 @@ def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title:
     return "\n\n".join(parts) + "\n"
 
 
-@contextmanager
-def drawn(folder: Path) -> Iterator[None]:
+def drawing(folder: Path) -> AbstractContextManager[None]:
     """What a damaged file makes of drawing becomes an :class:`InputError` that names its folder."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{folder}: summary.json or a file beside it is damaged ({type(error).__name__}: {error})") from error
+    return naming(f"{folder}: summary.json or a file beside it is damaged", EOFError, OSError, zlib.error)
 
 
 SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section, "latency": latency_section}
@@ -569,7 +566,7 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
     found.sort(key=rank)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".md":
-        with drawn(results):
+        with drawing(results):
             text = markdown(found, results, title)
         output.write_text(text)
         print(f"written: {output}")
@@ -577,7 +574,7 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
     sources = [(folder / "summary.json").relative_to(results).as_posix() for folder, _ in found]
     body = ""
     for (folder, summary), source in zip(found, sources, strict=True):
-        with drawn(folder):
+        with drawing(folder):
             section = SECTIONS.get(summary["kind"], plain_section)(folder, summary)
         body += section.replace("</h2>", f" <small>{html.escape(source.removesuffix('/summary.json'))}</small></h2>", 1)
     machine = found[0][1].get("machine", {})

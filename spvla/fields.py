@@ -28,13 +28,20 @@ FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
 
 
 @contextmanager
-def naming(where: object) -> Iterator[None]:
-    """Whatever reading or building from a user's values raises becomes an :class:`InputError` that begins with ``where``."""
+def naming(where: object, *more: type[Exception]) -> Iterator[None]:
+    """Whatever reading or building from a user's values raises becomes an :class:`InputError` that begins with ``where``.
+
+    Args:
+        where: a file, an option, ...
+        more: exceptions beside :data:`FAILURES`.
+    """
     try:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except FAILURES as error:
+    except Exception as error:
+        if not isinstance(error, FAILURES + more):
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise InputError(f"{where}: {kind}{' '.join(str(error).split())}") from error
 
