@@ -31,6 +31,7 @@ from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
 from spvla.episodes import Episode
 from spvla.errors import InputError
+from spvla.fields import naming
 from spvla.observation import Observation
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
@@ -272,11 +273,8 @@ def relabel(
     strategy = (
         DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(days=30)) if several else "auto"
     )
-    try:
+    with naming(f"relabel: accelerator {accelerator}, devices {devices}, num_nodes {num_nodes}"):
         fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
-    except (ValueError, TypeError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"relabel: accelerator {accelerator}, devices {devices}, num_nodes {num_nodes}: {told}") from None
     try:
         fabric.launch(partial(_run, job))
     except torch.multiprocessing.ProcessRaisedException as error:  # type: ignore[attr-defined]
