@@ -27,7 +27,7 @@ from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
 from spvla.export import accelerate, fingerprint
 from spvla.policy import episode_stats
-from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla, weights_stamp
+from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
@@ -141,7 +141,7 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
     rendered = setting.images or student is not None or needs_images(vla)
-    with LiberoEnv(group.task, render="fast" if rendered else False) as env:
+    with LiberoEnv(group.task, render="fast" if rendered else False, wrist_camera=needs_wrist_image(vla)) as env:
         asked = scene_instructions(env.reset(group.jobs[0].init_state).privileged) if setting.instructions == "scene" else []
         for job in group.jobs:
             instruction = choose_instruction(asked, job.seed) if asked else group.task.instruction

@@ -78,11 +78,12 @@ class Shards:
         setting: what is written into it.
         space: its action space.
         policy: who labelled it.
+        measured: see :class:`~spvla.episodes.RolloutWriter`.
     """
 
-    def __init__(self, output: Path, setting: Setting, space: ActionSpace, policy: str = "") -> None:
+    def __init__(self, output: Path, setting: Setting, space: ActionSpace, policy: str = "", measured: bool = False) -> None:
         self.setting = setting
-        self.writer = RolloutWriter(output, space, policy)
+        self.writer = RolloutWriter(output, space, policy, measured)
 
     def _note(self, part: Part) -> Path:
         return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
@@ -188,16 +189,16 @@ def tell(what: str, lines: Sequence[Any]) -> None:
         print(f"{what}: {len(lines) - MOST_TOLD} more")
 
 
-def tell_end(output: Path, shards: Shards, parts: Sequence[Part], measured: bool) -> None:
+def tell_end(output: Path, shards: Shards, parts: Sequence[Part]) -> None:
     """Finalise a store and print what it holds and what was left out."""
     problems = shards.problems(parts)
     tell("left out", problems)
     if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
         raise no_episode(shards.setting, problems)
-    finalize(output, measured)
+    finalize(output)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
-    if not measured:
+    if not shards.writer.measured:
         tell("note", beyond_scale(output))
     reasons = Counter(p.reason.split("(")[0].strip() for p in problems)
     told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
@@ -232,11 +233,13 @@ class Group:
     parts: tuple[Part, ...]
     output: str
     space: ActionSpace
+    measured: bool
     on_error: OnError
 
 
 def _convert_group(group: Group) -> Iterator[tuple[int, int]]:
-    source, shards = group.setting.open(), Shards(Path(group.output), group.setting, group.space)
+    source = group.setting.open()
+    shards = Shards(Path(group.output), group.setting, group.space, measured=group.measured)
     for part in group.parts:
         episodes, problems = [], []
         for found in source.episodes(part, group.setting.images):
@@ -294,9 +297,10 @@ def convert(
     found = setting.open()
     tell("note", found.notes)
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
-    shards = Shards(output, setting, space)
+    measured = statistics is None
+    shards = Shards(output, setting, space, measured=measured)
     waiting = [part for part in found.parts if not shards.finished(part)]
-    groups = [Group(setting, tuple(p), str(output), space, on_error) for p in chunks(waiting, workers)]
+    groups = [Group(setting, tuple(p), str(output), space, measured, on_error) for p in chunks(waiting, workers)]
     from tqdm import tqdm
 
     total, steps = sum(p.count for p in found.parts), 0
@@ -308,7 +312,7 @@ def convert(
             bar.update(count)
             elapsed = max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix(steps=steps, per_second=f"{steps / elapsed:.0f}")
-    tell_end(output, shards, found.parts, measured=statistics is None)
+    tell_end(output, shards, found.parts)
 
 
 def published_space(space: ActionSpace, file: Path, name: str | None = None) -> ActionSpace:

@@ -134,7 +134,7 @@ def _describe_store(store: RolloutStore) -> list[Episode]:
     labelled = ~np.isnan(a["targets"]).any(1)
     kind = "teacher's actions" if store.labelled_by_teacher else "recorded actions (demonstrations, no teacher)"
     print(f"labels    {kind}, {labelled.mean():.1%} of the steps")
-    print(f"generated {a['sources'].mean():.1%} of the steps")
+    print(f"generated {(a['sources'] == Actor.GENERATOR).mean():.1%} of the steps")
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -230,7 +231,7 @@ class LerobotSource:
         for name in part.column_names:
             column = part[name]
             if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):  # they must turn out to be equally long
-                lengths = {0 if v is None else len(v) for v in column}
+                lengths = set(pc.fill_null(pc.list_value_length(column), 0).unique().to_pylist())
                 if len(lengths) > 1:
                     raise InputError(f"{row.file}: {name} has rows of different lengths in episode {row.number}")
                 fixed = pa.list_(column.type.value_type, lengths.pop() if lengths else 0)

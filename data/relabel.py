@@ -205,10 +205,10 @@ def _run(job: Job, fabric: Any) -> None:
                 return  # killed: another run may be writing this store by now
             shards.write(item.part, [labelled(e, outputs[i]) for i, e in item.episodes.items()], item.problems)
             outputs = {}
-            bar.update(sum(p.count for p in source.parts if shards.finished(p)) - bar.n)
+            bar.update(min(item.part.count * fabric.world_size, total - bar.n))  # the others are about as far
     fabric.barrier()
     if fabric.global_rank == 0:
-        tell_end(Path(job.output), shards, source.parts, measured=False)
+        tell_end(Path(job.output), shards, source.parts)
 
 
 def relabel(

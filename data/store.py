@@ -92,10 +92,15 @@ class RolloutStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the store's files (names, sizes, times) and of the cache's version."""
-        files = sorted(p for kind in ("data", "meta") for p in (self.folder / kind).rglob("*") if p.is_file())
-        stats = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return hashlib.sha256(repr((CACHE_VERSION, stats)).encode()).hexdigest()[:24]
+        """Hash of what the store holds and of the cache's version: names and sizes of the data files, and all of meta,
+        which has every episode's job and the statistics of every feature. The same for a copy, or when finalised again."""
+        digest = hashlib.sha256(str(CACHE_VERSION).encode())
+        for path in sorted(p for kind in ("data", "meta") for p in (self.folder / kind).rglob("*") if p.is_file()):
+            name = path.relative_to(self.folder)
+            digest.update(f"{name} {path.stat().st_size} ".encode())
+            if name.parts[0] == "meta":
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:24]
 
     @property
     def frames(self) -> int:
@@ -113,13 +118,24 @@ class RolloutStore:
         return bool(np.isnan(self.arrays["targets"][frames][generated]).any())
 
     def _derive(self, cache: Path) -> None:
+        """Write the arrays into ``cache``, whole or not at all."""
+        building = cache.with_name(f".{cache.name}.{os.getpid()}")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        try:
+            self._write_arrays(building)
+            building.rename(cache)
+        except OSError:
+            if not (cache / "done").exists():  # else another process derived the same store first
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def _write_arrays(self, building: Path) -> None:
         """Write the arrays, one data file of the store in memory at a time."""
         starts = np.array([e.start for e in self.episodes], np.int64)
         lengths = np.array([e.length for e in self.episodes], np.int64)
         total = int(lengths.sum())
-        building = cache.with_name(f".{cache.name}.{os.getpid()}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
         arrays: dict[str, NDArray[Any]] = {}
 
         def part(name: str, like: NDArray[Any]) -> NDArray[Any]:
@@ -175,10 +191,6 @@ class RolloutStore:
             array.flush()  # type: ignore[attr-defined]
         np.save(building / "labelled.npy", np.array([labelled]))
         (building / "done").touch()
-        try:
-            building.rename(cache)
-        except OSError:  # another process derived the same store first
-            shutil.rmtree(building)
 
     def _require_finite(self, values: NDArray[np.float32], column: str, first: int, allow_missing: bool) -> None:
         bad = ~np.isfinite(values).all(1)

@@ -7,7 +7,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from spvla.history import Source, Window
 
 EVALUATION_INIT_STATES = range(30, 50)
 CALIBRATION_INIT_STATES = range(20, 30)
+SCENE = ("suite", "task", "init_state", "seed")  # of an episode's metadata
 BLOCK = 4_000_000  # frames that are shuffled together
 
 
@@ -165,41 +166,65 @@ class Split:
     by: str
 
 
-def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0) -> Split:
+def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole: int = 0) -> Split:
     """Training and calibration episodes, whole episodes each.
 
-    Episodes of LIBERO's official initial states are split by them: 0-19 train, 20-29 calibration; 30-49 are for
-    evaluation only and refused. All others are split at random, ``fraction`` of them for calibration.
+    Episodes of LIBERO's official initial states are split by them: 0-19 train, 20-29 calibrate; 30-49 are for
+    evaluation only and refused. Of a store's other episodes ``fraction`` calibrate, chosen at random, where those that
+    share a scene (suite, task and seed) are on one side in all stores; a store further back changes nothing before it.
+
+    Args:
+        windows: the data.
+        fraction: of the episodes without an official initial state, for calibration.
+        seed: of the choice.
+        whole: so many of the stores, the last ones, only calibrate.
 
     Raises:
-        InputError: for evaluation episodes, or if either part is empty.
+        InputError: for evaluation episodes, if either part is empty, or if a scene of the last stores is also trained on.
     """
-    train: list[tuple[int, int]] = []
-    calibration: list[tuple[int, int]] = []
-    free: list[tuple[int, int]] = []
-    for i, first, info in windows.episodes:
-        state = info.metadata.get("init_state")
-        span = (first, info.length)
-        if state is None:
-            free.append(span)
-        elif state in EVALUATION_INIT_STATES:
-            raise InputError(
-                f"{windows.stores[i].folder}: holds initial state {state}; 30-49 are for evaluation only, never for training"
-            )
-        else:
-            (calibration if state in CALIBRATION_INIT_STATES else train).append(span)
-    order = np.random.default_rng(seed).permutation(len(free))
-    cut = round(fraction * len(free))
-    calibration += [free[k] for k in sorted(order[:cut])]
-    train += [free[k] for k in sorted(order[cut:])]
-    by = "random episodes" if free and not len(train) + len(calibration) > len(free) else "initial states 0-19 / 20-29"
-    for name, part in (("training", train), ("calibration", calibration)):
+    random = np.random.default_rng(seed)
+    spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # does it calibrate?
+    known: dict[Hashable, bool] = {}  # scenes that have been assigned
+    officials = 0
+    for i, store in enumerate(windows.stores):
+        only, first = i >= len(windows.stores) - whole, int(windows.offsets[i])
+        scenes = [_scene(e) or (i, e.start) for e in store.episodes]
+        free: list[Hashable] = []
+        for scene, info in zip(scenes, store.episodes, strict=True):
+            state = info.metadata.get("init_state")
+            if state in EVALUATION_INIT_STATES:
+                raise InputError(
+                    f"{store.folder}: holds initial state {state}; 30-49 are for evaluation only, never for training"
+                )
+            if only and known.get(scene) is False:
+                told = ", ".join(f"{k} {info.metadata[k]}" for k in SCENE if info.metadata.get(k) is not None)
+                raise InputError(f"{store.folder}: is to calibrate, but the scene of {told} is trained on too")
+            if only or state is not None:
+                known.setdefault(scene, only or state in CALIBRATION_INIT_STATES)
+            elif scene not in known:
+                free.append(scene)
+            officials += state is not None
+        free = list(dict.fromkeys(free))
+        cut = round(fraction * len(free))
+        known.update((free[k], rank < cut) for rank, k in enumerate(random.permutation(len(free))))
+        for scene, info in zip(scenes, store.episodes, strict=True):
+            spans[known[scene]].append((first + info.start, info.length))
+    by = "initial states 0-19 / 20-29" if officials else "random scenes"
+    by += " and random scenes" if 0 < officials < len(windows.episodes) else ""
+    for name, part in (("training", spans[False]), ("calibration", spans[True])):
         if not part:
             raise InputError(
                 f"no {name} episodes in {', '.join(str(s.folder) for s in windows.stores)} (split by {by}); "
                 "collect initial states 0-19 for training and 20-29 for calibration"
             )
-    return Split(tuple(train), tuple(calibration), by)
+    return Split(tuple(spans[False]), tuple(spans[True]), by)
+
+
+def _scene(info: EpisodeInfo) -> Hashable | None:
+    """What episodes of one scene share, or None if nobody says."""
+    facts = info.metadata
+    which = ("init_state", facts["init_state"]) if facts.get("init_state") is not None else ("seed", facts.get("seed"))
+    return None if which[1] is None else (facts.get("suite"), facts.get("task"), *which)
 
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
@@ -242,6 +267,8 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         hide: share of windows in which the last 1 .. n actions are passed off as the generator's (see
             :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like.
         batches: batches per pass; by default as many as the frames fill.
+        passes: how many an earlier run has made.
+        rank: which of several training processes this is; each draws frames of its own.
         weights: share of each store in every batch, on average; None: as many as it has frames.
 
     Raises:
@@ -257,6 +284,8 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         hide: float = 0.0,
         batches: int | None = None,
         weights: Sequence[float] | None = None,
+        passes: int = 0,
+        rank: int = 0,
     ) -> None:
         total = sum(length for _, length in spans)
         if not total:
@@ -264,10 +293,10 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         self.windows, self.batch_size = windows, batch_size
         self.seed, self.hide = seed, hide
         self.batches = batches or max(1, total // batch_size)
-        self.passes = 0
+        self.passes, self.rank = passes, rank
         self.groups, self.shares = [list(spans)], np.ones(1)
         if weights is not None:
-            self.shares = mixture(windows, weights)
+            self.shares = mixture(len(windows.stores), weights)
             which = np.searchsorted(windows.offsets, [first for first, _ in spans], side="right") - 1
             self.groups = [[s for s, store in zip(spans, which, strict=True) if store == i] for i in range(len(windows.stores))]
             for store, group, share in zip(windows.stores, self.groups, self.shares, strict=True):
@@ -278,7 +307,7 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         return self.batches
 
     def __iter__(self) -> Iterator[Any]:
-        generator = np.random.default_rng([self.seed, self.passes])
+        generator = np.random.default_rng([self.seed, self.passes, self.rank])
         self.passes += 1
         drawn = [_Drawing(shuffled(group, generator)) if group else None for group in self.groups]
         for _ in range(self.batches):
@@ -293,24 +322,27 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
 
 
 class _Drawing:
-    """Takes frames off blocks; what is left of a block that is too small for a batch is left out."""
+    """Takes so many frames at a time off blocks."""
 
     def __init__(self, blocks: Iterator[NDArray[np.int64]]) -> None:
-        self.blocks, self.block, self.position = blocks, next(blocks), 0
+        self.blocks, self.block = blocks, next(blocks)
 
     def take(self, count: int) -> NDArray[np.int64]:
-        if self.position + count > len(self.block) and self.position > 0:
-            self.block, self.position = next(self.blocks), 0
-        out = self.block[self.position : self.position + count]
-        self.position += count
-        return out
+        parts = []
+        while count > len(self.block):
+            parts.append(self.block)
+            count -= len(self.block)
+            self.block = next(self.blocks)
+        parts.append(self.block[:count])
+        self.block = self.block[count:]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def mixture(windows: Windows, weights: Sequence[float]) -> NDArray[np.float64]:
+def mixture(stores: int, weights: Sequence[float]) -> NDArray[np.float64]:
     """Shares (stores,) that sum to one, from one weight per store. Raises :class:`InputError` for others."""
     shares = np.asarray(weights, np.float64)
-    if len(shares) != len(windows.stores):
-        raise InputError(f"weights: {len(shares)} for {len(windows.stores)} stores; give one for each of --data, in order")
+    if len(shares) != stores:
+        raise InputError(f"weights: {len(shares)} for {stores} stores; give one for each of --data, in order")
     if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
         raise InputError(f"weights: must not be negative, nor all zero, got {list(weights)}")
     return shares / shares.sum()

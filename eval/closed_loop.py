@@ -32,7 +32,7 @@ from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
-from spvla.vlas.registry import free_memory, load_vla, needs_images, second_vla, weights_stamp
+from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
 COLUMNS = (
     *(
@@ -149,6 +149,11 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
         raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
+def _environment(task: Task, setting: Setting, vla: VLA) -> LiberoEnv:
+    render = setting.render if needs_images(vla) else False
+    return LiberoEnv(task, render=render, wrist_camera=needs_wrist_image(vla))
+
+
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
     export = load_export(setting.export) if setting.export else None
@@ -158,7 +163,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     policies: dict[Cell, SPVLAPolicy] = {}
     tolerance = export.tolerance if export else 0.2
     content = fingerprint(setting.export)
-    with LiberoEnv(group.task, render=setting.render if needs_images(vla) else False) as env:
+    with _environment(group.task, setting, vla) as env:
         for cell, init_state, seed in group.jobs:
             if cell not in policies:
                 policies[cell] = make_policy(cell, vla, export, setting)
@@ -252,7 +257,7 @@ def measure_time(
         for task in dict.fromkeys(task for task, _, _ in jobs):
             mine = [(init, seed) for t, init, seed in jobs if t == task]
             warm_up = mine[:1] if task == jobs[0][0] else []
-            with LiberoEnv(task, render=setting.render if needs_images(vla) else False) as env:
+            with _environment(task, setting, vla) as env:
                 for i, (init, seed) in enumerate([*warm_up, *mine]):
                     for cell, policy in policies.items():
                         rollout(env, policy, init_state=init, seed=seed)

@@ -23,7 +23,7 @@ from eval.statistics import wilson
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.vlas.base import VLA
-from spvla.vlas.registry import free_memory, load_vla, needs_images, weights_stamp
+from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, weights_stamp
 
 LIFTED = 0.03  # metres above where it stood
 KINDS = ("own", "other", "nothing", "absent")
@@ -80,7 +80,7 @@ def first_lifted(env: LiberoEnv, vla: VLA, instruction: str, init_state: int, se
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     vla = load_vla(*group.policy)
-    with LiberoEnv(group.task, render=needs_images(vla)) as env:
+    with LiberoEnv(group.task, render=needs_images(vla), wrist_camera=needs_wrist_image(vla)) as env:
         for init_state, seed in group.jobs:
             state = env.reset(init_state, seed).privileged
             own, *others = scene_instructions(state)

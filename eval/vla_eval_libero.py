@@ -38,7 +38,7 @@ from spvla.errors import InputError
 from spvla.export import accelerate
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
-from spvla.vlas.registry import load_vla, needs_images
+from spvla.vlas.registry import load_vla, needs_images, needs_wrist_image
 
 
 class LiberoFrom(LIBEROBenchmark):
@@ -180,7 +180,7 @@ def compare(
     for episode in episodes:
         (task,) = load_tasks(suite, [episode["task_id"]], run["config"]["max_steps"])
         init_state = episode["episode_idx"] + first
-        with LiberoEnv(task, render=needs_images(vla)) as env:
+        with LiberoEnv(task, render=needs_images(vla), wrist_camera=needs_wrist_image(vla)) as env:
             own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
         theirs = episode["actions"]
         count = min(len(own), len(theirs))

@@ -37,6 +37,7 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_FILE_BYTES = 100 * 2**20
 SHARD_KEY = b"spvla"
 SMALLEST_SCALE = 0.05
+WIDEST_WITH_QUANTILES = 64  # entries of a feature; more (the VLA's pooled features) have mean and spread only
 README_TITLE = "# Rollouts on "
 VECTOR_COLUMNS = {  # Episode field -> feature name of the store
     "actions": "action",
@@ -164,15 +165,17 @@ class RolloutWriter:
         folder: the store; made if absent, extended if it is one already.
         space: the action space all episodes share. An existing store of another one is refused.
         policy: who acted or labelled, for the record.
+        measured: :func:`finalize` gives the store's action space the scale and bounds of the actions found.
 
     Raises:
         InputError: a store of another action space, or a folder with ``data`` or ``meta`` that are not a store's.
     """
 
-    def __init__(self, folder: str | Path, space: ActionSpace, policy: str = "") -> None:
+    def __init__(self, folder: str | Path, space: ActionSpace, policy: str = "", measured: bool = False) -> None:
         self.folder = Path(folder)
         self.space = space
         self.policy = policy
+        self.measured = measured
         self.shards = self.folder / ".shards"
         _require_own(self.folder)
         self.shards.mkdir(parents=True, exist_ok=True)
@@ -214,6 +217,7 @@ class RolloutWriter:
         info = {
             "action_space": self.space.to_dict(),
             "policy": self.policy,
+            "measured": self.measured,
             "episodes": [
                 {"length": len(e), "instruction": e.instruction, "success": e.success, "metadata": e.metadata} for e in episodes
             ],
@@ -241,11 +245,12 @@ class RolloutWriter:
 
 
 def shard_info(path: Path) -> dict[str, Any]:
-    """What a shard says of itself: ``action_space``, ``policy`` and one dict per episode (see :class:`RolloutWriter`)."""
+    """What a shard says of itself: ``action_space``, ``policy``, ``measured`` and one dict per episode (see
+    :class:`RolloutWriter`)."""
     try:
         info: dict[str, Any] = json.loads(_shard_schema(path).metadata[SHARD_KEY])
         [e[name] for e in info["episodes"] for name in ("length", "instruction", "success", "metadata")]
-        return {name: info[name] for name in ("action_space", "policy", "episodes")}
+        return {name: info[name] for name in ("action_space", "policy", "episodes")} | {"measured": info.get("measured", False)}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _not_whole(path, error) from None
 
@@ -330,14 +335,10 @@ def _described(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({b"huggingface": json.dumps(note).encode()})
 
 
-def finalize(folder: str | Path, measured: bool = False) -> Path:
+def finalize(folder: str | Path) -> Path:
     """Number the episodes of all finished shards, ordered by job id, and write the LeRobot v3.0 folder around them.
 
     The shards stay, so that a store can be extended and finalised again. Returns the folder.
-
-    Args:
-        folder: the store.
-        measured: the action space's q01, q99 and bounds are those of the actions found, not what the shards say.
 
     Raises:
         InputError: no shards, damaged ones, ones that hold different features, or ``data`` or ``meta`` that are not a store's.
@@ -356,7 +357,8 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
 
     tasks: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    stats: dict[str, Statistics] = {f.name: Statistics() for f in schema if pa.types.is_fixed_size_list(f.type)}
+    vectors_of = {f.name: f.type.list_size for f in schema if pa.types.is_fixed_size_list(f.type)}
+    stats = {name: Statistics(quantiles=width <= WIDEST_WITH_QUANTILES) for name, width in vectors_of.items()}
     frames, file_index, writer = 0, 0, None
     full = schema
     for name in ("episode_index", "index", "task_index"):
@@ -408,7 +410,7 @@ def finalize(folder: str | Path, measured: bool = False) -> Path:
     if writer is not None:
         writer.close()
 
-    if measured:
+    if any(info["measured"] for info in infos):
         space = measured_space(space, stats["action"])
     meta = building / "meta"
     (meta / "episodes" / "chunk-000").mkdir(parents=True)

@@ -77,6 +77,7 @@ class ActionHistory:
         self.actions = np.zeros((n, d), np.float32)  # environment units
         self.normalized = np.zeros((n, d), np.float32)
         self.sources = np.zeros(n, np.float32)  # 1 where the generator acted
+        self.makers = np.zeros(n, np.uint8)  # Source of each step, as rules and run limit count it
         self.mask = np.zeros(n, np.float32)
         self.states: FloatArray | None = None  # (n + 1, S) once a state was observed
         self.vla_output: VLAOutput | None = None
@@ -112,15 +113,24 @@ class ActionHistory:
             self.states[-1] = state
         self._observed = True
 
-    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
-        """Take in the executed action (D,), environment units, who made it, and the VLA's output if it was asked."""
+    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None, *, maker: Source | None = None) -> None:
+        """Take in an executed action.
+
+        Args:
+            action: (D,), environment units.
+            source: who made it.
+            output: the VLA's output if it was asked.
+            maker: who counts as its maker for rules and run limit, if that is another: in shadow mode whoever would have.
+        """
         action = self._checked(action)
+        maker = source if maker is None else maker
         self._window = None
         normalized = self.space.normalize(action)
         for buffer, value in (
             (self.actions, action),
             (self.normalized, normalized),
             (self.sources, float(source == Source.GENERATOR)),
+            (self.makers, maker),
             (self.mask, 1.0),
         ):
             buffer[:-1] = buffer[1:]
@@ -128,9 +138,8 @@ class ActionHistory:
         self.steps += 1
         self._observed = False
         self.vla_age += self.vla_age > 0
-        self.generated_run += source == Source.GENERATOR
+        self.generated_run = 0 if maker == Source.VLA else self.generated_run + (maker == Source.GENERATOR)
         if source == Source.VLA:
-            self.generated_run = 0
             # The VLA's own words, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
             self.vla_age = 1
@@ -167,10 +176,10 @@ class ActionHistory:
         k = min(n, self.steps, self.length)
         return self.actions[self.length - k :]
 
-    def recent_sources(self, n: int) -> FloatArray:
-        """Who made :meth:`recent`'s actions: (k <= n,), 1 for the generator."""
+    def recent_makers(self, n: int) -> NDArray[np.uint8]:
+        """Who made :meth:`recent`'s actions (:class:`Source`): (k <= n,)."""
         k = min(n, self.steps, self.length)
-        return self.sources[self.length - k :]
+        return self.makers[self.length - k :]
 
     def window(self) -> Window:
         """This history as a batch of one, the same object until the next change. The arrays are views: read them before."""

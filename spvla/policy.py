@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +86,8 @@ class SPVLAPolicy:
         space: the action space with the export's jump limits; by default the VLA's own.
         max_generated_run: generated actions in a row before the VLA must act.
         tolerance: error beyond which a proposal counts as deviating (normalised units; shadow mode).
-        shadow: the VLA acts on every step; what would have been skipped, and how far off it was, is recorded.
+        shadow: the VLA acts on every step; what would have been skipped, and how far off it was, is recorded. The run
+            limit and the published rules' share of VLA actions count a step that would have been skipped as generated.
         record: folder of a rollout store that finished episodes are written to.
         when_unavailable: what to do while the VLA raises :class:`~spvla.vlas.base.VLAUnavailable`: ``raise``; ``stop``
             (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
@@ -136,6 +139,8 @@ class SPVLAPolicy:
         self._waiting = False  # the VLA could not be asked in the last step
         self._instruction: str | None = None
         self._writer = None if record is None else RolloutWriter(record, self.space, policy=type(vla).__name__)
+        # Jobs in the order of time, and no two recorders' alike: several robots may fill one store.
+        self._recorder = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:8]}"
         self._episodes = 0
         self._record = _Record()
 
@@ -223,7 +228,8 @@ class SPVLAPolicy:
             proposed, reference = self.space.normalize(proposal.actions[0]), self.space.normalize(action)
             deviates = bool(self.space.deviation(proposed, reference, self.tolerance))
             error = float(np.abs(proposed - reference)[list(self.space.continuous)].max(initial=0.0))
-        history.act(action, source, output)
+        skipped = self.shadow and intuitive and not refused
+        history.act(action, source, output, maker=Source.GENERATOR if skipped else None)
         self.last_output = planned if output is None else output
         times["total"] = 1e3 * (perf_counter() - start)
         step = StepInfo(
@@ -305,7 +311,7 @@ class SPVLAPolicy:
             raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
         if not np.isfinite(actions).all():
             raise InputError("VLA: returned an action with NaN or infinity")
-        return output
+        return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))
 
     def finish(self, success: bool | None = None, **metadata: Any) -> None:
         """Close the episode; with ``record=`` it is written to the rollout store. Facts about it go in as keywords."""
@@ -314,9 +320,8 @@ class SPVLAPolicy:
             return
         episode = record_to_episode(record.actions, record.states, record.outputs, record.steps, self.space)
         episode.instruction, episode.success, episode.metadata = self._instruction, success, metadata
-        while self._writer.finished(job := f"episode-{self._episodes:06d}"):
-            self._episodes += 1
-        self._writer.write(job, [episode])
+        self._writer.write(f"{self._recorder}-{self._episodes:06d}", [episode])
+        self._episodes += 1
 
     def close(self) -> None:
         """Finish the running episode and, if recording, finalise the store."""

@@ -30,6 +30,9 @@ def _values(cells: NDArray[np.int64]) -> NDArray[np.float64]:
 class Statistics:
     """Statistics of vectors (N, D) that come in parts; rows with NaN or infinity are left out.
 
+    Args:
+        quantiles: keep the histograms that quantiles come from; what they cost grows with D.
+
     Attributes:
         count: N.
         min, max, mean: (D,) each, once there is a vector.
@@ -41,8 +44,9 @@ class Statistics:
     mean: NDArray[np.float64]
     squares: NDArray[np.float64]
 
-    def __init__(self) -> None:
+    def __init__(self, quantiles: bool = True) -> None:
         self.count = 0
+        self.quantiles = quantiles
         self._histograms: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
 
     def add(self, x: NDArray[np.float32]) -> None:
@@ -51,12 +55,13 @@ class Statistics:
         x = x[np.isfinite(x).all(1)]
         if not len(x):
             return
-        other = Statistics()
+        other = Statistics(self.quantiles)
         other.count = len(x)
         other.min, other.max = x.min(0), x.max(0)
         other.mean = x.mean(0, dtype=np.float64)
         other.squares = ((x - other.mean) ** 2).sum(0, dtype=np.float64)
-        other._histograms = [np.unique(c, return_counts=True) for c in _cells(np.ascontiguousarray(x.T))]
+        if self.quantiles:
+            other._histograms = [np.unique(c, return_counts=True) for c in _cells(np.ascontiguousarray(x.T))]
         self.merge(other)
 
     def merge(self, other: Statistics) -> None:
@@ -89,7 +94,8 @@ class Statistics:
         return np.array(out)
 
     def result(self) -> dict[str, list[float]]:
-        """``min``, ``max``, ``mean``, ``std``, ``q01``, ``q99`` (D,) and ``count`` (1,), ready for JSON."""
+        """``min``, ``max``, ``mean``, ``std``, with quantiles ``q01`` and ``q99``, (D,), and ``count`` (1,), ready for JSON."""
         named = {"min": self.min, "max": self.max, "mean": self.mean, "std": np.sqrt(self.squares / self.count)}
-        named |= {"q01": self.quantile(0.01), "q99": self.quantile(0.99)}
+        if self.quantiles:
+            named |= {"q01": self.quantile(0.01), "q99": self.quantile(0.99)}
         return {k: np.asarray(v, np.float64).tolist() for k, v in named.items()} | {"count": [self.count]}

@@ -26,7 +26,7 @@ from data.parts import Problem
 from data.rlds import RldsFolder, read_records, scan
 from data.stats import stats
 from data.store import RolloutStore
-from spvla.episodes import read_action_space, read_episodes
+from spvla.episodes import finalize, read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.statistics import Statistics
 from tests.conftest import write_records, write_store
@@ -64,6 +64,17 @@ def test_statistics_are_numpys(parts):
         low, high = np.quantile(x, q, axis=0, method="lower"), np.quantile(x, q, axis=0, method="higher")
         slack = np.maximum(np.abs(low), np.abs(high)) / 4000 + 1e-37
         assert ((seen.quantile(q) >= low - slack) & (seen.quantile(q) <= high + slack)).all()
+
+
+def test_wide_features_have_no_quantiles():
+    x = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    wide, whole = Statistics(quantiles=False), Statistics()
+    for part in np.array_split(x, 4):
+        wide.add(part)
+    whole.add(x)
+    assert wide.result().keys() == whole.result().keys() - {"q01", "q99"}
+    for name, value in wide.result().items():
+        np.testing.assert_allclose(value, whole.result()[name], rtol=1e-6)
 
 
 def test_statistics_do_not_depend_on_order_or_parts():
@@ -223,6 +234,8 @@ def test_bridge_converts_with_images(bridge, tmp_path, capsys):
     assert store.space.control_rate == 5 and not store.labelled_by_teacher
     inside = (np.abs(store.arrays["actions"]) <= 1.001).mean()
     assert inside > 0.97  # q01 and q99 are those of the actions
+    before = tree(tmp_path / "store")
+    assert tree(finalize(tmp_path / "store")) == before
     inspect(data=tmp_path / "store", output=tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "flip pot upright which is in sink" in capsys.readouterr().out

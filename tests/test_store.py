@@ -189,6 +189,60 @@ def test_random_splits_depend_on_the_seed_alone(tmp_path):
         split_episodes(windows, 0.0)
 
 
+def test_scenes_are_on_one_side_and_later_stores_move_nothing(tmp_path):
+    def store(name, seeds):
+        writer = RolloutWriter(tmp_path / name, LIBERO)
+        for seed in seeds:
+            episode = smooth_episode(seed)
+            episode.metadata = {"suite": "libero_object", "task": 3, "init_state": None, "seed": seed}
+            writer.write(f"{seed:03d}", [episode])
+        return RolloutStore(writer.finalize())
+
+    def scenes(spans, stores):
+        windows = Windows(stores, history=4)
+        of = {first: info.metadata["seed"] for _, first, info in windows.episodes}
+        return {of[first] for first, _ in spans}
+
+    first, second, third = store("first", range(30)), store("second", range(10, 40)), store("third", range(100, 110))
+    alone = split_episodes(Windows([first], history=4))
+    both = split_episodes(Windows([first, second], history=4))
+    assert set(alone.train) <= set(both.train) and set(alone.calibration) <= set(both.calibration)
+    assert len(both.train) + len(both.calibration) == 60
+    assert not scenes(both.train, [first, second]) & scenes(both.calibration, [first, second])
+    whole = split_episodes(Windows([first, second, third], history=4), whole=1)
+    assert whole.train == both.train and len(whole.calibration) == len(both.calibration) + 10
+    with pytest.raises(InputError, match=r"second: is to calibrate, but the scene of .*seed \d+ is trained on too"):
+        split_episodes(Windows([first, second], history=4), whole=1)
+
+
+def test_finalising_again_or_copying_changes_no_fingerprint(tmp_path, store_folder):
+    folder = shutil.copytree(store_folder, tmp_path / "copy")
+    before = RolloutStore(store_folder).fingerprint
+    assert RolloutStore(folder).fingerprint == RolloutStore(finalize(folder)).fingerprint == before
+    writer = RolloutWriter(folder, RolloutStore(folder).space)
+    writer.write("more", [replace(e, metadata={}) for e in [next(iter(read_episodes(folder)))]])
+    assert RolloutStore(writer.finalize()).fingerprint != before
+
+
+def test_batches_keep_the_weights_of_small_stores_and_ranks_draw_their_own(tmp_path):
+    stores = []
+    for name, count in (("small", 2), ("large", 40)):
+        writer = RolloutWriter(tmp_path / name, LIBERO)
+        writer.write("a", [smooth_episode(i) for i in range(count)])
+        stores.append(RolloutStore(writer.finalize()))
+    windows = Windows(stores, history=4)
+    spans = [(first, info.length) for _, first, info in windows.episodes]
+
+    def frames(rank):
+        stream = BatchStream(windows, spans, 512, batches=20, weights=[1, 1], rank=rank)
+        return np.stack([frames for frames, _ in stream])
+
+    drawn = frames(0)
+    assert drawn.shape == (20, 512)
+    assert abs((drawn < stores[0].frames).mean() - 0.5) < 0.03  # 10,240 draws: 6 standard deviations
+    assert not np.array_equal(drawn, frames(1))
+
+
 def test_last_vla_frame():
     sources, start = np.array([0, 1, 1, 0, 1, 0, 1], np.uint8), np.array([0, 0, 0, 0, 0, 5, 5])
     assert last_vla_frame(sources, start).tolist() == [-1, 0, 0, 0, 3, -1, 5]

@@ -101,7 +101,8 @@ class RolloutData(L.LightningDataModule):
         hide: share of training windows whose last actions are passed off as the generator's.
         calibration_fraction: share of episodes for validation where the data has no official initial states.
         seed: of split and order.
-        weights: share of each store in the training batches; by their numbers of frames if None.
+        weights: share of each store of ``data`` in the training batches; by their numbers of frames if None.
+        calibration_data: more rollout stores, of scenes that ``data`` does not train on: all their episodes calibrate.
     """
 
     def __init__(
@@ -119,23 +120,24 @@ class RolloutData(L.LightningDataModule):
         calibration_fraction: float = 0.2,
         seed: int = 0,
         weights: list[float] | None = None,
+        calibration_data: list[Path] = [],  # noqa: B006
     ) -> None:
         super().__init__()
-        stores = [RolloutStore(path) for path in data]
+        stores = [RolloutStore(path) for path in [*data, *calibration_data]]
         self.windows = Windows(stores, history, horizon, vla_confidence, vla_features)
-        self.split = split_episodes(self.windows, calibration_fraction, seed)
+        self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.space = stores[0].space
-        self.batch_size, self.hide, self.seed, self.weights = batch_size, hide, seed, weights
-        if weights is not None:
-            mixture(self.windows, weights)  # a wrong number of them is told before anything is trained
+        self.batch_size, self.hide, self.seed = batch_size, hide, seed
+        self.weights = None if weights is None else [*mixture(len(data), weights), *[0.0] * len(calibration_data)]
 
     def stream(
         self, spans: Sequence[tuple[int, int]], batch_size: int | None = None, batches: int | None = None
     ) -> BatchStream:
         """Shuffled batches of the windows in ``spans``."""
         size = batch_size or self.batch_size
-        return BatchStream(self.windows, spans, size, self.seed, self.hide, batches, self.weights)
+        passes, rank = (0, 0) if self.trainer is None else (self.trainer.current_epoch, self.trainer.global_rank)
+        return BatchStream(self.windows, spans, size, self.seed, self.hide, batches, self.weights, passes, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return loader(self.stream(self.split.train))
@@ -245,34 +247,12 @@ class GateData(RolloutData):
         generator: str,
         folds: int = 2,
         steps: int = 3000,
-        history: int = 12,
-        state_dims: list[int] | None = None,
-        state_lags: list[int] = [1, 3, 6],  # noqa: B006
-        vla_output: bool = True,
-        vla_confidence: bool = False,
-        vla_features: bool = False,
-        batch_size: int = 1024,
-        hide: float = 0.5,
-        calibration_fraction: float = 0.2,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         module = None
         if generator not in BUILT_IN_GENERATORS:
             module = load_generator_module(generator)
-        super().__init__(
-            data,
-            history,
-            state_dims,
-            state_lags,
-            vla_output,
-            vla_confidence,
-            vla_features,
-            module.network.config.horizon if module else 1,
-            batch_size,
-            hide,
-            calibration_fraction,
-            seed,
-        )
+        super().__init__(data, horizon=module.network.config.horizon if module else 1, **options)
         self.judges: list[ActionGenerator]
         if module is None:
             self.judges = [built_in_generator(generator, self.space)]

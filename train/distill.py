@@ -113,7 +113,7 @@ class Plan:
         windows = self.rollouts.windows
         firsts = {first for first, _ in self.rollouts.split.train}
         trained_on = {store for store, first, _ in windows.episodes if first in firsts}
-        data = {k: v for k, v in self.data.items() if k != "data"}
+        data = {k: v for k, v in self.data.items() if k not in ("data", "calibration_data")}
         stores = [s.fingerprint for i, s in enumerate(windows.stores) if i in trained_on]
         return {"stores": stores, "features": asdict(self.rollouts.features), "data": data, "folds": self.folds}
 
@@ -300,10 +300,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     with naming("default_risk"):
         check_risk(given["default_risk"])
     generators, baselines = given["generators"], given["baselines"]
+    stores = [p.resolve() for p in (*given["data"], *given["calibration_data"])]
     for name, known in (("generators", LEARNED_GENERATORS), ("baselines", BUILT_IN_GENERATORS)):
         if unknown := [n for n in given[name] if n not in known]:
             raise InputError(f"{name}: {unknown[0]!r} is unknown; there are: {', '.join(known)}")
-    for name, items in (("generators", generators), ("baselines", baselines), ("data", [p.resolve() for p in given["data"]])):
+    for name, items in (("generators", generators), ("baselines", baselines), ("data", stores)):
         if twice := [i for i in items if items.count(i) > 1]:
             raise InputError(f"{name}: {str(twice[0])!r} is there twice")
     features = FeatureConfig(LIBERO.dim, given["history"])
@@ -338,6 +339,7 @@ def check_network(name: str, options: Mapping[str, Any], module: type[nn.Module]
 def distill(
     data: list[Path],
     output: Path,
+    calibration_data: list[Path] = [],  # noqa: B006
     generators: list[str] = ["mlp"],  # noqa: B006
     baselines: list[str] = ["ridge"],  # noqa: B006
     history: int = 12,
@@ -369,6 +371,7 @@ def distill(
     Args:
         data: rollout stores; teacher rollouts and accelerated rollouts labelled by the teacher.
         output: the export to write.
+        calibration_data: more rollout stores, of scenes that data does not train on: all their episodes calibrate.
         generators: learned generators: mlp, transformer.
         baselines: built-in generators that get a gate too: ridge, ridge_paper, last.
         history: executed actions to look back on.
@@ -408,7 +411,8 @@ def distill(
     warnings.filterwarnings("ignore", module="lightning")
     plan = Plan(
         data={
-            **{"data": data, "history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
+            **{"data": data, "calibration_data": calibration_data},
+            **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
             **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide, "seed": seed, "weights": weights},
             "calibration_fraction": calibration_fraction,
         },

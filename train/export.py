@@ -29,6 +29,7 @@ def export(
     gate: str,
     data: list[Path],
     output: Path,
+    calibration_data: list[Path] = [],  # noqa: B006
     name: str | None = None,
     default_risk: float = 0.05,
     max_generated_run: int = 20,
@@ -43,6 +44,7 @@ def export(
         gate: checkpoint of its gate.
         data: rollout stores, for calibration.
         output: the export to write.
+        calibration_data: more rollout stores; all their episodes calibrate.
         name: what the generator is called in the export; mlp or transformer if omitted.
         default_risk: the export's default risk.
         max_generated_run: the export's longest run of generated actions.
@@ -64,6 +66,7 @@ def export(
         horizon=module.network.config.horizon,
         calibration_fraction=calibration_fraction,
         seed=seed,
+        calibration_data=calibration_data,
     )
     module.space.require_compatible(rollouts.space, str(data[0]))
     name = name or module.network.config.kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,5 +91,5 @@ class LearnedScheduler:
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         """Label the coming step. A NaN probability is deliberative."""
         normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
-        p = 1 / (1 + math.exp(-float(self.classifier(history.window(), normalized))))
+        p = float(torch.sigmoid(self.classifier(history.window(), normalized)))
         return Decision(p <= self.threshold, "classifier", p)

@@ -1,5 +1,7 @@
 """SP-VLA's hand-set rules in their two published forms (arXiv 2506.12723 and its released code).
 
+A step that the robot held, waiting for the VLA, counts as the VLA's.
+
 Thresholds act on actions in environment units, read as velocity per control step. They are data: presets per suite live
 in ``configs/``.
 """
@@ -14,7 +16,7 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.generators.base import Proposal
-from spvla.history import ActionHistory
+from spvla.history import ActionHistory, Source
 from spvla.scheduling.base import Decision
 
 
@@ -53,10 +55,10 @@ class PaperRule:
 
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         """Label the coming step."""
-        sources = history.recent_sources(self.buffer)
-        if not len(sources):
+        makers = history.recent_makers(self.buffer)
+        if not len(makers):
             return Decision(False, "no history")
-        if not (1 - sources.mean()) > self.tau:
+        if not (makers != Source.GENERATOR).mean() > self.tau:
             return Decision(False, "VLA share")
         speed = np.abs(history.actions[-1, list(self.space.translation)])
         if (speed < self.v_min).any():
@@ -94,8 +96,7 @@ class ReleaseRule:
         """Label the coming step."""
         if history.steps < self.step_skip:
             return Decision(False, "no history")
-        sources = history.recent_sources(self.buffer)
-        if (1 - sources).sum() / self.buffer < self.vla_share - 1e-9:
+        if (history.recent_makers(self.buffer) != Source.GENERATOR).sum() / self.buffer < self.vla_share - 1e-9:
             return Decision(False, "VLA share")
         xyz = np.abs(history.recent(self.step_skip)[:, list(self.space.translation[:3])])
         planar = (xyz[:, 2] / np.maximum(xyz[:, :2].max(1), 1e-4) < self.z_xy_rate) & (xyz[:, 2] < self.z_max)

@@ -159,6 +159,7 @@ class LeRobotVLA:
             device = {"device_processor": {"device": str(config.device)}}
             processors = make_pre_post_processors(config, str(config.pretrained_path), preprocessor_overrides=device)
         self.policy, self.action_space = policy.eval(), space
+        self.needs_wrist_image = "wrist_image" in self.cameras.values()
         self.before: Callable[[Any], Any] = processors[0]
         self.after: Callable[[Any], Any] = processors[1]
         self.conventions = conventions_by_name(conventions)

@@ -120,3 +120,8 @@ def free_memory() -> None:
 def needs_images(vla: VLA) -> bool:
     """Whether a policy looks at images. One that declares ``needs_images = False`` runs without rendering."""
     return bool(getattr(vla, "needs_images", True))
+
+
+def needs_wrist_image(vla: VLA) -> bool:
+    """Whether a policy looks through the camera in the hand too: it then declares ``needs_wrist_image = True``."""
+    return bool(getattr(vla, "needs_wrist_image", False))

@@ -101,6 +101,12 @@ class RemoteVLA:
         if pruner is not None and self.server_info.get("model_server") != "spvla":
             raise InputError(f"pruning: the server at {url} cannot run on fewer visual tokens (it is no spvla.serve)")
 
+    @property
+    def needs_wrist_image(self) -> bool:
+        """Whether the server looks through the camera in the hand: openpi's do by default, vla-eval's say so."""
+        asked = self.protocol == "openpi" or bool((self.server_info.get("observation_params") or {}).get("send_wrist_image"))
+        return asked and self.keys["wrist_image"] is not None
+
     def with_pruner(self, pruner: TokenPruner | None) -> RemoteVLA:
         """The same VLA with another pruner, over a connection of its own."""
         return RemoteVLA(
