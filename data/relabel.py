@@ -129,17 +129,24 @@ def _batch(frames: list[tuple[NDArray[np.uint8], Any, str, int]]) -> Frames:
     return Frames(torch.from_numpy(np.stack(images)), stacked, list(instructions), list(episodes))
 
 
-def label(vla: VLA, frames: Frames) -> list[VLAOutput]:
-    """The VLA's output for each of the frames, in one call where it can (``predict_batch``)."""
+def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutput]:
+    """The VLA's output for each of the frames, in one call where it can (``predict_batch``).
+
+    Args:
+        vla: the policy.
+        frames: in order.
+        running: the episode that the frame before these was of; a VLA that is asked frame by frame is not reset within one.
+    """
     states = [None] * len(frames.images) if frames.states is None else list(frames.states.numpy())
     seen = [Observation(image, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
     predict_batch = getattr(vla, "predict_batch", None)
     if predict_batch is not None:
         return list(predict_batch(seen, frames.instructions))
     outputs = []
-    for i, observation in enumerate(seen):
-        if i == 0 or frames.episodes[i] != frames.episodes[i - 1]:
-            vla.reset(frames.instructions[i])
+    for observation, instruction, episode in zip(seen, frames.instructions, frames.episodes, strict=True):
+        if episode != running:
+            vla.reset(instruction)
+        running = episode
         outputs.append(vla.predict(observation))
     return outputs
 
@@ -183,6 +190,7 @@ def _run(job: Job, fabric: Any) -> None:
     ahead = {"num_workers": 1, "prefetch_factor": 4, "multiprocessing_context": "spawn"} if job.decode_ahead and mine else {}
     loader = torch.utils.data.DataLoader(stream, batch_size=None, **ahead)  # type: ignore[arg-type]
     outputs: dict[int, list[VLAOutput]] = {}
+    running: int | None = None  # episode of the part at hand
     steps, start = 0, perf_counter()
     parent = multiprocessing.parent_process()
     total = sum(p.count for p in source.parts)
@@ -193,8 +201,9 @@ def _run(job: Job, fabric: Any) -> None:
     with tqdm(total=total, initial=done, desc=name, unit="episode", disable=fabric.global_rank != 0) as bar:
         for item in loader:
             if isinstance(item, Frames):
-                for episode, output in zip(item.episodes, label(vla, item), strict=True):
+                for episode, output in zip(item.episodes, label(vla, item, running), strict=True):
                     outputs.setdefault(episode, []).append(output)
+                running = item.episodes[-1]
                 steps += len(item.episodes)
                 rate = steps / (perf_counter() - start) * fabric.world_size
                 bar.set_postfix(steps_per_second=f"{rate:.1f}")
@@ -204,7 +213,7 @@ def _run(job: Job, fabric: Any) -> None:
             if parent is not None and not parent.is_alive():
                 return  # killed: another run may be writing this store by now
             shards.write(item.part, [labelled(e, outputs[i]) for i, e in item.episodes.items()], item.problems)
-            outputs = {}
+            outputs, running = {}, None
             bar.update(min(item.part.count * fabric.world_size, total - bar.n))  # the others are about as far
     fabric.barrier()
     if fabric.global_rank == 0:

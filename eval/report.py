@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
-from math import isqrt
+from math import isfinite, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -405,7 +405,7 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
         ]
         for r in summary["rows"]
     ]
-    parts.append(html_table(header.split("|"), body) + risk_advice(summary["rows"]))
+    parts.append(html_table(header.split("|"), body) + risk_advice(summary["rows"], summary["episodes"]))
 
     def lines(rows: Sequence[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str) -> str:
         def draw(f: Any) -> None:
@@ -439,23 +439,28 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
     return "".join(parts) + f"<div class=pair>{''.join(pictures)}</div>"
 
 
-def risk_advice(rows: Sequence[dict[str, Any]]) -> str:
-    """Which risk these episodes speak for: the largest that held, and at which few of the skipped steps deviated."""
+def risk_advice(rows: Sequence[dict[str, Any]], episodes: int) -> str:
+    """Which risk these episodes speak for: the largest that the share measured stays below by two standard errors, with as
+    many episodes as its own bound needs, and at which few of the skipped steps deviated."""
+
+    def speaks(r: dict[str, Any]) -> bool:
+        error = r["measured_risk_standard_error"]
+        if error is None or not isfinite(error) or (r["deviating_among_skipped"] or 0) > SPEAKING:
+            return False
+        return episodes + 1 >= 1 / r["risk"] and bool(r["measured_risk"] + 2 * error <= r["risk"])
+
     parts = []
     for name in dict.fromkeys(r["generator"] for r in rows if "skipped" in r):
-        fit = [
-            r
-            for r in rows
-            if r["generator"] == name and r.get("within_risk") and (r["deviating_among_skipped"] or 0) <= SPEAKING
-        ]
+        fit = [r for r in rows if r["generator"] == name and "skipped" in r and speaks(r)]
         if fit:
             r = max(fit, key=lambda r: r["risk"])
             parts.append(f"{name} at {r['risk']:g} (skips {percent(r['skipped'])} %)")
     if not parts:
-        return "<p>No gate keeps its risk on these episodes: calibrate on rollouts like them before acting.</p>"
+        return f"<p>These {episodes} episodes speak for no risk: record more, or calibrate on such rollouts before acting.</p>"
     return (
-        f"<p>Largest risk that was kept, with at most {percent(SPEAKING)} % of the skipped steps off by more than the "
-        f"tolerance: <b>{html.escape('; '.join(parts))}</b>.</p>"
+        "<p>Largest risk that these episodes speak for (the share measured stays below it by two standard errors, and at most "
+        f"{percent(SPEAKING)} % of the skipped steps are off by more than the tolerance): "
+        f"<b>{html.escape('; '.join(parts))}</b>.</p>"
     )
 
 

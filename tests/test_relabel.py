@@ -122,6 +122,22 @@ def test_batching_changes_nothing(bridge, vla, tmp_path, monkeypatch):
     assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(tmp_path / "c")
 
 
+def test_a_vla_with_a_memory_is_reset_between_episodes_alone(bridge, tmp_path, monkeypatch):
+    class Counting(SeeingVLA):
+        def reset(self, instruction):
+            super().reset(instruction)
+            self.steps = -1
+
+        def predict(self, observation, keep_mass=1.0):
+            self.steps += 1
+            return VLAOutput(np.full((1, 7), self.steps, np.float32))
+
+    monkeypatch.setattr(data.relabel, "load_vla", lambda *args: Counting(bridge_space(), batched=False))
+    run(tmp_path / "store", bridge, batch_size=5)
+    for episode in read_episodes(tmp_path / "store"):
+        assert episode.vla_actions[:, 0].tolist() == list(range(len(episode)))
+
+
 def test_what_is_finished_is_not_done_again(bridge, vla, tmp_path):
     run(tmp_path / "store", bridge)
     whole = tree(tmp_path / "store")

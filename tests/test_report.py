@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval.film import write_film
-from eval.report import report
+from eval.report import report, risk_advice
 from spvla import InputError
 from spvla.history import Source
 from spvla.policy import StepInfo
@@ -46,6 +46,15 @@ def test_every_result_is_on_the_page(page):
             if summary["kind"] == "closed_loop":
                 assert f"{row['vla_calls_per_episode']:.1f}" in text, (path, row["cell"])
     assert "<video" in text and "Kept tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("episodes", "measured", "error", "advised"),
+    [(200, 0.02, 0.005, "0.05"), (200, 0.045, 0.005, "no risk"), (10, 0.02, 0.005, "no risk"), (200, 0.0, None, "no risk")],
+)
+def test_a_risk_is_advised_only_where_episodes_speak_for_it(episodes, measured, error, advised):
+    row = {"generator": "mlp", "risk": 0.05, "skipped": 0.8, "measured_risk": measured, "deviating_among_skipped": 0.01}
+    assert advised in risk_advice([row | {"measured_risk_standard_error": error}], episodes)
 
 
 def test_pictures_are_sound_and_nothing_comes_from_outside(page):

@@ -286,21 +286,26 @@ class ActionStatistics:
 
 def pixel_values(image: UInt8Array, config: OpenVLAConfig) -> Tensor:
     """An image, uint8 (H, W, 3) RGB, resized and normalised for each encoder: float32 (3 x encoders, S, S)."""
-    encoders = config.encoders
+    return standardized(resized(image, config), config)
+
+
+def resized(image: UInt8Array, config: OpenVLAConfig) -> list[UInt8Array]:
+    """What each encoder sees of ``image`` (H, W, 3): uint8 (S, S, 3). Encoders of one size and filter share it."""
+    filters = config.interpolations or ["bicubic"] * len(config.image_sizes)
+    which = list(zip(config.image_sizes, filters, strict=True))
+    made = {(s, f): np.array(Image.fromarray(image).resize((s, s), INTERPOLATIONS[f])) for s, f in dict.fromkeys(which)}
+    return [made[key] for key in which]
+
+
+def standardized(views: Sequence[UInt8Array], config: OpenVLAConfig) -> Tensor:
+    """Each encoder's view with its own mean and spread: float32 (3 x encoders, S, S)."""
     out = []
-    for i, vit in enumerate(encoders):
+    for i, (vit, view) in enumerate(zip(config.encoders, views, strict=True)):
         mean = config.image_means[i] if config.image_means else vit.mean
         std = config.image_stds[i] if config.image_stds else vit.std
-        x = torch.from_numpy(resized(image, config, i)).permute(2, 0, 1).float() / 255  # (3, S, S)
+        x = torch.from_numpy(view).permute(2, 0, 1).float() / 255  # (3, S, S)
         out.append((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
     return torch.cat(out)  # (3 x encoders, S, S)
-
-
-def resized(image: UInt8Array, config: OpenVLAConfig, encoder: int) -> UInt8Array:
-    """What an encoder sees of ``image`` (H, W, 3): uint8 (S, S, 3)."""
-    size = config.image_sizes[encoder]
-    how = INTERPOLATIONS[config.interpolations[encoder] if config.interpolations else "bicubic"]
-    return np.array(Image.fromarray(image).resize((size, size), how))
 
 
 # -------------------------------------------------------------------------------------------------------- the model
@@ -592,8 +597,8 @@ class OpenVLA(nn.Module):
         space, statistics, pruner = self.action_space, self.statistics, self.pruner
         assert statistics is not None
         clock = Stopwatch(self.device)
-        images = [self.view(o.require_image()) for o in observations]
-        pixels = torch.stack([pixel_values(image, self.config) for image in images])  # (B, 3 x encoders, S, S)
+        images = [resized(self.view(o.require_image()), self.config) for o in observations]  # B x encoders
+        pixels = torch.stack([standardized(views, self.config) for views in images])  # (B, 3 x encoders, S, S)
         pixels = pixels.to(self.device)
         clock.lap("preprocess")
         features, score_input = self.vision_backbone(pixels)  # (B, N, C)
@@ -602,7 +607,7 @@ class OpenVLA(nn.Module):
         everything = torch.arange(total, device=self.device)
         keep = [everything] * len(images)
         if keep_mass < 1 and pruner is not None:
-            keep = self._select(pruner, score_input, images, keep_mass, clock)
+            keep = self._select(pruner, score_input, [views[-1] for views in images], keep_mass, clock)
             features = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
             clock.lap("selection")
         visual = self.projector(features.flatten(0, -2)).split([len(k) for k in keep])  # B x (K, H)
@@ -646,13 +651,12 @@ class OpenVLA(nn.Module):
     def _select(
         self, pruner: TokenPruner, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float, clock: Stopwatch
     ) -> list[Tensor]:
-        """The pruner's choice for each image: B x (K,), ascending."""
+        """The pruner's choice for each image, as the last encoder sees it: B x (K,), ascending."""
         q, k = self.vision_backbone.queries_keys(score_input)  # (B, nh, N, hs)
         clock.lap("queries_keys")
         attention = attention_received(q, k).cpu().numpy()  # (B, N)
         clock.lap("score")
-        last = len(self.config.image_sizes) - 1
-        contours = [pruner.contour_mask(resized(i, self.config, last), attention.shape[1]) for i in images]  # B x (N,)
+        contours = [pruner.contour_mask(image, attention.shape[1]) for image in images]  # B x (N,)
         clock.lap("contours")
         keep = [pruner.choose(a, c, keep_mass) for a, c in zip(attention, contours, strict=True)]
         assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
