@@ -53,8 +53,8 @@ def inspect(
         raise InputError(f"output: {output} is no picture; its name must end in .png, .pdf or .svg")
     if data is not None:
         store = RolloutStore(data)
-        shown = _describe_store(store)
-        space = store.space
+        _describe_store(store)
+        space, shown = store.space, []
         if output is not None:
             wanted = set(np.linspace(0, len(store.episodes) - 1, trajectories).astype(int).tolist())
             shown = [e for i, e in enumerate(read_episodes(data)) if i in wanted]
@@ -123,7 +123,7 @@ class Sample:
         return out
 
 
-def _describe_store(store: RolloutStore) -> list[Episode]:
+def _describe_store(store: RolloutStore) -> None:
     a, space = store.arrays, store.space
     lengths = np.array([e.length for e in store.episodes])
     known = [e.success for e in store.episodes if e.success is not None]
@@ -139,7 +139,6 @@ def _describe_store(store: RolloutStore) -> list[Episode]:
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")
     _actions(space.denormalize(a["actions"][:: 1 + store.frames // MOST_STEPS]), space)
-    return []
 
 
 def _lengths(lengths: NDArray[Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from eval.statistics import mean_and_error
 from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
-from spvla.scheduling.learned import ActionTypeClassifier
 
 QUANTILES = 101
 
@@ -46,6 +44,7 @@ class Judged:
     episode: NDArray[np.int64]
 
 
+@torch.inference_mode()
 def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
     """What the generators called ``names`` propose along the episodes, and what their gates say."""
     space, horizon = windows.stores[0].space, windows.horizon
@@ -62,7 +61,8 @@ def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
             if name in probability:
-                probability[name].append(gate_probability(export.gates[name], batch.window, actions[:, 0]))
+                proposed = torch.from_numpy(np.ascontiguousarray(actions[:, 0]))
+                probability[name].append(export.gates[name].probability(batch.window, proposed).numpy().astype(np.float64))
         targets.append(batch.targets)
         valid.append(batch.valid > 0)
         episode.append(np.full(len(batch.valid), e))
@@ -73,13 +73,6 @@ def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
         np.concatenate(valid),
         np.concatenate(episode),
     )
-
-
-@torch.inference_mode()
-def gate_probability(gate: ActionTypeClassifier, window: Any, proposals: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probability of deviating, (B,), for windows and proposals (B, D)."""
-    p = torch.sigmoid(gate(window, torch.from_numpy(np.ascontiguousarray(proposals))))
-    return p.numpy().astype(np.float64)
 
 
 def roc(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:

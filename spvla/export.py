@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -373,9 +372,7 @@ def model_card(export: Export) -> str:
     ]
     risk = float(export.defaults.get("risk", 0.05))
     for name, curve in export.calibration.items():
-        allowed = np.asarray(curve.risk) <= risk
-        coverage = f"{np.asarray(curve.coverage)[allowed][-1]:.1%}" if allowed.any() else "none"
-        lines.append(f"| {name} | learned | {curve.episodes} | {curve.smallest_risk:.4f} | {coverage} |")
+        lines.append(f"| {name} | learned | {curve.episodes} | {curve.smallest_risk:.4f} | {curve.coverage_at(risk):.1%} |")
     lines += [
         "",
         f"Defaults: `{json.dumps(dict(export.defaults))}`. A step deviates if the largest error over the continuous "

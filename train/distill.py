@@ -241,7 +241,7 @@ def judge_episode(
     batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
     proposals = generator.propose_windows(batch.window)[:, 0]
     with torch.inference_mode():
-        p = torch.sigmoid(gate(batch.window, torch.from_numpy(proposals))).numpy().astype(np.float64)
+        p = gate.probability(batch.window, torch.from_numpy(proposals)).numpy().astype(np.float64)
     known = batch.valid[:, 0] > 0
     deviates = data.space.deviation(proposals, batch.targets[:, 0], tolerance) & known
     p[~known] = np.inf
@@ -463,9 +463,7 @@ def print_curves(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.2,
     for name, curve in export.calibration.items():
         cells = []
         for risk in risks:
-            allowed = np.asarray(curve.risk) <= risk
-            coverage = np.asarray(curve.coverage)[allowed][-1] if allowed.any() else 0.0
-            cells.append(f"{'n/a':>8}" if risk < curve.smallest_risk else f"{coverage:8.1%}")
+            cells.append(f"{'n/a':>8}" if risk < curve.smallest_risk else f"{curve.coverage_at(risk):8.1%}")
         print("  " + f"{name:12s}" + "".join(cells))
     smallest = max(c.smallest_risk for c in export.calibration.values())
     if smallest > min(risks):

@@ -111,7 +111,7 @@ class _FlatGate(nn.Module):
         self.network, self.names = network, names
 
     def forward(self, *fields: Tensor) -> Tensor:
-        return torch.sigmoid(self.network(_window(self.names, fields[:-1]), fields[-1]))
+        return self.network.probability(_window(self.names, fields[:-1]), fields[-1])
 
 
 def _window(names: Sequence[str], fields: Sequence[Tensor]) -> Window:

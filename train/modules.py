@@ -176,7 +176,7 @@ class ClassifierModule(_Module):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the classifier's config into the checkpoint, as plain values."""
-        checkpoint["spvla"] = {"classifier": asdict(self.network.config), "tolerance": self.tolerance}
+        checkpoint["spvla"] = {"classifier": asdict(self.network.config)}
 
     @staticmethod
     def read(path: Path) -> ActionTypeClassifier:
@@ -228,9 +228,7 @@ class ClassifierModule(_Module):
         curve = calibrate([p for p, _ in self.seen], [deviates for _, deviates in self.seen])
         self.seen.clear()
         for risk in RISKS:
-            allowed = np.asarray(curve.risk) <= risk
-            coverage = float(np.asarray(curve.coverage)[allowed][-1]) if allowed.any() else 0.0
-            self.log(f"risk_curve/coverage_at_{risk:g}", coverage, prog_bar=risk == RISKS[1])
+            self.log(f"risk_curve/coverage_at_{risk:g}", curve.coverage_at(risk), prog_bar=risk == RISKS[1])
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -61,8 +61,17 @@ class Calibration:
                 f"risk {risk:g} cannot be vouched for by {self.episodes} calibration episodes: "
                 f"the smallest possible is {self.smallest_risk:.4f}"
             )
-        allowed = np.flatnonzero(np.asarray(self.risk) <= risk)
-        return float(self.thresholds[allowed[-1]]) if len(allowed) else -1.0
+        allowed = self._allowed(risk)
+        return self.thresholds[allowed - 1] if allowed else -1.0
+
+    def coverage_at(self, risk: float) -> float:
+        """Share of steps that are intuitive at the largest threshold whose bound is at most ``risk``, mean over episodes."""
+        allowed = self._allowed(risk)
+        return self.coverage[allowed - 1] if allowed else 0.0
+
+    def _allowed(self, risk: float) -> int:
+        """How many of the ascending thresholds have a bound of at most ``risk``."""
+        return int(np.searchsorted(self.risk, risk, side="right"))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

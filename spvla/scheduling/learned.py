@@ -65,6 +65,10 @@ class ActionTypeClassifier(
         x = torch.cat([self.features(window), proposal, proposal - last, proposal - vla], dim=1)
         return self.net(x)[:, 0]
 
+    def probability(self, window: Window, proposal: Tensor) -> Tensor:
+        """Estimated probability that each proposal deviates, (B,); arguments as for :meth:`forward`."""
+        return torch.sigmoid(self(window, proposal))
+
 
 @dataclass(frozen=True)
 class LearnedScheduler:
@@ -91,5 +95,5 @@ class LearnedScheduler:
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         """Label the coming step. A NaN probability is deliberative."""
         normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
-        p = float(torch.sigmoid(self.classifier(history.window(), normalized)))
+        p = float(self.classifier.probability(history.window(), normalized))
         return Decision(p <= self.threshold, "classifier", p)
