@@ -129,3 +129,21 @@ def test_a_nan_classifier_is_deliberative_and_the_threshold_decides():
     with torch.no_grad():
         classifier.net[0].bias.fill_(float("nan"))
     assert not LearnedScheduler(classifier, 1.0, LIBERO).decide(history, PROPOSAL).intuitive
+
+
+def test_a_state_that_no_training_saw_is_deliberative():
+    features = FeatureConfig(7, 4, state_dims=(0, 2), state_q01=(-1, 0), state_q99=(1, 0.2), state_lags=(1,))
+    scheduler = LearnedScheduler(ActionTypeClassifier(ClassifierConfig(features)), 1.0, LIBERO)
+
+    def decide(*state):
+        history = ActionHistory(LIBERO, 4)
+        for _ in range(2):
+            history.observe(np.array(state, np.float32))
+            history.act(np.zeros(7, np.float32), Source.VLA)
+        history.observe(np.array(state, np.float32))
+        return scheduler.decide(history, PROPOSAL)
+
+    assert decide(2, 1e6, 0.3).intuitive  # the second entry is not read
+    for state in ((1000, 0, 0.1), (0, 0, -1000), (-11, 0, 0.1), (0, 0, 1.2)):
+        decision = decide(*state)
+        assert (decision.intuitive, decision.reason) == (False, "unfamiliar state")

@@ -93,7 +93,9 @@ class LearnedScheduler:
 
     @torch.inference_mode()
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step. A NaN probability is deliberative."""
+        """Label the coming step. A NaN probability is deliberative, and so is a state far from all that training saw."""
         normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
         p = float(self.classifier.probability(history.window(), normalized))
+        if history.states is not None and self.classifier.features.unfamiliar(history.states[-1]):
+            return Decision(False, "unfamiliar state", p)
         return Decision(p <= self.threshold, "classifier", p)
