@@ -466,7 +466,7 @@ def closed_loop(
         "weights": weights,
         **{k: v for k, v in asdict(setting).items() if k != "export"},
     }
-    raw = output / "episodes.jsonl.gz"
+    raw = output / "episodes.jsonl"
     content = fingerprint(export)
     done = [e for e in continued(raw, output / "setting.json", fixed) if e["generator"] == "none" or e["export"] == content]
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}

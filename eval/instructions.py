@@ -148,7 +148,7 @@ def instructions(
     fixed: dict[str, Any] = {"suite": suite, "policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options)}
     fixed |= {"weights": weights, "max_steps": max_steps, "seed": seed}
     output.mkdir(parents=True, exist_ok=True)
-    raw = output / "trials.jsonl.gz"
+    raw = output / "trials.jsonl"
     done = continued(raw, output / "setting.json", fixed)
     names = tuple(named(task.instruction) for task in load_tasks(suite))
     states = parse_range(init_states)

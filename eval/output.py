@@ -8,15 +8,12 @@ import io
 import json
 import os
 import platform
-import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
-
-BLOCK = 1 << 16  # bytes that are read at a time
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
@@ -49,7 +46,7 @@ def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **fac
 
 
 def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows (gzipped JSON lines in ``raw``) of an earlier run with the same setting, which this one continues.
+    """Rows (JSON lines in ``raw``) of an earlier run with the same setting, which this one continues.
 
     Raises:
         InputError: the folder holds another setting's rows, or rows that somebody damaged; a killed run's last row is none.
@@ -73,32 +70,21 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
 
 
 def _whole_rows(raw: Path) -> list[dict[str, Any]]:
-    """The rows of gzip members one after another; a last one that a killed run left unfinished is cut off the file."""
-    pieces: list[bytes] = []
-    with raw.open("rb") as stream:
-        whole, member, text = 0, None, b""
-        while block := stream.read(BLOCK):
-            member = member or zlib.decompressobj(zlib.MAX_WBITS | 16)
-            try:
-                text += member.decompress(block)
-            except zlib.error as error:
-                raise InputError(f"{raw}: damaged after byte {whole} ({error}); delete it to begin anew") from None
-            if member.eof:
-                whole = stream.seek(-len(member.unused_data), os.SEEK_CUR)
-                pieces.append(text)
-                member, text = None, b""
+    """The rows of JSON lines; a last one that a killed run left unfinished is cut off the file."""
+    text = raw.read_bytes()
+    whole = text.rfind(b"\n") + 1
     try:
-        rows = [json.loads(line) for line in b"".join(pieces).splitlines()]
+        rows = [json.loads(line) for line in text[:whole].splitlines()]
     except ValueError as error:
         raise InputError(f"{raw}: not JSON lines ({error}); delete it to begin anew") from None
-    if member is not None:
+    if whole < len(text):
         os.truncate(raw, whole)
     return rows
 
 
 def append(raw: Path, row: dict[str, Any]) -> None:
-    """Add a row for :func:`continued`. Members are appended whole: a killed run loses at most the last line."""
-    with gzip.open(raw, "at") as stream:
+    """Add a row for :func:`continued`: a killed run loses at most the last line."""
+    with raw.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
 
