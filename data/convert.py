@@ -21,7 +21,7 @@ from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space
+from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info
 from spvla.errors import InputError
 
 OnError = Literal["skip", "stop"]
@@ -87,6 +87,22 @@ class Shards:
 
     def _note(self, part: Part) -> Path:
         return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
+
+    def require_new(self, parts: Sequence[Part]) -> None:
+        """Raise :class:`InputError` if the store has episodes of these ``parts`` already that other options made: it would
+        hold them twice."""
+        mine = {self.setting.job(part) for part in parts}
+        wanted = {part.id for part in parts}
+        for shard in sorted(self.writer.shards.glob("*.parquet")):
+            if shard.stem in mine or shard.stem.rpartition("-")[0] not in wanted:
+                continue
+            there = {e["metadata"].get("number") for e in shard_info(shard)["episodes"]}
+            twice = there if self.setting.episodes is None else there & set(self.setting.episodes)
+            if twice:
+                raise InputError(
+                    f"{shard}: holds {len(twice)} of these episodes already, made with other options; name another --output "
+                    "or other --episodes"
+                )
 
     def finished(self, part: Part) -> bool:
         """Whether a part is done: its note is there, and its shard, or it is known to hold nothing of use.
@@ -299,6 +315,7 @@ def convert(
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
     measured = statistics is None
     shards = Shards(output, setting, space, measured=measured)
+    shards.require_new(found.parts)
     waiting = [part for part in found.parts if not shards.finished(part)]
     groups = [Group(setting, tuple(p), str(output), space, measured, on_error) for p in chunks(waiting, workers)]
     from tqdm import tqdm
@@ -331,7 +348,11 @@ def published_space(space: ActionSpace, file: Path, name: str | None = None) -> 
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except KeyError as error:
-        raise InputError(f"{file}: no usable entry for {name!r}: {error} is missing") from None
+        told = f"no usable entry for {name!r}: {error} is missing"
+        known = [k for k, v in table.items() if isinstance(v, dict) and "action" in v]
+        if name not in table and known:
+            told += f"; there are: {', '.join(known)}; say with --conventions which entry is this data set's"
+        raise InputError(f"{file}: {told}") from None
     except (json.JSONDecodeError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not readable statistics ({error})") from None
     if not len(q01) == len(q99) == len(low) == len(high) == space.dim:

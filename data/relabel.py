@@ -12,7 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -163,6 +163,14 @@ def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
     return episode
 
 
+def told_plainly(items: Iterable[Frames | End]) -> Iterator[Frames | End]:
+    """The same items; an :class:`InputError` of the worker that makes them without its traceback."""
+    try:
+        yield from items
+    except InputError as error:
+        raise InputError(str(error).strip().rpartition(f"{InputError.__name__}: ")[2]) from None
+
+
 @dataclass(frozen=True)
 class Job:
     """What every process of a relabelling run is told."""
@@ -183,6 +191,7 @@ def _run(job: Job, fabric: Any) -> None:
     vla = load_vla(job.policy, job.checkpoint, job.options)
     source.space.require_compatible(vla.action_space, f"policy {job.policy!r}")
     shards = Shards(Path(job.output), job.setting, vla.action_space, job.policy)
+    shards.require_new(source.parts)
     left = fabric.broadcast([i for i, part in enumerate(source.parts) if not shards.finished(part)])
     waiting = [source.parts[i] for i in left]  # as the first process sees it: shards appear while others start
     mine = deal(waiting, fabric.global_rank, fabric.world_size)
@@ -199,7 +208,7 @@ def _run(job: Job, fabric: Any) -> None:
     name = f"relabel {source.name}"
     done = total - sum(p.count for p in waiting)
     with tqdm(total=total, initial=done, desc=name, unit="episode", disable=fabric.global_rank != 0) as bar:
-        for item in loader:
+        for item in told_plainly(loader):
             if isinstance(item, Frames):
                 for episode, output in zip(item.episodes, label(vla, item, running), strict=True):
                     outputs.setdefault(episode, []).append(output)
@@ -276,7 +285,10 @@ def relabel(
     if batch_size < 1:
         raise InputError(f"relabel: batch_size must be at least 1, got {batch_size}")
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
-    tell("note", setting.open().notes)
+    found = setting.open()
+    if found.camera is None:
+        raise InputError(f"{where}: has no images, or its conventions name no camera; a VLA cannot be asked")
+    tell("note", found.notes)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1
     strategy = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ COLUMNS = (
     *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
     *("visual_tokens_mean", "policy_ms_per_step_p50", "policy_seconds_per_episode", "policy_speedup"),
 )
+UNTIMED = dict.fromkeys([*(f"policy_ms_per_step_p{q}" for q in (50, 95, 99)), "policy_seconds_per_episode"])
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,9 @@ def _film(folder: Path, cell: Cell, policy: SPVLAPolicy, result: Rollout) -> Non
 
 def measure_time(
     cells: Sequence[Cell], jobs: Sequence[tuple[Task, int | None, int]], setting: Setting
-) -> dict[str, dict[str, float]]:
-    """Milliseconds inside ``select_action`` per cell: one process, one thread, cells in turn on every episode.
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """Milliseconds inside ``select_action`` per cell, and one raw row per episode: one process, one thread, cells in turn on
+    every episode.
 
     Rendering is the simulator's time, not the policy's, and left out. Where the VLA reports its stages, each one's median
     over its calls is beside them. The first episode runs twice, for warm-up, and counts once.
@@ -253,6 +256,7 @@ def measure_time(
     policies = {cell: make_policy(cell, vla, export, setting) for cell in cells}
     milliseconds: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
     stages: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cells}
+    raw: list[dict[str, Any]] = []
     with tqdm(total=len(jobs), desc="timing, one thread", unit="episode") as bar:
         for task in dict.fromkeys(task for task, _, _ in jobs):
             mine = [(init, seed) for t, init, seed in jobs if t == task]
@@ -265,6 +269,8 @@ def measure_time(
                             continue
                         ms = [s.milliseconds["total"] - s.milliseconds.get("capture", 0.0) for s in policy.steps]
                         milliseconds[cell].append(ms)
+                        facts = {"cell": cell.name, "task": task.index, "init_state": init, "seed": seed, "steps": len(ms)}
+                        raw.append({**facts, "vla_calls": policy.stats()["vla_calls"], "policy_seconds": sum(ms) / 1e3})
                         for stage, took in ((k, v) for s in policy.steps for k, v in s.milliseconds.items()):
                             if stage.startswith("vla"):
                                 stages[cell].setdefault(stage.replace("/", "_"), []).append(took)
@@ -276,7 +282,7 @@ def measure_time(
         out[cell.name] = {f"policy_ms_per_step_p{q}": float(np.percentile(steps, q)) for q in (50, 95, 99)}
         out[cell.name]["policy_seconds_per_episode"] = float(np.mean([sum(e) for e in episodes]) / 1e3)
         out[cell.name] |= {f"{stage}_ms_p50": float(np.median(ms)) for stage, ms in stages[cell].items()}
-    return out
+    return out, raw
 
 
 def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -341,6 +347,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         if counted := [e for e in seeing if e.get("kept") is not None]:
             kept = np.sum([e["kept"] for e in counted], axis=0)
             row["kept_share"] = (kept / sum(e["vla_calls"] for e in counted)).round(3).tolist()
+        row["deviation_rate"] = None
         labelled = [e for e in es if e["deviating"] is not None]
         if labelled:
             mean, error = mean_and_error([e["deviating"] / (e["steps"] - e["held"]) for e in labelled])
@@ -349,7 +356,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
                 "deviation_rate_standard_error": error,
                 "deviating_among_generated": float(sum(e["deviating"] for e in labelled) / max(1, generated.sum())),
             }
-        row |= timing.get(name, {})
+        row |= UNTIMED | dict(timing.get(name, {}))
         if "vla" in timing and name in timing:
             of = "policy_seconds_per_episode"
             row["policy_speedup"] = timing["vla"][of] / timing[name][of]
@@ -490,18 +497,21 @@ def closed_loop(
     mine = [e for e in done if e["cell"] in names and (e["task"], e["init_state"], e["seed"]) in keys]
     mine.sort(key=lambda e: (names[e["cell"]], e["task"], e["init_state"] or 0, e["seed"]))
     timing: dict[str, dict[str, float]] = {}
+    beside: dict[str, Any] = {}
     if timing_episodes:
         turns = [
             (task, *episode)
             for episodes in zip(*jobs.values(), strict=True)
             for task, episode in zip(jobs, episodes, strict=True)
         ]
-        timing = measure_time(wanted, sorted(turns[:timing_episodes], key=lambda turn: turn[0].index), setting)
+        beside = {"load_average_before": os.getloadavg()[0]}  # timings taken beside other work say little
+        timing, timed = measure_time(wanted, sorted(turns[:timing_episodes], key=lambda turn: turn[0].index), setting)
+        write_csv(output / "timing.csv.gz", timed)
     rows = summarise(mine, timing)
     write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
     _write_traces(output / "traces.json.gz", mine)
     facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
-    path = write_summary(output, "closed_loop", rows, export=content, **facts, timing_episodes=timing_episodes)
+    path = write_summary(output, "closed_loop", rows, export=content, **facts, timing_episodes=timing_episodes, **beside)
     extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     text = table(rows, [*COLUMNS, *extra])

@@ -34,6 +34,7 @@ class Judged:
         probability: per generator with a gate, its probability of deviating (N,).
         targets: the teacher's normalised actions (N, H, D).
         valid: where they are known (N, H).
+        admissible: per generator, whether the policy would execute its proposal rather than ask the VLA (N,).
         episode: index of each step's episode (N,).
     """
 
@@ -41,16 +42,20 @@ class Judged:
     probability: dict[str, NDArray[np.float64]]
     targets: NDArray[np.float32]
     valid: NDArray[np.bool_]
+    admissible: dict[str, NDArray[np.bool_]]
     episode: NDArray[np.int64]
 
 
 @torch.inference_mode()
 def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
-    """What the generators called ``names`` propose along the episodes, and what their gates say."""
+    """What the generators called ``names`` propose along the episodes, what their gates say, and what would be refused."""
     space, horizon = windows.stores[0].space, windows.horizon
+    jumps = export.space.max_jump
+    limits = {n: space if jumps is None or n not in export.generators else space.with_max_jump(jumps) for n in names}
     generators = {n: export.generator(n, space) for n in names}
     proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
     probability: dict[str, list[NDArray[np.float64]]] = {n: [] for n in names if n in export.gates}
+    admissible: dict[str, list[NDArray[np.bool_]]] = {n: [] for n in names}
     targets, valid, episode = [], [], []
     for e, (_, first, info) in enumerate(windows.episodes):
         if info.length < 2:
@@ -60,6 +65,8 @@ def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
             actions = generator.propose_windows(batch.window)[:, :horizon]
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
+            proposed_action, previous = space.denormalize(actions[:, 0]), space.denormalize(batch.window.actions[:, -1])
+            admissible[name].append(limits[name].all_admissible(proposed_action, previous))
             if name in probability:
                 proposed = torch.from_numpy(np.ascontiguousarray(actions[:, 0]))
                 probability[name].append(export.gates[name].probability(batch.window, proposed).numpy().astype(np.float64))
@@ -71,6 +78,7 @@ def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
         {k: np.concatenate(v) for k, v in probability.items()},
         np.concatenate(targets),
         np.concatenate(valid),
+        {k: np.concatenate(v) for k, v in admissible.items()},
         np.concatenate(episode),
     )
 
@@ -99,6 +107,9 @@ def offline(
 ) -> None:
     """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode.
 
+    A step counts as skipped if the gate calls it intuitive and the proposal is admissible; the limit of generated actions in
+    a row does not count here.
+
     Args:
         data: rollout store with the teacher's labels that nothing was trained or calibrated on.
         export: exported folder.
@@ -112,6 +123,8 @@ def offline(
     loaded.space.require_compatible(store.space, str(data))
     if store.unlabelled():
         raise InputError(f"{data}: has generated steps without the VLA's label; record the VLA alone or in shadow mode")
+    if store.fingerprint in {s.get("fingerprint") for s in loaded.provenance.get("stores", [])}:
+        print(f"note: {export} was distilled from {data}: these are no held-out episodes")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates, "ridge", "last"]))
     for name in names:
         loaded.generator(name, store.space)  # an unknown name is told first
@@ -131,6 +144,7 @@ def offline(
         raise InputError(f"{data}: no step has a teacher's label")
     output.mkdir(parents=True, exist_ok=True)
     space, continuous = store.space, list(store.space.continuous)
+    count = len(store.episodes)
     share = np.array([1.0 / e.length for e in store.episodes])[episode]  # of the episode's steps, the first one included
     errors, rows, curves, raw = [], [], [], []
     for name in names:
@@ -176,13 +190,15 @@ def offline(
             if r < curve.smallest_risk:
                 rows.append({**row, "note": f"smallest possible risk is {curve.smallest_risk:.4f}"})
                 continue
-            skipped = known & (p <= curve.threshold(r))
-            per_episode = np.bincount(episode, (skipped & deviates) * share, minlength=len(store.episodes))
+            intuitive = known & (p <= curve.threshold(r))
+            skipped = intuitive & judged.admissible[name]
+            per_episode = np.bincount(episode, (skipped & deviates) * share, minlength=count)
             mean, error = mean_and_error(per_episode)
             rows.append(
                 {
                     **row,
-                    "skipped": float(np.bincount(episode, skipped * share, minlength=len(store.episodes)).mean()),
+                    "skipped": float(np.bincount(episode, skipped * share, minlength=count).mean()),
+                    "refused": float(np.bincount(episode, (intuitive & ~skipped) * share, minlength=count).mean()),
                     "measured_risk": mean,
                     "measured_risk_standard_error": error,
                     "within_risk": bool(mean <= r + 2 * (0.0 if np.isnan(error) else error)),
@@ -200,7 +216,17 @@ def offline(
     }
     calibration = {k: c.to_dict() for k, c in loaded.calibration.items()}
     path = write_summary(output, "offline", rows, **facts, errors=errors, roc=curves, coverage=raw, calibration=calibration)
-    columns = ["generator", "max_abs_error", "deviating", "roc_auc", "risk", "skipped", "measured_risk", "within_risk"]
+    columns = [
+        "generator",
+        "max_abs_error",
+        "deviating",
+        "roc_auc",
+        "risk",
+        "skipped",
+        "refused",
+        "measured_risk",
+        "within_risk",
+    ]
     text = table(rows, [*columns, "measured_risk_standard_error", "deviating_among_skipped"])
     (output / "table.txt").write_text(text + "\n")
     print(text)

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from itertools import groupby
 from math import isfinite, isqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,14 @@ th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 tr.best td { color: var(--good); font-weight: 600 }
 figure { margin: .5rem 0 1rem } figure svg { width: 100%; height: auto; color: var(--ink) }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(500px, 1fr)); gap: 1rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 1rem }
 .headline { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 }
 .headline div { border: 1px solid var(--faint); border-radius: 8px; padding: .6rem 1rem; min-width: 9rem }
 .headline b { display: block; font-size: 1.5rem; color: var(--accent) }
 .film { display: flex; gap: .8rem; align-items: center; margin: .4rem 0 }
 .film img { width: 0; flex: 1; min-width: 300px } .film video { width: 190px }
 @media print { body { max-width: none } h2 { break-after: avoid } figure { break-inside: avoid }
-  table { font-size: .55rem } }
+  .scroll { overflow: visible } table { font-size: .45rem } th, td { white-space: normal; padding: .2rem } }
 """
 
 
@@ -165,39 +166,44 @@ def closed_loop_setting(summary: dict[str, Any]) -> list[str]:
 
 
 def closed_loop_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of the table of cells."""
-    header = (
-        "cell|episodes|success %|95 %|paired Δ|95 %|McNemar p|calls/episode|skipped %|steps|deviating %|run|fallbacks|"
-        "tokens|ms p50"
-    )
-    body = []
-    for r in rows:
-        ci, delta = r["success_ci95"], r.get("paired_delta_ci95")
-        body.append(
-            [
-                cell_name(r),
-                str(r["episodes"]),
-                percent(r["success_rate"]),
-                f"{percent(ci[0])}–{percent(ci[1])}",
-                percent(r.get("paired_delta"), True),
-                f"{percent(delta[0], True)} to {percent(delta[1], True)}" if delta else "–",
-                f"{r['mcnemar_p']:.2g}" if "mcnemar_p" in r else "–",
-                f"{r['vla_calls_per_episode']:.1f}",
-                percent(r["skipped"]),
-                f"{r['steps_per_episode']:.1f}",
-                percent(r.get("deviation_rate")),
-                f"{r['generated_run_length_mean']:.1f}",
-                str(r["fallbacks"]),
-                f"{r['visual_tokens_mean']:.0f} of {r['visual_tokens_total']}" if "visual_tokens_mean" in r else "–",
-                f"{r['policy_ms_per_step_p50']:.2f}" if "policy_ms_per_step_p50" in r else "–",
-            ]
-        )
-    for column, name in MORE_COLUMNS.items():
-        if any(r.get(column) for r in rows):
-            header += f"|{name}"
-            for r, cells in zip(rows, body, strict=True):
-                cells.append("–" if r.get(column) is None else f"{r[column]:.3g}")
-    return header.split("|"), body
+    """Header and body of the table of cells: what matters most first, and only what was measured."""
+
+    def number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+        return lambda r: "–" if r.get(key) is None else format(r[key], form)
+
+    def interval(key: str, signed: bool, between: str) -> Callable[[dict[str, Any]], str]:
+        return lambda r: between.join(percent(x, signed) for x in r[key]) if r.get(key) else "–"
+
+    def tokens(r: dict[str, Any]) -> str:
+        return f"{r['visual_tokens_mean']:.0f} of {r['visual_tokens_total']}" if "visual_tokens_mean" in r else "–"
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "cell": cell_name,
+        "episodes": number("episodes", "d"),
+        "success %": lambda r: percent(r["success_rate"]),
+        "95 %": interval("success_ci95", False, "–"),
+        "paired Δ": lambda r: percent(r.get("paired_delta"), True),
+        "paired 95 %": interval("paired_delta_ci95", True, " to "),
+        "McNemar p": number("mcnemar_p", ".2g"),
+        "calls/episode": number("vla_calls_per_episode", ".1f"),
+        "speedup": number("policy_speedup", ".3g"),
+        "policy s/episode": number("policy_seconds_per_episode", ".3g"),
+        "skipped %": lambda r: percent(r["skipped"]),
+        "deviating %": lambda r: percent(r.get("deviation_rate")),
+        "steps": number("steps_per_episode", ".1f"),
+        "run": number("generated_run_length_mean", ".1f"),
+        "fallbacks": number("fallbacks", "d"),
+        "tokens": tokens,
+        "ms p50": number("policy_ms_per_step_p50", ".2f"),
+        "waiting steps": number("held_per_episode", ".3g"),
+        "moved": number("nudged", ".3g"),
+        "success, moved": number("nudged_successes", ".3g"),
+        "steps to the VLA": number("reaction_steps_mean", ".3g"),
+        "at most": number("reaction_steps_max", ".3g"),
+    }
+    body = [[tell(r) for tell in columns.values()] for r in rows]
+    shown = [i for i in range(len(columns)) if any(b[i] not in ("–", "0") for b in body)]
+    return [list(columns)[i] for i in shown], [[b[i] for i in shown] for b in body]
 
 
 def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
@@ -216,7 +222,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
             (f"{percent(r['success_rate'])} %", "success"),
             (f"{percent(r['paired_delta'], True)}", f"points to the VLA alone ({low:+.1f} to {high:+.1f})"),
         ]
-        if "policy_speedup" in r:
+        if r.get("policy_speedup") is not None:
             boxes.insert(0, (f"{r['policy_speedup']:.2f}×", "faster in policy wall clock"))
         inner = "".join(f"<div><b>{html.escape(a)}</b>{html.escape(b)}</div>" for a, b in boxes)
         parts.append(
@@ -249,7 +255,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
         ("policy_seconds_per_episode", "Policy seconds per episode"),
         *((("seconds_per_episode", "Seconds per episode"),) if setting[0] else ()),
     ):
-        if all(column in r for r in rows):
+        if all(r.get(column) is not None for r in rows):
             pictures.append(against_success(column, label))
     knob = [r for r in rows if r.get("risk") is not None]
     if len({r["risk"] for r in knob}) > 1:
@@ -260,7 +266,7 @@ def closed_loop_section(folder: Path, summary: dict[str, Any]) -> str:
                 mine = sorted((r for r in knob if scheduling_name(r) == name), key=lambda r: r["risk"])
                 x = [r["risk"] for r in mine]
                 axis.plot(x, [100 * r["skipped"] for r in mine], "o-", color=COLOURS[k % 7], label=f"{name}: skipped")
-                if all("deviation_rate" in r for r in mine):
+                if all(r.get("deviation_rate") is not None for r in mine):
                     y, e = (np.array([100 * r[c] for r in mine]) for c in ("deviation_rate", "deviation_rate_standard_error"))
                     axis.errorbar(x, y, 2 * e, fmt="s--", color=COLOURS[k % 7], ms=4, label=f"{name}: deviating")
             limit = max(r["risk"] for r in knob)
@@ -343,17 +349,6 @@ def film_section(folder: Path, rows: Sequence[dict[str, Any]], best: int | None)
     return f"<h3>One episode</h3>{''.join(parts)}<p class=note>{caption}</p>"
 
 
-MORE_COLUMNS = {
-    "policy_seconds_per_episode": "policy s/episode",
-    "policy_speedup": "speedup",
-    "held_per_episode": "waiting steps",
-    "nudged": "moved",
-    "nudged_successes": "success, moved",
-    "reaction_steps_mean": "steps to the VLA",
-    "reaction_steps_max": "at most",
-}
-
-
 def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     """Action traces of the best cell, coloured by who acted, with the gate's probability."""
     mine = [t for t in traces if t["cell"] == row["cell"]][:TRACES]
@@ -390,7 +385,7 @@ def trace_section(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
 def offline_section(folder: Path, summary: dict[str, Any]) -> str:
     """Errors by horizon, coverage against error, ROC and the risk table of one offline evaluation."""
     parts = [f"<h2>Offline: {summary['episodes']} held-out episodes</h2>"]
-    header = "generator|max error|deviating %|ROC area|risk|skipped %|measured risk %|± SE|deviating among skipped %"
+    header = "generator|max error|deviating %|ROC area|risk|skipped %|refused %|measured risk %|± SE|deviating among skipped %"
     body = [
         [
             r["generator"],
@@ -399,6 +394,7 @@ def offline_section(folder: Path, summary: dict[str, Any]) -> str:
             f"{r['roc_auc']:.3f}" if "roc_auc" in r else "–",
             f"{r['risk']:g}" if "risk" in r else "–",
             percent(r.get("skipped")) if "note" not in r else r["note"],
+            percent(r.get("refused")),
             percent(r.get("measured_risk")),
             percent(r.get("measured_risk_standard_error")),
             percent(r.get("deviating_among_skipped")),
@@ -540,16 +536,28 @@ def drawing(folder: Path) -> AbstractContextManager[None]:
 SECTIONS = {"closed_loop": closed_loop_section, "offline": offline_section, "latency": latency_section}
 
 
-def report(results: Path, output: Path, title: str = "Results: learned against linear") -> None:
+def report(results: Path, output: Path, title: str = "Results: learned against linear", export: Path | None = None) -> None:
     """Draw one self-contained HTML page from the raw files of earlier evaluations, or their tables alone as Markdown.
 
     Args:
         results: folder that holds results (each with a summary.json), at any depth.
         output: the page to write; its name's end, .html or .md, says which.
         title: its title.
+        export: results is a recording (a rollout store made with record=, in shadow mode): judge this export on it, as
+            python -m eval offline does, and draw that.
     """
     if output.suffix not in (".html", ".md"):
         raise InputError(f"{output}: a report ends in .html or .md")
+    recording = (results / "meta" / "spvla.json").exists()
+    if recording and export is not None:
+        from eval.offline import offline
+
+        with TemporaryDirectory() as judged:
+            offline(results, export, Path(judged))
+            return report(Path(judged), output, title)
+    if recording or export is not None:
+        told = "is a recording: name the --export to judge on it" if recording else "is no recording for an --export"
+        raise InputError(f"{results}: {told}")
     found = []
     for path in sorted(results.rglob("summary.json")):
         try:

@@ -131,6 +131,10 @@ def train(data: Path, output: Path, steps: int = 6000, batch_size: int = 512, se
 
 
 if __name__ == "__main__":
+    import sys
+
     from jsonargparse import auto_cli
 
-    auto_cli(train, as_positional=False)
+    from spvla.cli import guard
+
+    sys.exit(guard(lambda: auto_cli(train, as_positional=False)))

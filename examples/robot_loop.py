@@ -246,8 +246,11 @@ def main(
         when_unavailable: raise, stop, hold or generator.
         record: folder of a rollout store for the episode.
     """
+    from spvla.errors import InputError
     from spvla.vlas.remote import RemoteVLA
 
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"seconds must be positive, got {seconds:g}")
     vla: Any = ToyVLA() if url is None else RemoteVLA(url)
     policy = spvla.accelerate(vla, export, risk, when_unavailable=when_unavailable, record=record)
     arm = SimulatedArm()

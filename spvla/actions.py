@@ -159,11 +159,15 @@ class ActionSpace:
             action: proposed action, environment units.
             previous: the last executed action, environment units, or None at the start of an episode.
         """
+        return bool(self.all_admissible(action, previous))
+
+    def all_admissible(self, actions: FloatArray, previous: FloatArray | None) -> NDArray[np.bool_]:
+        """:meth:`admissible` of many actions (..., D): bool (...)."""
         low, high, jump = self._admissible
-        allowed = (action >= low) & (action <= high) & np.isfinite(action)  # bounds may be infinite
+        allowed = (actions >= low) & (actions <= high) & np.isfinite(actions)  # bounds may be infinite
         if previous is not None:
-            allowed &= np.abs(action - previous) <= jump
-        return bool(allowed.all())
+            allowed &= np.abs(actions - previous) <= jump
+        return np.asarray(allowed.all(-1))
 
     def require_compatible(self, other: ActionSpace, what: str) -> None:
         """Raise :class:`InputError` unless ``other`` describes the same kind of action vector.

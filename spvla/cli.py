@@ -1,7 +1,8 @@
 """Shared command-line behaviour of ``python -m data | train | eval`` and ``spvla.serve``: jsonargparse over functions.
 
-Every command takes ``--config file.yaml`` and ``--help``; list options take ``--tasks 0 1 2`` as well as YAML. Bad input
-is one line on stderr and exit code 2; Ctrl-C is exit code 130, and nothing that was finished is lost.
+Every command takes ``--config file.yaml`` and ``--help``; list options take ``--tasks 0 1 2`` as well as YAML, and a bare
+``--shadow`` says ``--shadow true``. Bad input is one line on stderr and exit code 2; Ctrl-C is exit code 130, and nothing
+that was finished is lost.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def join_list_options(arguments: list[str], names: set[str]) -> list[str]:
     return out
 
 
+def spell_out_flags(arguments: list[str], names: set[str]) -> list[str]:
+    """A bare ``--shadow`` as ``--shadow=true`` for the options in ``names``; everything else as it is."""
+    out: list[str] = []
+    for option, value in zip(arguments, [*arguments[1:], "--"], strict=True):
+        bare = option.startswith("--") and option.removeprefix("--") in names and value.startswith("--")
+        out.append(f"{option}=true" if bare else option)
+    return out
+
+
 def run(commands: Mapping[str, Callable[..., Any]], description: str, arguments: list[str] | None = None) -> int:
     """Parse ``arguments`` (default: the process's), call the command and return the exit code."""
     from jsonargparse import auto_cli
@@ -56,7 +66,10 @@ def run(commands: Mapping[str, Callable[..., Any]], description: str, arguments:
     if command is not None:
         hints = get_type_hints(command)
         arguments = join_list_options(arguments, {name for name, hint in hints.items() if _is_list(hint)})
-    return guard(lambda: auto_cli(dict(commands), args=arguments, as_positional=False, description=description))
+        arguments = spell_out_flags(arguments, {name for name, hint in hints.items() if hint is bool})
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    prog = None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+    return guard(lambda: auto_cli(dict(commands), args=arguments, as_positional=False, description=description, prog=prog))
 
 
 def guard(call: Callable[[], Any]) -> int:

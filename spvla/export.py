@@ -39,6 +39,7 @@ from spvla.vlas.foreign import as_vla
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
+PRETRAINED = Path(__file__).parent / "pretrained"
 BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
 SCHEDULERS = ("learned", "release", "paper")
 DEFAULTS = {"generator": str, "scheduler": str, "risk": float, "max_generated_run": int}
@@ -276,11 +277,12 @@ def _write(export: Export, folder: Path) -> None:
 
 
 def load_export(path: str | Path) -> Export:
-    """Read an exported folder, or download one by its hub id.
+    """Read an exported folder, one that comes with the package by its name (``generator_nano``,
+    ``generator_libero_expert``), or download one by its hub id.
 
     Raises :class:`InputError` that names the missing, truncated or ill-fitting file.
     """
-    folder = Path(path)
+    folder = _packaged(path)
     if not folder.is_dir():
         folder = _download(str(path))
     config_path = folder / "config.json"
@@ -310,7 +312,7 @@ def load_export(path: str | Path) -> Export:
 def fingerprint(export: str | None) -> str | None:
     """Short hash of an export folder's ``config.json``, whose calibration differs when its weights do: tells whether results
     are of the same export, wherever it lies. A hub id stands for itself."""
-    config = Path(export or "") / "config.json"
+    config = _packaged(export or "") / "config.json"
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
@@ -335,6 +337,12 @@ def _load(module: nn.Module, path: Path) -> None:
         require_finite(tensor, name, path)
     module.load_state_dict(tensors)
     module.eval()
+
+
+def _packaged(path: str | Path) -> Path:
+    """``path``, or the folder of that name in the package where there is none here."""
+    inside = PRETRAINED / path
+    return inside if not Path(path).is_dir() and len(Path(path).parts) == 1 and inside.is_dir() else Path(path)
 
 
 def _download(hub_id: str) -> Path:

@@ -571,5 +571,12 @@ if __name__ == "__main__":
     from spvla.cli import guard
 
     sys.exit(
-        guard(lambda: auto_cli(serve_policy, as_positional=False, description="The accelerated policy, served to vla-eval."))
+        guard(
+            lambda: auto_cli(
+                serve_policy,
+                as_positional=False,
+                prog="python -m spvla.serve",
+                description="The accelerated policy, served to vla-eval.",
+            )
+        )
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.output import append, continued
-from spvla.cli import guard, join_list_options, run
+from spvla.cli import guard, join_list_options, run, spell_out_flags
 from spvla.errors import InputError
 from tests.conftest import smooth_episode, write_store
 from train.__main__ import fit
@@ -27,6 +27,18 @@ def test_lists():
     assert join_list_options(["--tasks", "0", "1", "--seed", "3"], names) == ["--tasks=[0,1]", "--seed", "3"]
     assert join_list_options(["--tasks", "[0, 1]"], names) == ["--tasks=[0, 1]"]
     assert join_list_options(["--data", "a", "--tasks", "7"], names) == ["--data=[a]", "--tasks=[7]"]
+
+
+def test_a_bare_flag_says_true():
+    seen: list[tuple[bool, bool, str]] = []
+
+    def command(shadow: bool = False, onnx: bool = True, name: str = "") -> None:
+        seen.append((shadow, onnx, name))
+
+    for line in ("--shadow --name a", "--shadow false --onnx false", "--onnx=false --shadow"):
+        assert run({"c": command}, "x", ["c", *line.split()]) == 0
+    assert seen == [(True, True, "a"), (False, False, ""), (True, False, "")]
+    assert spell_out_flags(["--a", "--b", "1", "--b"], {"b"}) == ["--a", "--b", "1", "--b=true"]
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,15 @@ def test_wrong_image_shape_is_named(bridge, tmp_path):
         convert("rlds", folder, tmp_path / "store", images=True)
 
 
+def test_no_episode_comes_twice(bridge, tmp_path):
+    convert("rlds", bridge, tmp_path / "store", episodes="0-4")
+    convert("rlds", bridge, tmp_path / "store", episodes="5-7")
+    for options in ({"episodes": "4-9"}, {}, {"conventions": "bridge_orig", "episodes": "0-1"}):
+        with pytest.raises(InputError, match="of these episodes already, made with other options"):
+            convert("rlds", bridge, tmp_path / "store", **options)
+    assert len(list(read_episodes(tmp_path / "store"))) == 8
+
+
 def test_published_scale(shared, bridge, tmp_path, capsys):
     file = shared / "oxe_statistics" / "dataset_statistics.json"
     convert("rlds", bridge, tmp_path / "store", conventions="bridge_orig", statistics=file)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 
 from spvla import InputError, Observation, VLAOutput, accelerate, load_export, save_export
 from spvla.actions import LIBERO
-from spvla.export import Export
+from spvla.export import Export, fingerprint
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.scheduling.calibration import calibrate
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from tests.conftest import PrunableVLA, ScriptedVLA
+
+ROOT = Path(__file__).parents[1]
 
 
 def make_export(dim: int = 7, **changes) -> Export:
@@ -302,3 +305,12 @@ heavy = {{"transformers", "cv2", "sklearn", "pandas"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packaged_exports_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "mlp" in load_export("generator_nano").generators
+    assert fingerprint("generator_nano") == fingerprint(str(ROOT / "spvla" / "pretrained" / "generator_nano"))
+    (tmp_path / "generator_nano").mkdir()  # what lies here comes first
+    with pytest.raises(InputError, match=r"generator_nano.config\.json: missing"):
+        load_export("generator_nano")

@@ -138,6 +138,27 @@ def test_a_vla_with_a_memory_is_reset_between_episodes_alone(bridge, tmp_path, m
         assert episode.vla_actions[:, 0].tolist() == list(range(len(episode)))
 
 
+def test_a_store_without_images_is_told_plainly(tmp_path, capsys):
+    writer = RolloutWriter(tmp_path / "blind", LIBERO)
+    writer.write("a", [Episode(np.zeros((4, 7), np.float32), "go", np.arange(4) / 20)])
+    with pytest.raises(InputError, match="blind: has no images"):
+        relabel(tmp_path / "new", "seeing", data=writer.finalize())
+    assert not (tmp_path / "new").exists()
+
+
+def test_errors_of_the_decoding_worker_lose_their_traceback():
+    def worker():
+        yield 1
+        raise InputError(
+            "Caught InputError in DataLoader worker process 0.\nTraceback ...\nspvla.errors.InputError: a.png: bad\n"
+        )
+
+    items = data.relabel.told_plainly(worker())
+    assert next(items) == 1
+    with pytest.raises(InputError, match=r"^a\.png: bad$"):
+        next(items)
+
+
 def test_what_is_finished_is_not_done_again(bridge, vla, tmp_path):
     run(tmp_path / "store", bridge)
     whole = tree(tmp_path / "store")

@@ -13,8 +13,10 @@ import pytest
 from eval.film import write_film
 from eval.report import report, risk_advice
 from spvla import InputError
+from spvla.export import save_export
 from spvla.history import Source
 from spvla.policy import StepInfo
+from tests.test_export import make_export
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -55,6 +57,16 @@ def test_every_result_is_on_the_page(page):
 def test_a_risk_is_advised_only_where_episodes_speak_for_it(episodes, measured, error, advised):
     row = {"generator": "mlp", "risk": 0.05, "skipped": 0.8, "measured_risk": measured, "deviating_among_skipped": 0.01}
     assert advised in risk_advice([row | {"measured_risk_standard_error": error}], episodes)
+
+
+def test_a_recording_is_judged_by_an_export(store_folder, tmp_path):
+    export_folder = save_export(make_export(), tmp_path / "export")
+    report(store_folder, tmp_path / "page.html", export=export_folder)
+    assert "held-out episodes" in (tmp_path / "page.html").read_text()
+    with pytest.raises(InputError, match="is a recording: name the --export"):
+        report(store_folder, tmp_path / "page.html")
+    with pytest.raises(InputError, match="is no recording"):
+        report(RESULTS, tmp_path / "page.html", export=export_folder)
 
 
 def test_pictures_are_sound_and_nothing_comes_from_outside(page):

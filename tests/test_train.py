@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from data.store import RolloutStore
 from data.windows import frames_of
 from eval.offline import offline
-from spvla import InputError, load_export
+from spvla import InputError, load_export, save_export
 from spvla.actions import LIBERO
 from spvla.episodes import RolloutWriter
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
@@ -146,6 +147,13 @@ def test_offline_evaluation_of_the_export(export_folder, store_folder, tmp_path)
     assert {"mlp", "transformer", "ridge", "last"} <= set(by_name)
     assert by_name["mlp"]["max_abs_error"] < by_name["ridge"]["max_abs_error"]
     skipped = [r["skipped"] for r in summary["rows"] if r["generator"] == "mlp" and "skipped" in r]
+    tight = replace(load_export(export_folder), space=LIBERO.with_max_jump(np.full(7, 1e-6)))  # refuses whatever moves
+    offline(store_folder, save_export(tight, tmp_path / "tight"), tmp_path / "t")
+    held = json.loads((tmp_path / "t" / "summary.json").read_text())["rows"]
+    for free, refusing in zip(summary["rows"], held, strict=True):
+        if free["generator"] == "mlp" and "skipped" in free:
+            assert refusing["skipped"] < 0.05
+            assert refusing["refused"] + refusing["skipped"] == pytest.approx(free["refused"] + free["skipped"])
     assert skipped == sorted(skipped) and by_name["mlp"]["roc_auc"] > 0.6
 
 
