@@ -25,7 +25,7 @@ from data.student import Student
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
-from spvla.export import accelerate, fingerprint
+from spvla.export import accelerate, fingerprint, load_export
 from spvla.policy import episode_stats
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
@@ -263,6 +263,8 @@ def collect(
     setting, space = replace(setting, weights=weights_stamp(vla)), vla.action_space
     del vla
     free_memory()
+    if export is not None:
+        load_export(export)
     shards = output / ".shards"
     by_task: list[list[Group]] = []
     total, left = 0, 0

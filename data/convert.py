@@ -21,6 +21,7 @@ from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
+from spvla.cli import PositiveInt
 from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info
 from spvla.errors import InputError
 
@@ -287,7 +288,7 @@ def convert(
     episodes: str | None = None,
     statistics: Path | None = None,
     on_error: OnError = "stop",
-    workers: int = 1,
+    workers: PositiveInt = 1,
 ) -> None:
     """Convert an Open-X RLDS or LeRobot data set into a rollout store.
 

@@ -147,10 +147,10 @@ def instructions(
     free_memory()
     fixed: dict[str, Any] = {"suite": suite, "policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options)}
     fixed |= {"weights": weights, "max_steps": max_steps, "seed": seed}
+    names = tuple(named(task.instruction) for task in load_tasks(suite))
     output.mkdir(parents=True, exist_ok=True)
     raw = output / "trials.jsonl"
     done = continued(raw, output / "setting.json", fixed)
-    names = tuple(named(task.instruction) for task in load_tasks(suite))
     states = parse_range(init_states)
     whole = {(t["task"], t["init_state"]) for t in done if t["asked"] == KINDS[-1]}  # the last to be asked
     groups = []

@@ -1,6 +1,7 @@
 """Training on synthetic rollouts whose teacher is a known law: what must be learnt is learnt, what is written is right."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from spvla.episodes import RolloutWriter
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
-from tests.conftest import smooth_episode
+from tests.conftest import smooth_episode, write_store
 from train.datamodules import RolloutData, fold_of_frames
 from train.distill import calibration_curve, distill
 from train.modules import ClassifierModule, GeneratorModule
@@ -138,6 +139,20 @@ def test_side_by_side_or_one_after_the_other_gives_the_same_weights(store_folder
         distill([store_folder], tmp_path / str(threads), **{**options, "threads": threads})
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / t / ".stages").iterdir()} for t in "12")
     assert one == two and len(one) == 5  # two folds, the generator, two gates
+
+
+def test_a_store_that_only_calibrates_trains_nothing_anew(export_folder, store_folder, tmp_path):
+    copy = shutil.copytree(export_folder, tmp_path / "export")
+    stages = {p.name: p.read_bytes() for p in (copy / ".stages").iterdir()}
+    more = write_store(tmp_path / "more", range(80, 90))  # initial states 20-29
+    distill([store_folder], copy, calibration_data=[more], **OPTIONS)
+    assert {p.name: p.read_bytes() for p in (copy / ".stages").iterdir()} == stages
+    before, after = load_export(export_folder), load_export(copy)
+    assert after.provenance["calibration_episodes"] == before.provenance["calibration_episodes"] + 10
+    assert after.provenance["training_episodes"] == before.provenance["training_episodes"]
+    trained_on = write_store(tmp_path / "trained_on", range(3))
+    with pytest.raises(InputError, match=r"is to calibrate, but the scene of .*init_state 0.* is trained on too"):
+        distill([store_folder], copy, calibration_data=[trained_on], **OPTIONS)
 
 
 def test_offline_evaluation_of_the_export(export_folder, store_folder, tmp_path):
