@@ -221,10 +221,12 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole
 
 
 def _scene(info: EpisodeInfo) -> Hashable | None:
-    """What episodes of one scene share, or None if nobody says."""
+    """What episodes of one simulated scene share, or None if nobody says."""
     facts = info.metadata
-    which = ("init_state", facts["init_state"]) if facts.get("init_state") is not None else ("seed", facts.get("seed"))
-    return None if which[1] is None else (facts.get("suite"), facts.get("task"), *which)
+    which = "seed" if facts.get("init_state") is None else "init_state"
+    if facts.get("suite") is None or facts.get(which) is None:
+        return None
+    return facts["suite"], facts.get("task"), which, facts[which]
 
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

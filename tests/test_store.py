@@ -187,6 +187,11 @@ def test_random_splits_depend_on_the_seed_alone(tmp_path):
     assert len(split_episodes(windows, 0.25).calibration) == 5
     with pytest.raises(InputError, match="no calibration episodes"):
         split_episodes(windows, 0.0)
+    for seed in range(20):  # a robot's recordings: whatever they call a seed, they are no simulated scene
+        episode = smooth_episode(seed)
+        episode.metadata = {"seed": 0}
+        writer.write(f"{seed:02d}", [episode])
+    assert len(split_episodes(Windows([RolloutStore(writer.finalize())], history=4), 0.25).calibration) == 5
 
 
 def test_scenes_are_on_one_side_and_later_stores_move_nothing(tmp_path):
