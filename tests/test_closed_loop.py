@@ -177,3 +177,25 @@ def test_another_export_runs_only_the_cells_that_use_it_anew(tmp_path):
         runs.append([json.loads(line)["cell"] for line in lines])
         assert [row["episodes"] for row in json.loads((tmp_path / "x" / "summary.json").read_text())["rows"]] == [1, 1]
     assert runs == [["vla", "ridge+release"], *[["vla", "ridge+release", "ridge+release"]] * 2]
+
+
+def two_cameras(checkpoint: str | None) -> ScriptedVLA:
+    """A factory for worker processes: a policy that fails unless it sees through both cameras."""
+
+    class TwoCameras(ScriptedVLA):
+        needs_images, needs_wrist_image = True, True
+
+        def predict(self, observation, keep_mass=1.0):
+            main, wrist = observation.require_image(), observation.wrist_image
+            assert main.shape == wrist.shape == (256, 256, 3) and (main != wrist).mean() > 0.5
+            return super().predict(observation, keep_mass)
+
+    return TwoCameras(np.zeros((1, 7), np.float32))
+
+
+def test_a_policy_with_two_cameras_gets_both(tmp_path):
+    what = {"suite": "libero_object", "tasks": [0], "init_states": "30", "cells": [], "max_steps": 2, "render": "fast"}
+    closed_loop(**what, policy="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
+    with gzip.open(tmp_path / "x" / "timing.csv.gz", "rt") as stream:
+        (timed,) = csv.DictReader(stream)
+    assert (timed["cell"], timed["steps"], timed["vla_calls"]) == ("vla", "2", "2") and float(timed["policy_seconds"]) > 0
