@@ -269,9 +269,9 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         hide: share of windows in which the last 1 .. n actions are passed off as the generator's (see
             :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like.
         batches: batches per pass; by default as many as the frames fill.
+        weights: share of each store in every batch, on average; None: as many as it has frames.
         passes: how many an earlier run has made.
         rank: which of several training processes this is; each draws frames of its own.
-        weights: share of each store in every batch, on average; None: as many as it has frames.
 
     Raises:
         InputError: no frames, or weights that do not fit the stores.

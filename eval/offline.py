@@ -50,8 +50,7 @@ class Judged:
 def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
     """What the generators called ``names`` propose along the episodes, what their gates say, and what would be refused."""
     space, horizon = windows.stores[0].space, windows.horizon
-    jumps = export.space.max_jump
-    limits = {n: space if jumps is None or n not in export.generators else space.with_max_jump(jumps) for n in names}
+    limits = {n: export.limits(n, space) for n in names}
     generators = {n: export.generator(n, space) for n in names}
     proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
     probability: dict[str, list[NDArray[np.float64]]] = {n: [] for n in names if n in export.gates}
@@ -61,12 +60,12 @@ def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
         if info.length < 2:
             continue
         batch = windows.batch(np.arange(first + 1, first + info.length, dtype=np.int64))
+        previous = space.denormalize(batch.window.actions[:, -1])
         for name, generator in generators.items():
             actions = generator.propose_windows(batch.window)[:, :horizon]
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
-            proposed_action, previous = space.denormalize(actions[:, 0]), space.denormalize(batch.window.actions[:, -1])
-            admissible[name].append(limits[name].all_admissible(proposed_action, previous))
+            admissible[name].append(limits[name].all_admissible(space.denormalize(actions[:, 0]), previous))
             if name in probability:
                 proposed = torch.from_numpy(np.ascontiguousarray(actions[:, 0]))
                 probability[name].append(export.gates[name].probability(batch.window, proposed).numpy().astype(np.float64))

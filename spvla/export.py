@@ -99,6 +99,11 @@ class Export:
             return self.generators[name].bind(space)
         return built_in_generator(name, space, also=tuple(self.generators))
 
+    def limits(self, generator: str, space: ActionSpace) -> ActionSpace:
+        """What proposals of ``generator`` in ``space`` are held to: a distilled one makes no larger jump than training saw."""
+        jump = self.space.max_jump if generator in self.generators else None
+        return space if jump is None else space.with_max_jump(jump)
+
     def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedScheduler:
         """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
         if generator not in self.gates:
@@ -199,8 +204,8 @@ def accelerate(
     if generator == "none":
         return SPVLAPolicy(vla, None, None, pruner, **options)
     part = loaded.generator(generator, space) if loaded else built_in_generator(generator, space)
-    if loaded is not None and generator in loaded.generators and loaded.space.max_jump is not None:
-        options["space"] = space.with_max_jump(loaded.space.max_jump)
+    if loaded is not None:
+        options["space"] = loaded.limits(generator, space)
     decider: Scheduler
     if scheduler == "learned":
         if loaded is None:

@@ -67,12 +67,12 @@ def test_shadow_mode_is_the_vla_bit_for_bit_and_tells_what_it_would_do():
     policy = SPVLAPolicy(vla, LastActionGenerator(LIBERO), Always(), shadow=True)
     np.testing.assert_array_equal(run(policy, 30), vla.actions)
     stats = policy.stats()
-    assert (stats["vla_calls"], stats["generated"], stats["would_skip"], stats["would_deviate"]) == (
-        30,
-        0,
-        28,
-        0,
-    )  # 20 in a row
+    counts = [stats[k] for k in ("vla_calls", "generated", "would_skip", "would_deviate")]
+    assert counts == [30, 0, 28, 0]  # not the first step, nor the one beyond the run limit of 20
+    noisy = SPVLAPolicy(ScriptedVLA(actions(30)), LastActionGenerator(LIBERO), Always(), shadow=True)
+    out = run(noisy, 30)
+    expected = np.delete(LIBERO.deviation(out[:-1], out[1:], 0.2), 20).sum()  # step 21 is beyond the run limit
+    assert noisy.stats()["would_deviate"] == expected > 20
 
 
 def test_shadow_mode_counts_what_an_acting_policy_would_skip():
