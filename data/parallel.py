@@ -40,7 +40,7 @@ def _work(function: Callable[[Any], Iterator[Any]], group: Any, index: int, resu
             results.put(("result", index, result))
         results.put(("done", index, None))
     except InputError as error:
-        results.put(("input", index, str(error)))
+        results.put(("input", index, (str(error), error.code, error.field)))
     except KeyboardInterrupt:
         pass
     except BaseException:
@@ -79,7 +79,8 @@ def run_groups(function: Callable[[G], Iterator[R]], groups: Sequence[G], worker
             elif kind == "done":
                 running.pop(index).join()
             elif kind == "input":
-                raise InputError(value)
+                message, code, field = value
+                raise InputError(message, code=code, field=field)
             else:
                 raise RuntimeError(f"a worker process failed:\n{value}")
     finally:

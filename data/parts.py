@@ -45,7 +45,7 @@ class DataError(InputError):
     """A :class:`Problem` that stops the one who meets it."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
+        super().__init__(str(problem), code="unusable-episode", field=problem.file)
         self.problem = problem
 
 

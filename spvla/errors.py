@@ -1,5 +1,18 @@
 """The one error type for bad input: what is wrong, which file or field, what would be right."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
-    """A user's input cannot be used. The message is one line; command lines print it and exit with code 2."""
+    """A user's input cannot be used. Command lines print the message and exit with code 2.
+
+    Args:
+        message: one line: the file or field, what is wrong with it, what would be right.
+        code: the kind of fault in lower case with hyphens, such as ``"scale-mismatch"``. It never changes, so that programs and
+            tests can rely on it; the message may be reworded.
+        field: the file, field or option at fault; None if the message names several.
+    """
+
+    def __init__(self, message: str, *, code: str = "invalid", field: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.field = code, field

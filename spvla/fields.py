@@ -38,7 +38,7 @@ def naming(where: object, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}", code=error.code, field=error.field or str(where)) from None
     except Exception as error:
         if not isinstance(error, FAILURES + more):
             raise
