@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from data.store import RolloutStore
@@ -21,6 +20,7 @@ from eval.statistics import mean_and_error
 from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
+from spvla.scheduling.learned import Verdicts, judge
 
 QUANTILES = 101
 
@@ -31,53 +31,46 @@ class Judged:
 
     Args:
         proposals: per generator, normalised actions (N, H, D).
-        probability: per generator with a gate, its probability of deviating (N,).
+        verdicts: per generator with a gate, the decision about its proposals (N,).
         targets: the teacher's normalised actions (N, H, D).
         valid: where they are known (N, H).
-        admissible: per generator, whether the policy would execute its proposal rather than ask the VLA (N,).
         episode: index of each step's episode (N,).
     """
 
     proposals: dict[str, NDArray[np.float32]]
-    probability: dict[str, NDArray[np.float64]]
+    verdicts: dict[str, Verdicts]
     targets: NDArray[np.float32]
     valid: NDArray[np.bool_]
-    admissible: dict[str, NDArray[np.bool_]]
     episode: NDArray[np.int64]
 
 
-@torch.inference_mode()
-def judge(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
-    """What the generators called ``names`` propose along the episodes, what their gates say, and what would be refused."""
+def judge_store(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
+    """What the generators called ``names`` propose along the episodes, and what their gates decide."""
     space, horizon = windows.stores[0].space, windows.horizon
     limits = {n: export.limits(n, space) for n in names}
     generators = {n: export.generator(n, space) for n in names}
     proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
-    probability: dict[str, list[NDArray[np.float64]]] = {n: [] for n in names if n in export.gates}
-    admissible: dict[str, list[NDArray[np.bool_]]] = {n: [] for n in names}
+    verdicts: dict[str, list[Verdicts]] = {n: [] for n in names if n in export.gates}
     targets, valid, episode = [], [], []
     for e, (_, first, info) in enumerate(windows.episodes):
         if info.length < 2:
             continue
         batch = windows.batch(np.arange(first + 1, first + info.length, dtype=np.int64))
-        previous = space.denormalize(batch.window.actions[:, -1])
         for name, generator in generators.items():
             actions = generator.propose_windows(batch.window)[:, :horizon]
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
-            admissible[name].append(limits[name].all_admissible(space.denormalize(actions[:, 0]), previous))
-            if name in probability:
-                proposed = torch.from_numpy(np.ascontiguousarray(actions[:, 0]))
-                probability[name].append(export.gates[name].probability(batch.window, proposed).numpy().astype(np.float64))
+            if name in verdicts:
+                first_actions = np.ascontiguousarray(actions[:, 0])
+                verdicts[name].append(judge(export.gates[name], limits[name], batch.window, first_actions))
         targets.append(batch.targets)
         valid.append(batch.valid > 0)
         episode.append(np.full(len(batch.valid), e))
     return Judged(
         {k: np.concatenate(v) for k, v in proposals.items()},
-        {k: np.concatenate(v) for k, v in probability.items()},
+        {k: Verdicts.join(v) for k, v in verdicts.items()},
         np.concatenate(targets),
         np.concatenate(valid),
-        {k: np.concatenate(v) for k, v in admissible.items()},
         np.concatenate(episode),
     )
 
@@ -106,8 +99,9 @@ def offline(
 ) -> None:
     """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode.
 
-    A step counts as skipped if the gate calls it intuitive and the proposal is admissible; the limit of generated actions in
-    a row does not count here.
+    A step counts as skipped if the generator would act in it on a robot: the VLA has acted in the episode, the state is
+    familiar, the gate calls the step intuitive and the proposal is admissible. The limit of generated actions in a row does
+    not count here.
 
     Args:
         data: rollout store with the teacher's labels that nothing was trained or calibrated on.
@@ -135,8 +129,8 @@ def offline(
         confidence=any(f.vla_confidence for f in features),
         features=any(f.vla_features for f in features),
     )
-    judged = judge(windows, loaded, names)
-    proposals, probability = judged.proposals, judged.probability
+    judged = judge_store(windows, loaded, names)
+    proposals = judged.proposals
     targets, valid, episode = judged.targets, judged.valid, judged.episode
     known = valid[:, 0]
     if not known.any():
@@ -164,10 +158,11 @@ def offline(
             "max_abs_error": errors[-horizon]["max_abs_error"],
             "deviating": float(deviates[known].mean()),
         }
-        if name not in probability:
+        if name not in judged.verdicts:
             rows.append(base)
             continue
-        p = probability[name]
+        verdicts = judged.verdicts[name]
+        p = verdicts.probability
         fpr, tpr, area = roc(p[known], deviates[known])
         curves += [
             {"generator": name, "false_positive_rate": a, "true_positive_rate": b} for a, b in zip(fpr, tpr, strict=True)
@@ -189,15 +184,16 @@ def offline(
             if r < curve.smallest_risk:
                 rows.append({**row, "note": f"smallest possible risk is {curve.smallest_risk:.4f}"})
                 continue
-            intuitive = known & (p <= curve.threshold(r))
-            skipped = intuitive & judged.admissible[name]
+            threshold = curve.threshold(r)
+            skipped = known & verdicts.generated(threshold)
+            refused = known & verdicts.refused(threshold)
             per_episode = np.bincount(episode, (skipped & deviates) * share, minlength=count)
             mean, error = mean_and_error(per_episode)
             rows.append(
                 {
                     **row,
                     "skipped": float(np.bincount(episode, skipped * share, minlength=count).mean()),
-                    "refused": float(np.bincount(episode, (intuitive & ~skipped) * share, minlength=count).mean()),
+                    "refused": float(np.bincount(episode, refused * share, minlength=count).mean()),
                     "measured_risk": mean,
                     "measured_risk_standard_error": error,
                     "within_risk": bool(mean <= r + 2 * (0.0 if np.isnan(error) else error)),

@@ -89,8 +89,9 @@ class ActionSpace:
         slack = 1e-4 * self._scale
         jump = np.full(self.dim, np.inf) if self.max_jump is None else (np.asarray(self.max_jump) + 1e-4) * half
         jump[list(self.gripper)] = np.inf
-        bounds = (np.asarray(self.low) - slack, np.asarray(self.high) + slack, jump)
-        object.__setattr__(self, "_admissible", tuple(b.astype(np.float32) for b in bounds))
+        finite = np.finfo(np.float32)  # infinite bounds admit every finite action
+        low, high = np.maximum(np.asarray(self.low) - slack, finite.min), np.minimum(np.asarray(self.high) + slack, finite.max)
+        object.__setattr__(self, "_admissible", tuple(b.astype(np.float32) for b in (low, high, jump)))
 
     @property
     def dim(self) -> int:
@@ -164,7 +165,7 @@ class ActionSpace:
     def all_admissible(self, actions: FloatArray, previous: FloatArray | None) -> NDArray[np.bool_]:
         """:meth:`admissible` of many actions (..., D): bool (...)."""
         low, high, jump = self._admissible
-        allowed = (actions >= low) & (actions <= high) & np.isfinite(actions)  # bounds may be infinite
+        allowed = (actions >= low) & (actions <= high)  # never for NaN or infinity
         if previous is not None:
             allowed &= np.abs(actions - previous) <= jump
         return np.asarray(allowed.all(-1))

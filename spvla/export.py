@@ -104,11 +104,24 @@ class Export:
         jump = self.space.max_jump if generator in self.generators else None
         return space if jump is None else space.with_max_jump(jump)
 
+    def notes(self) -> list[str]:
+        """What whoever uses this export should know of its generators."""
+        errors = self.provenance.get("calibration_error", {})
+        last = errors.get("last", float("inf"))
+        advice = "" if "last" in self.gates else "; distil again with last among the baselines to compare their coverage"
+        return [
+            f"{name} is no better than repeating the last action: its error on the calibration episodes is "
+            f"{errors[name]:.4f}, that of last {last:.4f}{advice}"
+            for name in self.generators
+            if errors.get(name, 0.0) > last
+        ]
+
     def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedScheduler:
         """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
         if generator not in self.gates:
             raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(self.gates))}")
-        return LearnedScheduler(self.gates[generator], self.calibration[generator].threshold(risk), space)
+        threshold = self.calibration[generator].threshold(risk)
+        return LearnedScheduler(self.gates[generator], threshold, self.limits(generator, space))
 
 
 def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> None:
@@ -391,7 +404,9 @@ def model_card(export: Export) -> str:
         f"Defaults: `{json.dumps(dict(export.defaults))}`. A step deviates if the largest error over the continuous "
         f"dimensions exceeds {export.tolerance} (normalised units) or a gripper is wrong. Risk is the expected share of an "
         "episode's steps that are generated and deviate; the bound holds for trajectories like those of the calibration "
-        "set.",
+        "set. Steps in unfamiliar states, and those whose proposal is refused (out of bounds, or a larger jump than any in "
+        "training), are the VLA's.",
+        *(f"\nNote: {note}." for note in export.notes()),
         "",
         "Provenance:",
         "",

@@ -190,7 +190,9 @@ class SPVLAPolicy:
             decision = self._decide(history, proposal)
         intuitive = decision.intuitive
         previous = history.last_action
-        refused = intuitive and (proposal is None or not self.space.admissible(proposal.actions[0], previous))
+        refused = decision.refused or (
+            intuitive and (proposal is None or not self.space.admissible(proposal.actions[0], previous))
+        )
         scheduled = perf_counter()
         times = {"scheduling": 1e3 * (scheduled - start)}
 

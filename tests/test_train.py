@@ -21,8 +21,9 @@ from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from tests.conftest import smooth_episode, write_store
+from train.calibrate import calibration_curve
 from train.datamodules import RolloutData, fold_of_frames
-from train.distill import calibration_curve, distill
+from train.distill import distill
 from train.modules import ClassifierModule, GeneratorModule
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ def test_data_twice_or_an_output_of_other_things_is_told_before_anything_is_trai
 def test_a_stage_cut_short_is_named(store_folder, tmp_path):
     options = {**OPTIONS, "generators": ["mlp"], "steps": 2, "gate_steps": 2}
     distill([store_folder], tmp_path / "e", **options)
-    stage = next((tmp_path / "e" / ".stages").glob("mlp-*"))
+    stage = next((tmp_path / "e" / ".stages").glob("mlp-[0-9a-f]*"))
     stage.write_bytes(stage.read_bytes()[:-100])
     with pytest.raises(InputError, match=rf"{stage}: not the whole weights of a stage .*; delete it"):
         distill([store_folder], tmp_path / "e", **options)
@@ -214,9 +215,9 @@ def test_calibration_leaves_out_episodes_whose_generated_steps_nobody_labelled(s
 
     data = RolloutData([store_folder], history=8)
     gate = ActionTypeClassifier(ClassifierConfig(data.features, **SMALL)).eval()
-    alone = calibration_curve(data, LastActionGenerator(LIBERO), gate, 0.2)
+    alone = calibration_curve(data, LastActionGenerator(LIBERO), gate, 0.2, LIBERO)
     both = RolloutData([store_folder, robot], history=8)
-    assert calibration_curve(both, LastActionGenerator(LIBERO), gate, 0.2) == alone
+    assert calibration_curve(both, LastActionGenerator(LIBERO), gate, 0.2, LIBERO) == alone
     assert "5 of 25 calibration episodes" in capsys.readouterr().out
 
 

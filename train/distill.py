@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 from zlib import crc32
@@ -30,18 +28,16 @@ from torch import nn
 from data.parallel import run_groups
 from data.relabel import relabel_into
 from data.store import RolloutStore
-from data.windows import blocks_of
 from spvla.actions import LIBERO
 from spvla.errors import InputError
-from spvla.export import BUILT_IN_GENERATORS, Export, built_in_generator, check_risk, require_export_folder, save_export
+from spvla.export import BUILT_IN_GENERATORS, built_in_generator, check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
-from spvla.history import Source
 from spvla.pruning.pruner import make_pruner
-from spvla.scheduling.calibration import Calibration, calibrate, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
+from train.calibrate import calibrated_export, print_evidence
 from train.datamodules import RolloutData, fit_generator, fold_of_frames, quick_fit
 from train.modules import ClassifierModule, GeneratorModule
 
@@ -197,98 +193,6 @@ def train_stages(plan: Plan, stages: Sequence[Stage], threads: int) -> None:
             plan.train(stage)
 
 
-def calibration_curve(
-    data: RolloutData, generator: ActionGenerator, gate: ActionTypeClassifier, tolerance: float
-) -> Calibration:
-    """The gate's risk curve on the calibration episodes. Teacher rollouts and the rollouts of accelerated policies at each
-    risk are separate pools, since they visit different states, and the bound holds in the worst of them. Episodes in which the
-    generator acted without the teacher's label say nothing about those steps and are left out."""
-    pools: dict[tuple[Any, ...], tuple[list[NDArray[np.float64]], list[NDArray[np.bool_]]]] = {}
-    facts = {first: (store, info) for store, first, info in data.windows.episodes}
-    unlabelled = 0
-    for first, length in data.split.calibration:
-        store, info = facts[first]
-        frames = slice(info.start, info.start + length)
-        if data.windows.stores[store].unlabelled(frames):
-            unlabelled += 1
-            continue
-        p, deviates = judge_episode(data, generator, gate, first, length, tolerance)
-        metadata = info.metadata
-        generated = data.windows.stores[store].arrays["sources"][frames] == Source.GENERATOR
-        accelerated = bool(metadata.get("accelerated")) or bool(generated.any())
-        pool = pools.setdefault((accelerated, store, metadata.get("risk") or 0.0) if accelerated else (False,), ([], []))
-        pool[0].append(p)
-        pool[1].append(deviates)
-    if unlabelled:
-        what = (
-            f"{unlabelled} of {len(data.split.calibration)} calibration episodes have generated steps without the VLA's label"
-        )
-        advice = "record the VLA alone or in shadow mode"
-        if not pools:
-            raise InputError(f"calibration: {what}; {advice}")
-        print(f"{what} and are left out; {advice}")
-    everything = np.concatenate([p for pool in pools.values() for p in pool[0]])
-    finite = everything[np.isfinite(everything)]
-    thresholds = np.unique(np.quantile(finite, np.linspace(0, 1, 512)))
-    return worst_of([calibrate(*pools[k], thresholds) for k in sorted(pools)])
-
-
-def judge_episode(
-    data: RolloutData, generator: ActionGenerator, gate: ActionTypeClassifier, first: int, length: int, tolerance: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Per step of an episode: the gate's probability of deviating (infinite at the first step, and where the teacher was
-    not asked), and whether the generator's proposal deviates, (T,) each."""
-    batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
-    proposals = generator.propose_windows(batch.window)[:, 0]
-    with torch.inference_mode():
-        p = gate.probability(batch.window, torch.from_numpy(proposals)).numpy().astype(np.float64)
-    known = batch.valid[:, 0] > 0
-    deviates = data.space.deviation(proposals, batch.targets[:, 0], tolerance) & known
-    p[~known] = np.inf
-    p[0] = np.inf
-    return p, deviates
-
-
-def max_jump(data: RolloutData) -> NDArray[np.float32]:
-    """The largest change per dimension from an executed action to the teacher's next one in training, normalised (D,)."""
-    jump = np.zeros(data.space.dim, np.float32)
-    for part in blocks_of(data.split.train, 65536):
-        batch = data.windows.batch(part)
-        known = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
-        change = np.abs(batch.targets[:, 0] - batch.window.actions[:, -1])[known]
-        jump = np.maximum(jump, change.max(0, initial=0.0))
-    return jump
-
-
-def provenance(data: RolloutData) -> dict[str, Any]:
-    """Teacher, data, commit and versions, for the export's config and model card."""
-    teachers: set[str] = set()
-    stores = []
-    for store in data.windows.stores:
-        names = {str(e.metadata.get("policy") or "unknown") for e in store.episodes}
-        teachers |= names
-        stores.append(
-            {
-                "name": store.folder.name,
-                "episodes": len(store.episodes),
-                "frames": store.frames,
-                "fingerprint": store.fingerprint,
-                "labels": "teacher" if store.labelled_by_teacher else "demonstrations",
-            }
-        )
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    demonstrations = any(s["labels"] == "demonstrations" for s in stores)
-    return {
-        "teacher": "demonstrations" if demonstrations else ", ".join(sorted(teachers)),
-        "stores": stores,
-        "split": data.split.by,
-        "training_episodes": len(data.split.train),
-        "calibration_episodes": len(data.split.calibration),
-        "commit": git.stdout.strip() or None,
-        "versions": {name: version(name) for name in ("spvla", "torch", "lightning", "numpy")},
-    }
-
-
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise :class:`InputError` for what :func:`distill` cannot be ``given``, before hours of labelling and training."""
     check_values(given, get_type_hints(distill), LEAST)
@@ -390,7 +294,8 @@ def distill(
         folds: folds of the cross-fit that makes the gates' labels.
         tolerance: largest error of a step that does not deviate, normalised units.
         calibration_fraction: share of episodes kept for calibration where there are no official initial states.
-        default_generator: which generator acts unless told otherwise; the first learned one if omitted.
+        default_generator: which generator acts unless another is named; if omitted, the one that acts on most steps of the
+            calibration episodes at default_risk (of equals, the one with the smallest error).
         default_risk: the export's default risk.
         max_generated_run: the export's longest run of generated actions.
         default_pruning: visual tokens that the VLA keeps by default: release, readme, or fields of TokenPruner.
@@ -402,7 +307,6 @@ def distill(
     """
     check_arguments(locals())
     sizes = {"mlp": mlp, "transformer": transformer}
-    default = default_generator or [*generators, *baselines][0]
     data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
     width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
     if state_dims and max(state_dims) >= width:
@@ -435,36 +339,14 @@ def distill(
     train_stages(plan, [Stage("gate", name) for name in generators], threads)
     learned = {name: plan.generator(name) for name in generators}
     gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
-    curves = {name: calibration_curve(rollouts, plan.judges(name)[0][-1], gates[name], tolerance) for name in gates}
-    export = Export(
-        space=rollouts.space.with_max_jump(max_jump(rollouts)),
-        tolerance=tolerance,
-        generators=learned,
-        gates=gates,
-        calibration=curves,
-        defaults={
-            "generator": default,
-            "scheduler": "learned",
-            "risk": default_risk,
-            "max_generated_run": max_generated_run,
-            **({} if default_pruning is None else {"pruning": default_pruning}),
-        },
-        provenance=provenance(rollouts),
-    )
+    defaults = {
+        "generator": default_generator,
+        "scheduler": "learned",
+        "risk": default_risk,
+        "max_generated_run": max_generated_run,
+        **({} if default_pruning is None else {"pruning": default_pruning}),
+    }
+    export = calibrated_export(rollouts, learned, gates, tolerance, defaults)
     save_export(export, output)
-    print_curves(export)
+    print_evidence(export)
     print(f"exported to {output}")
-
-
-def print_curves(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3)) -> None:
-    """The calibrated coverage of every gate at some risks, as a table."""
-    print("share of steps that the gate calls intuitive, by allowed risk (calibration episodes)")
-    print("  " + f"{'generator':12s}" + "".join(f"{risk:>8g}" for risk in risks))
-    for name, curve in export.calibration.items():
-        cells = []
-        for risk in risks:
-            cells.append(f"{'n/a':>8}" if risk < curve.smallest_risk else f"{curve.coverage_at(risk):8.1%}")
-        print("  " + f"{name:12s}" + "".join(cells))
-    smallest = max(c.smallest_risk for c in export.calibration.values())
-    if smallest > min(risks):
-        print(f"  n/a: too few calibration episodes; the smallest risk they can vouch for is {smallest:.3f}")

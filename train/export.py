@@ -16,8 +16,8 @@ from spvla.export import Export, save_export
 from spvla.generators.learned import LearnedGenerator
 from spvla.history import Window
 from spvla.scheduling.learned import ActionTypeClassifier
+from train.calibrate import calibrated_export, print_evidence
 from train.datamodules import RolloutData
-from train.distill import calibration_curve, max_jump, print_curves, provenance
 from train.modules import ClassifierModule, GeneratorModule
 
 ONNX_WINDOWS = 1000
@@ -70,23 +70,10 @@ def export(
     )
     module.space.require_compatible(rollouts.space, str(data[0]))
     name = name or module.network.config.kind
-    bound = module.network.bind(rollouts.space)
-    result = Export(
-        space=rollouts.space.with_max_jump(max_jump(rollouts)),
-        tolerance=module.tolerance,
-        generators={name: module.network},
-        gates={name: classifier},
-        calibration={name: calibration_curve(rollouts, bound, classifier, module.tolerance)},
-        defaults={
-            "generator": name,
-            "scheduler": "learned",
-            "risk": default_risk,
-            "max_generated_run": max_generated_run,
-        },
-        provenance=provenance(rollouts),
-    )
+    defaults = {"generator": name, "scheduler": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
+    result = calibrated_export(rollouts, {name: module.network}, {name: classifier}, module.tolerance, defaults)
     save_export(result, output)
-    print_curves(result)
+    print_evidence(result)
     if onnx:
         export_onnx(result, rollouts.windows, frames_of(rollouts.split.calibration), output)
     print(f"exported to {output}")

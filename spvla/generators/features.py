@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spvla.actions import FloatArray
@@ -73,7 +74,7 @@ def feature_names(config: FeatureConfig) -> list[str]:
 MOTION_GAIN = 5.0  # state differences over a few steps span a fraction of the range: bring them to order one
 AGE_SCALE = 10.0  # steps
 MAX_AGE = 50.0  # steps
-UNFAMILIAR = 10.0  # half ranges (q01 to q99) from the middle: no motion goes on so, a sensor failed or it is another robot
+FAMILIAR = 10.0  # half ranges (q01 to q99) from the middle: beyond, a sensor failed or it is another robot
 
 
 def to_device(window: Window, device: torch.device | str) -> Window:
@@ -130,9 +131,9 @@ class HistoryFeatures(nn.Module):
         offset, scale = (self.state_offset, self.state_scale) if tensors else (self.offset, self.scale)
         return (_take(states, self.state_dims, -1) - offset) / scale
 
-    def unfamiliar(self, state: FloatArray) -> bool:
-        """Whether an entry of a state (S,) that is read here lies far beyond all that was seen in training."""
-        return bool((np.abs((state[self.state_dims] - self.offset) / self.scale) > UNFAMILIAR).any())
+    def familiar(self, states: FloatArray) -> NDArray[np.bool_]:
+        """Whether every entry of ``states`` (..., S) that is read here lies within :data:`FAMILIAR`: bool (...)."""
+        return np.asarray((np.abs(self._states(states)) <= FAMILIAR).all(-1))
 
     def _crop(self, x: Any, keep: int) -> Any:
         if x.shape[1] < keep:

@@ -17,11 +17,14 @@ class Decision:
         intuitive: the generator may act.
         reason: what decided, in a word or two, for records and reports.
         probability: estimated probability that the proposal deviates from the VLA's action, or None for rules.
+        refused: intuitive, but the proposal is known not to be admissible: the VLA acts. The policy holds the proposals of
+            every scheduler to its limits, whether or not the scheduler has checked them.
     """
 
     intuitive: bool
     reason: str
     probability: float | None = None
+    refused: bool = False
 
 
 @runtime_checkable

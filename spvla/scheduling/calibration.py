@@ -27,8 +27,8 @@ class Calibration:
     Args:
         thresholds: ascending, (M,). A step is intuitive if its probability of deviating is at most the threshold.
         risk: conformal upper bound of the risk at each, non-decreasing.
-        coverage: share of steps that are intuitive at each (mean over episodes).
-        deviating: share of the intuitive steps that deviate at each.
+        coverage: share of steps that are generated at each (mean over episodes); refused proposals are the VLA's steps.
+        deviating: share of the generated steps that deviate at each.
         episodes: calibration episodes, the smallest number over the pools that were combined.
     """
 
@@ -65,7 +65,7 @@ class Calibration:
         return self.thresholds[allowed - 1] if allowed else -1.0
 
     def coverage_at(self, risk: float) -> float:
-        """Share of steps that are intuitive at the largest threshold whose bound is at most ``risk``, mean over episodes."""
+        """Share of steps that are generated at the largest threshold whose bound is at most ``risk``, mean over episodes."""
         allowed = self._allowed(risk)
         return self.coverage[allowed - 1] if allowed else 0.0
 
@@ -90,8 +90,8 @@ def calibrate(
     """The risk curve of a classifier over calibration episodes.
 
     Args:
-        probability: per episode, the classifier's probability of deviating at each step, (T_i,); infinity where the step
-            can never be generated (the first of an episode).
+        probability: per episode, the classifier's probability of deviating at each step, (T_i,); infinity where the VLA acts
+            whatever the threshold: at the first step, in an unfamiliar state, where the proposal is refused.
         deviates: per episode, whether the proposal deviated from the teacher, (T_i,).
         thresholds: where to evaluate the curve; by default quantiles of the probabilities.
     """
@@ -104,8 +104,7 @@ def calibrate(
     if np.isnan(p).any():
         raise InputError("calibration: the classifier returned NaN")
     if thresholds is None:
-        finite = p[np.isfinite(p)]
-        thresholds = np.unique(np.quantile(finite, np.linspace(0, 1, GRID))) if len(finite) else np.zeros(1)
+        thresholds = quantile_grid(probability)
     order = np.argsort(p, kind="stable")
     at = np.searchsorted(p[order], thresholds, side="right")  # steps with p <= threshold
 
@@ -121,6 +120,14 @@ def calibrate(
         deviating=tuple((wrong / np.maximum(count, 1)).tolist()),
         episodes=n,
     )
+
+
+def quantile_grid(probability: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Thresholds at which a curve is evaluated: quantiles of the finite probabilities of some episodes, ascending; a single
+    zero where there are none."""
+    p = np.concatenate([np.asarray(x, np.float64) for x in probability])
+    finite = p[np.isfinite(p)]
+    return np.unique(np.quantile(finite, np.linspace(0, 1, GRID))) if len(finite) else np.zeros(1)
 
 
 def worst_of(curves: Sequence[Calibration]) -> Calibration:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spvla.actions import ActionSpace
+from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.generators.base import Proposal
@@ -71,8 +74,73 @@ class ActionTypeClassifier(
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """All that decides whether the generator acts in B steps, but for the threshold.
+
+    Args:
+        probability: the classifier's probability that the proposal deviates, (B,).
+        familiar: the state lies within reach of what training saw, (B,).
+        admissible: the proposal is finite, in bounds and no larger jump than the limits allow, (B,).
+        started: the VLA has acted in this episode, (B,).
+    """
+
+    probability: NDArray[np.float64]
+    familiar: NDArray[np.bool_]
+    admissible: NDArray[np.bool_]
+    started: NDArray[np.bool_]
+
+    def intuitive(self, threshold: float) -> NDArray[np.bool_]:
+        """Steps that are labelled intuitive, (B,). NaN is no probability that a threshold allows."""
+        return self.started & self.familiar & (self.probability <= threshold)
+
+    def refused(self, threshold: float) -> NDArray[np.bool_]:
+        """Intuitive steps whose proposal is not admissible, so that the VLA acts, (B,)."""
+        return self.intuitive(threshold) & ~self.admissible
+
+    def generated(self, threshold: float) -> NDArray[np.bool_]:
+        """Steps in which the generator acts, (B,)."""
+        return self.intuitive(threshold) & self.admissible
+
+    @classmethod
+    def join(cls, parts: Sequence[Verdicts]) -> Verdicts:
+        """The verdicts of several batches as those of one."""
+        return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)})
+
+    @property
+    def lowest_threshold(self) -> NDArray[np.float64]:
+        """The lowest threshold at which the generator acts, (B,): infinite where the VLA acts at any."""
+        return np.where(self.started & self.familiar & self.admissible, self.probability, np.inf)
+
+
+@torch.inference_mode()
+def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window, proposals: FloatArray) -> Verdicts:
+    """The one decision about proposals: on a robot (B = 1), in evaluation without a simulator and in calibration.
+
+    Args:
+        classifier: the gate.
+        limits: the action space with the bounds and jumps that the generator's proposals are held to.
+        window: B histories, arrays.
+        proposals: the actions proposed after them, normalised (B, D).
+    """
+    probability = classifier.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
+    previous = limits.denormalize(window.actions[:, -1])
+    return Verdicts(
+        probability,
+        familiar=classifier.features.familiar(window.states[:, -1]),
+        admissible=limits.all_admissible(limits.denormalize(proposals), previous),
+        started=window.vla_age > 0,
+    )
+
+
+@dataclass(frozen=True)
 class LearnedScheduler:
-    """Intuitive iff the classifier's probability of deviating is at most a calibrated threshold."""
+    """Intuitive iff the state is familiar and the probability of deviating at most a calibrated threshold.
+
+    Args:
+        classifier: the gate.
+        threshold: the largest probability of an intuitive step.
+        space: the action space with the limits of the generator's proposals.
+    """
 
     classifier: ActionTypeClassifier
     threshold: float
@@ -91,11 +159,13 @@ class LearnedScheduler:
         """Steps of history the classifier reads."""
         return self.classifier.config.features.history
 
-    @torch.inference_mode()
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step. A NaN probability is deliberative, and so is a state far from all that training saw."""
-        normalized = torch.from_numpy(self.space.normalize(proposal.actions[:1]))
-        p = float(self.classifier.probability(history.window(), normalized))
-        if history.states is not None and self.classifier.features.unfamiliar(history.states[-1]):
-            return Decision(False, "unfamiliar state", p)
-        return Decision(p <= self.threshold, "classifier", p)
+        """Label the coming step: :func:`judge` for one step."""
+        verdicts = judge(self.classifier, self.space, history.window(), self.space.normalize(proposal.actions[:1]))
+        reason = "classifier" if verdicts.familiar[0] else "unfamiliar state"
+        return Decision(
+            bool(verdicts.intuitive(self.threshold)[0]),
+            reason if verdicts.started[0] else "first step",
+            float(verdicts.probability[0]),
+            refused=bool(verdicts.refused(self.threshold)[0]),
+        )
