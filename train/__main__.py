@@ -24,7 +24,7 @@ def fit(arguments: list[str]) -> None:
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            for name in ("features", "space", "judges", "fold"):  # the last two are a gate's
+            for name in ("features", "space", "residual", "judges", "fold"):  # the last two are a gate's
                 parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     set_parsing_settings(subclasses_enabled=[FeatureConfig, ActionSpace])  # linked as objects, not field by field

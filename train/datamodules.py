@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.store import RolloutStore
-from data.windows import BatchStream, Split, Windows, mixture, split_episodes
+from data.windows import BatchStream, Split, Windows, blocks_of, mixture, split_episodes
 from spvla.errors import InputError
 from spvla.export import BUILT_IN_GENERATORS, built_in_generator
 from spvla.generators.base import ActionGenerator
@@ -56,6 +56,25 @@ def feature_config(
         vla_confidence=windows.confidence,
         vla_features=features,
     )
+
+
+def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tuple[float, ...]:
+    """Per dimension, the mean absolute change of the teacher's action against the last executed one in training, normalised
+    (D,), at least ``least`` (joints at rest); zero at binary grippers. Empty where actions are no positions: there the
+    action itself is predicted."""
+    space = windows.stores[0].space
+    if not space.kind.endswith(("_position", "_absolute")):
+        return ()
+    total, count = np.zeros(space.dim), 0
+    for frames in blocks_of(split.train, 65536):
+        batch = windows.batch(frames)
+        rows = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
+        total += np.abs(batch.targets[rows, 0] - batch.window.actions[rows, -1]).sum(0, dtype=np.float64)
+        count += int(rows.sum())
+    spread = np.maximum(total / max(count, 1), least)
+    if space.binary_gripper:
+        spread[list(space.gripper)] = 0.0
+    return tuple(spread.tolist())
 
 
 def training_states(windows: Windows, split: Split, most: int = 2_000_000) -> NDArray[np.float32]:
@@ -127,6 +146,7 @@ class RolloutData(L.LightningDataModule):
         self.windows = Windows(stores, history, horizon, vla_confidence, vla_features)
         self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
+        self.residual = residual_spread(self.windows, self.split)
         self.space = stores[0].space
         self.batch_size, self.hide, self.seed = batch_size, hide, seed
         self.weights = None if weights is None else [*mixture(len(data), weights), *[0.0] * len(calibration_data)]
@@ -176,7 +196,7 @@ def fit_generator(
         batch_size: windows per step; the data's if None.
         position: line of the progress bar.
     """
-    module = GeneratorModule(data.features, data.space, **options)
+    module = GeneratorModule(data.features, data.space, residual=data.residual, **options)
     quick_fit(module, data.stream(spans, batch_size, steps), description, position)
     return module.network.eval()
 

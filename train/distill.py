@@ -111,7 +111,9 @@ class Plan:
         trained_on = {store for store, first, _ in windows.episodes if first in firsts}
         data = {k: v for k, v in self.data.items() if k not in ("data", "calibration_data")}
         stores = [s.fingerprint for i, s in enumerate(windows.stores) if i in trained_on]
-        return {"stores": stores, "features": asdict(self.rollouts.features), "data": data, "folds": self.folds}
+        rollouts = self.rollouts
+        inputs = {"features": asdict(rollouts.features), "residual": rollouts.residual}
+        return {"stores": stores, **inputs, "data": data, "folds": self.folds}
 
     def path(self, stage: Stage) -> Path:
         """The stage's weights; the name changes with whatever they depend on."""
@@ -145,7 +147,8 @@ class Plan:
     def generator(self, name: str, without: int | None = None) -> LearnedGenerator:
         """A generator as its stage left it."""
         options = {k: v for k, v in self.learned[name].items() if k != "batch_size"}
-        network = GeneratorModule(self.rollouts.features, self.rollouts.space, **options).network
+        data = self.rollouts
+        network = GeneratorModule(data.features, data.space, residual=data.residual, **options).network
         return load_stage(network, self.path(Stage("generator", name, without)))
 
     def classifier(self, name: str) -> ActionTypeClassifier:
@@ -213,7 +216,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {str(twice[0])!r} is there twice")
     features = FeatureConfig(LIBERO.dim, given["history"])
     for kind in generators:
-        check_network(kind, given[kind], GeneratorModule, features=features, space=LIBERO, kind=kind)
+        check_network(kind, given[kind], GeneratorModule, features=features, space=LIBERO, kind=kind, residual=())
     check_network(
         "gate", given["gate"], ClassifierModule, features=features, space=LIBERO, judges=[], fold=np.zeros(0), tolerance=1
     )

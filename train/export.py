@@ -122,7 +122,9 @@ def export_onnx(export: Export, windows: Windows, frames: np.ndarray, output: Pa
             proposals = network.actions(window)[:, 0]
         used = _used(inputs, network.config.features)
         _write_onnx(_FlatGenerator(network, list(used)), used, output / "generators" / f"{name}.onnx")
-        gate = export.gates[name]
+        gate = export.gates.get(name)
+        if gate is None:
+            continue
         used = _used(inputs, gate.config.features)
         _write_onnx(_FlatGate(gate, list(used)), {**used, "proposal": proposals.clone()}, output / "gates" / f"{name}.onnx")
 

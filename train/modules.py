@@ -58,6 +58,7 @@ class GeneratorModule(_Module):
         learning_rate, weight_decay: of AdamW.
         later_weight: loss weight of the horizon steps after the first, which alone is executed.
         tolerance: error beyond which a step deviates, normalised units (for the metric).
+        residual: see :class:`spvla.generators.learned.GeneratorConfig` (linked from the data).
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class GeneratorModule(_Module):
         weight_decay: float = 1e-2,
         later_weight: float = 0.2,
         tolerance: float = 0.2,
+        residual: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         gripper = space.gripper if space.binary_gripper else ()
-        config = GeneratorConfig(kind, features, gripper, horizon, width, depth, heads, dropout)
+        config = GeneratorConfig(kind, features, gripper, horizon, width, depth, heads, dropout, tuple(residual))
         self.network = LearnedGenerator(config)
         self.space = space
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -96,6 +98,7 @@ class GeneratorModule(_Module):
         checkpoint["spvla"] = {
             "features": asdict(self.network.config.features),
             "space": self.space.to_dict(),
+            "residual": self.network.config.residual,
             "options": self.options(),
         }
 
@@ -105,20 +108,23 @@ class GeneratorModule(_Module):
         values, state = read_checkpoint(path)
         if "options" not in values:
             raise InputError(f"{path}: not a checkpoint of a generator")
-        module = cls(FeatureConfig(**values["features"]), ActionSpace.from_dict(values["space"]), **values["options"])
+        features, space = FeatureConfig(**values["features"]), ActionSpace.from_dict(values["space"])
+        module = cls(features, space, residual=values.get("residual", ()), **values["options"])
         module.load_state_dict(state)
         return module.eval()
 
     def loss(self, out: Tensor, batch: Batch) -> Tensor:
-        """Huber on the continuous dimensions, cross-entropy on binary grippers; scalar."""
+        """Huber on the continuous dimensions, a predicted change in units of its spread; cross-entropy on binary grippers.
+        Steps before the first action have no say: the VLA makes that. Scalar."""
         targets, valid = torch.as_tensor(batch.targets), torch.as_tensor(batch.valid)
         g = list(self.network.config.gripper)
         c = [d for d in range(out.shape[-1]) if d not in g]
-        per_step = F.smooth_l1_loss(out[..., c], targets[..., c], beta=0.1, reduction="none").sum(-1)  # (B, H)
+        scale = self.network.scale[c]
+        per_step = F.smooth_l1_loss(out[..., c] / scale, targets[..., c] / scale, beta=0.1, reduction="none").sum(-1)  # (B, H)
         if g:
             closed = (targets[..., g] >= 0).float()
             per_step = per_step + 0.2 * F.binary_cross_entropy_with_logits(out[..., g], closed, reduction="none").sum(-1)
-        weight = valid.clone()
+        weight = valid * torch.as_tensor(batch.window.mask)[:, -1:]
         weight[:, 1:] *= self.later_weight
         return (per_step * weight).sum() / weight.sum().clamp(min=1e-6)
 

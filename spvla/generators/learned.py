@@ -38,6 +38,9 @@ class GeneratorConfig:
         width, depth: hidden width and number of hidden layers or blocks.
         heads: attention heads (transformer).
         dropout: in training only.
+        residual: per dimension, the spread of the teacher's change against the last executed action (normalised units): the
+            network predicts that change in units of its spread, so that an output of zero repeats the last action, and sees
+            earlier actions as changes too. Zero where it predicts the action itself; empty: everywhere.
     """
 
     kind: Literal["mlp", "transformer"]
@@ -48,12 +51,26 @@ class GeneratorConfig:
     depth: int = 3
     heads: int = 4
     dropout: float = 0.0
+    residual: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
+        least = {"gripper": 0, "horizon": 1, "width": 1, "depth": 0, "heads": 1, "dropout": 0, "residual": 0}
         with naming("generator"):
-            check_fields(self, at_least={"gripper": 0, "horizon": 1, "width": 1, "depth": 0, "heads": 1, "dropout": 0})
+            check_fields(self, at_least=least)
+        if self.residual and len(self.residual) != self.features.action_dim:
+            raise InputError(
+                f"generator: residual has {len(self.residual)} entries, there are {self.features.action_dim} action dimensions",
+                code="wrong-length",
+                field="generator.residual",
+            )
+        if any(self.residual[g : g + 1] > (0,) for g in self.gripper):
+            raise InputError(
+                "generator: residual must be zero at binary grippers, which are predicted as logits",
+                code="residual-gripper",
+                field="generator.residual",
+            )
         if max(self.gripper, default=0) >= self.features.action_dim:
             raise InputError(f"generator: gripper {self.gripper} lies outside 0..{self.features.action_dim - 1}")
         if self.kind == "transformer" and self.width % self.heads:
@@ -115,21 +132,37 @@ class LearnedGenerator(
 ):
     """A small network that continues the motion. ``forward`` is the network, :meth:`propose` the generator."""
 
+    residual: Tensor
+    scale: Tensor
+
     def __init__(self, config: GeneratorConfig | dict[str, Any]) -> None:
         super().__init__()
         self.config = config = GeneratorConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
         self.features = HistoryFeatures(config.features)
         self.out = config.horizon * config.features.action_dim
-        w = config.width
+        scale = torch.tensor(config.residual or [0.0] * config.features.action_dim)
+        self.register_buffer("residual", (scale > 0).float(), persistent=False)  # 1 where a change is predicted, (D,)
+        self.register_buffer("scale", torch.where(scale > 0, scale, 1.0), persistent=False)  # of an output, (D,)
+        w, changes = config.width, config.features.action_dim if config.residual else 0
         if config.kind == "mlp":
-            self.net = MLP([self.features.size, *[w] * config.depth, self.out], config.dropout)
+            self.net = MLP(
+                [self.features.size + config.features.history * changes, *[w] * config.depth, self.out], config.dropout
+            )
         else:
-            self.embed = nn.Linear(self.features.token_size, w)
+            self.embed = nn.Linear(self.features.token_size + changes, w)
             self.embed_now = nn.Linear(self.features.token_size + self.features.global_size, w)
             self.position = nn.Parameter(torch.randn(config.features.history + 1, w) * 0.02)
             self.blocks = nn.ModuleList(CausalBlock(w, config.heads, config.dropout) for _ in range(config.depth))
             self.norm = nn.LayerNorm(w)
             self.head = nn.Linear(w, self.out)
+        if config.residual:
+            self.repeat_last_action()
+
+    def repeat_last_action(self) -> None:
+        """Zero the last layer: every dimension that is predicted as a change then repeats the last action."""
+        last = self.net.linear[-1] if self.config.kind == "mlp" else self.head
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     @property
     def history_length(self) -> int:
@@ -138,16 +171,29 @@ class LearnedGenerator(
 
     def forward(self, window: Window) -> Tensor:
         """A window of tensors to (B, H, D): normalised actions, logits at binary grippers (positive: +1)."""
+        last = torch.as_tensor(window.actions)[:, -1:] if self.config.residual else None  # (B, 1, D)
         if self.config.kind == "mlp":
-            out = self.net(self.features(window))
+            x = self.features(window)
+            if last is not None:
+                x = torch.cat([x, self._changes(window, last).flatten(1)], dim=1)
+            out = self.net(x)
         else:
             tokens, rest = self.features.tokens(window)  # (B, n + 1, token), (B, G)
-            now = self.embed_now(torch.cat([tokens[:, -1], rest], dim=1))
-            x = torch.cat([self.embed(tokens[:, :-1]), now[:, None]], dim=1) + self.position  # (B, n + 1, W)
+            now, steps = self.embed_now(torch.cat([tokens[:, -1], rest], dim=1)), tokens[:, :-1]
+            if last is not None:
+                steps = torch.cat([steps, self._changes(window, last)], dim=2)
+            x = torch.cat([self.embed(steps), now[:, None]], dim=1) + self.position  # (B, n + 1, W)
             for block in self.blocks:
                 x = block(x)
             out = self.head(self.norm(x[:, -1]))
-        return out.view(-1, self.config.horizon, self.config.features.action_dim)  # (B, H, D)
+        out = out.view(-1, self.config.horizon, self.config.features.action_dim)  # (B, H, D)
+        return out if last is None else last * self.residual + out * self.scale
+
+    def _changes(self, window: Window, last: Tensor) -> Tensor:
+        """The n executed actions as changes against the ``last``, (B, n, D): linear up to their spread, logarithmic beyond."""
+        n = self.config.features.history
+        mask = torch.as_tensor(window.mask)[:, -n:, None]
+        return torch.asinh((torch.as_tensor(window.actions)[:, -n:] - last) / self.scale * self.residual * mask)
 
     def actions(self, window: Window) -> Tensor:
         """:meth:`forward` with binary grippers decided: normalised actions (B, H, D)."""
