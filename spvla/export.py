@@ -88,6 +88,9 @@ class Export:
             raise InputError(f"calibration lacks gate {min(missing)!r}")
         with naming("defaults"):
             check_defaults(self.defaults, tuple(self.generators))
+        modules: list[nn.Module] = [*self.generators.values(), *self.gates.values()]
+        for module in modules:
+            module.eval()  # dropout would decide otherwise at every call
         for name in self.gates.keys() & self.generators.keys():
             generator, gate = self.generators[name].features, self.gates[name].features
             if generator.config == gate.config:

@@ -60,8 +60,8 @@ def feature_config(
 
 def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tuple[float, ...]:
     """Per dimension, the mean absolute change of the teacher's action against the last executed one in training, normalised
-    (D,), at least ``least`` (joints at rest); zero at binary grippers. Empty where actions are no positions: there the
-    action itself is predicted."""
+    (D,), at least ``least`` (joints at rest); zero at binary grippers. Empty where actions are deltas or velocities: they vary
+    about zero and follow the last one less closely, and predicting the action itself errs less."""
     space = windows.stores[0].space
     if not space.kind.endswith(("_position", "_absolute")):
         return ()
