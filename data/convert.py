@@ -209,10 +209,13 @@ def tell(what: str, lines: Sequence[Any]) -> None:
 def tell_end(output: Path, shards: Shards, parts: Sequence[Part]) -> None:
     """Finalise a store and print what it holds and what was left out."""
     problems = shards.problems(parts)
-    tell("left out", problems)
     if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
+        tell("left out", problems)
         raise no_episode(shards.setting, problems)
     finalize(output)
+    about = json.loads((output / "meta" / "spvla.json").read_text())
+    problems += [Problem(**p) for p in about.get("left_out", [])]  # what only all the episodes together show
+    tell("left out", problems)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
     if not shards.writer.measured:
