@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data.evidence import contradictions
 from data.images import encode_images
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
@@ -218,6 +219,7 @@ def tell_end(output: Path, shards: Shards, parts: Sequence[Part]) -> None:
     tell("left out", problems)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
+    tell("note", contradictions(output))
     if not shards.writer.measured:
         tell("note", beyond_scale(output))
     reasons = Counter(p.reason.split("(")[0].strip() for p in problems)
