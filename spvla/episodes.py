@@ -492,8 +492,8 @@ def _wrong_grippers(space: ActionSpace, grippers: Sequence[GripperValues]) -> di
     for dimension, gripper in zip(space.gripper, grippers, strict=False):
         for number, (value, steps) in ({} if gripper.passing else gripper.strays).items():
             out[number] = (
-                f"the gripper (action entry {dimension}) is at neither of its ends, {gripper.low:g} and {gripper.high:g}, "
-                f"for {steps} steps (mostly {value:g})"
+                f"the gripper is at neither of its ends (action entry {dimension}: {gripper.low:g} and {gripper.high:g}) for "
+                f"{steps} steps, mostly at {value:g}"
             )
     return out
 

@@ -44,7 +44,7 @@ class GripperValues:
     def __str__(self) -> str:
         steps = sum(count for _, count in self.strays.values())
         if not steps:
-            return f"{self.low:.6g} and {self.high:.6g}"
+            return f"always {self.low:.6g}" if self.low == self.high else f"{self.low:.6g} and {self.high:.6g}"
         episode, (value, count) = next(iter(self.strays.items()))
         return (
             f"mostly {self.low:.6g} and {self.high:.6g}, but neither at {steps} steps of {len(self.strays)} episodes "

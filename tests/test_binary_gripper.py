@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.evidence import contradictions
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import Episode, RolloutWriter, read_action_space, read_episodes
 from spvla.errors import InputError
@@ -116,6 +117,15 @@ def test_shuffled_episodes_give_the_same_action_space_and_statistics(tmp_path_fa
     mine, theirs = (json.loads((f / "meta" / "stats.json").read_text()) for f in (folder, reference))
     for name in ("mean", "std", "min", "max", "q01", "q99"):
         np.testing.assert_allclose(mine["action"][name], theirs["action"][name], rtol=1e-12)
+
+
+def test_steps_between_the_ends_are_noted_with_count_and_episode(tmp_path):
+    grippers = strokes(30, 0.0, 1.0, steps=100)
+    for k in range(10, 20):
+        grippers[k][5 + k] = 0.31 + k / 100
+    (note,) = contradictions(record(tmp_path / "store", grippers))
+    assert "10 steps, first in episode 10 at 0.41" in note
+    assert contradictions(record(tmp_path / "clean", strokes(6, 0.0, 1.0))) == []
 
 
 def test_a_claim_that_the_data_contradicts_is_refused(tmp_path):
