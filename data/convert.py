@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data.evidence import contradictions
 from data.images import encode_images
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
@@ -209,12 +210,16 @@ def tell(what: str, lines: Sequence[Any]) -> None:
 def tell_end(output: Path, shards: Shards, parts: Sequence[Part]) -> None:
     """Finalise a store and print what it holds and what was left out."""
     problems = shards.problems(parts)
-    tell("left out", problems)
     if not any(shards.writer.finished(shards.setting.job(part)) for part in parts):
+        tell("left out", problems)
         raise no_episode(shards.setting, problems)
     finalize(output)
+    about = json.loads((output / "meta" / "spvla.json").read_text())
+    problems += [Problem(**p) for p in about.get("left_out", [])]  # what only all the episodes together show
+    tell("left out", problems)
     (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
+    tell("note", contradictions(output))
     if not shards.writer.measured:
         tell("note", beyond_scale(output))
     reasons = Counter(p.reason.split("(")[0].strip() for p in problems)

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.named_actions import conventions_from_names, tell_other_names
 from data.openx import Conventions, Field, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames, count_frames
@@ -77,22 +78,22 @@ class LerobotSource:
         self.info = _read_json(self.about)
         self.features: dict[str, Any] = self.info.get("features") or {}
         self.name = self.path.resolve().name
-        self._told: list[str] = []  # what came up while opening
+        self.told: list[str] = []  # what came up while opening
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
             raise InputError(f"{self.path}: holds no episodes")
-        first = self._first_table
+        first = self.first_table
         self.widths = {n: first[n].type.list_size for n in first.column_names if pa.types.is_fixed_size_list(first[n].type)}
         self.own_space = (self.path / "meta" / "spvla.json").is_file() and conventions is None
-        self.conventions = self._find_conventions(conventions, first)
+        self.conventions = self._find_conventions(conventions)
         self.space = read_action_space(self.path) if self.own_space else self.conventions.space(self.name, self.widths)
         for key in self.conventions.keys:
             if key not in first.column_names:
                 raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(first.column_names)}")
         self.camera = camera or self.conventions.camera
         if self.camera is not None and self.camera not in self.features:
-            raise InputError(f"{self.path}: no camera {self.camera!r}; there are: {', '.join(self._cameras()) or 'none'}")
+            raise InputError(f"{self.path}: no camera {self.camera!r}; there are: {', '.join(self.cameras()) or 'none'}")
         self.image_shape = self._image_shape()
         self.parts = []
         for at in range(0, len(self.rows), EPISODES_PER_PART):
@@ -105,7 +106,7 @@ class LerobotSource:
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images from Parquet are encoded, those from video :class:`VideoFrames`."""
         if images and self.camera is None:
-            raise InputError(f"{self.path}: has no camera, or its conventions name none; there are: {self._cameras()}")
+            raise InputError(f"{self.path}: has no camera, or its conventions name none; there are: {self.cameras()}")
         for row in self.rows[part.first : part.first + part.count]:
             yield self._episode(row, images)
 
@@ -114,7 +115,7 @@ class LerobotSource:
         if row.problem is not None:
             return Problem(file, row.problem, row.number)
         try:
-            table = self._table(row, images)
+            table = self.table(row, images)
         except InputError as error:
             return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
         if table.num_rows != row.length:
@@ -216,12 +217,12 @@ class LerobotSource:
         wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
         return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
 
-    def _cameras(self) -> list[str]:
+    def cameras(self) -> list[str]:
         return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
 
     # ---------------------------------------------------------------------------------------------------------- files
 
-    def _table(self, row: EpisodeRows, images: bool = False) -> pa.Table:
+    def table(self, row: EpisodeRows, images: bool = False) -> pa.Table:
         """The rows of an episode; images only if they are asked for, and only the camera's.
 
         Raises:
@@ -253,14 +254,14 @@ class LerobotSource:
         return cached[1]
 
     @cached_property
-    def _first_table(self) -> pa.Table:
+    def first_table(self) -> pa.Table:
         """The first episode that can be read and has every feature that the metadata names (else, the first that can be
         read): it tells columns and sizes."""
         wanted = {name for name, f in self.features.items() if f.get("dtype") not in ("video", "image")}
         error, found = None, None
         for row in self.rows:
             try:
-                table = self._table(row) if row.problem is None else None
+                table = self.table(row) if row.problem is None else None
             except InputError as damaged:
                 error = error or damaged
                 continue
@@ -291,7 +292,7 @@ class LerobotSource:
         v3 = next((self.path / "data").glob("*/file-*.parquet"), None) is not None
         if v2 != v3 and v2 == (claimed == "v3.0"):
             actual = "v2.1" if v2 else "v3.0"
-            self._told.append(f"{self.about}: codebase_version claims {claimed}, the files are laid out as in {actual}")
+            self.told.append(f"{self.about}: codebase_version claims {claimed}, the files are laid out as in {actual}")
             return actual
         return claimed
 
@@ -306,18 +307,18 @@ class LerobotSource:
             file = self._fill(template, {"episode_chunk": number // self._chunk_size, "episode_index": number})
             file = file if file.is_file() else there.get(number, file)
             if number not in listed:
-                self._told.append(f"{file}: meta/episodes.jsonl does not list episode {number}; it is read all the same")
+                self.told.append(f"{file}: meta/episodes.jsonl does not list episode {number}; it is read all the same")
             try:
                 length = pq.read_metadata(file).num_rows
             except FileNotFoundError:
-                self._told.append(f"{file}: is not there, though meta/episodes.jsonl lists episode {number}")
+                self.told.append(f"{file}: is not there, though meta/episodes.jsonl lists episode {number}")
                 continue
             except (pa.ArrowException, OSError) as error:
                 problem = f"damaged Parquet file ({' '.join(str(error).split())})"
                 yield EpisodeRows(number, file, 0, 0, meta, problem)
                 continue
             if "length" in meta and length != int(meta["length"]):
-                self._told.append(f"{file}: holds {length} steps, meta/episodes.jsonl claims {meta['length']}")
+                self.told.append(f"{file}: holds {length} steps, meta/episodes.jsonl claims {meta['length']}")
             yield EpisodeRows(number, file, 0, length, meta)
 
     def _find_v3(self) -> Iterator[EpisodeRows]:
@@ -345,13 +346,13 @@ class LerobotSource:
                 yield EpisodeRows(row.number, row.file, row.first, row.length, row.meta, problem)
             else:
                 if not row.meta:
-                    self._told.append(f"{row.file}: meta/episodes does not list episode {row.number}")
+                    self.told.append(f"{row.file}: meta/episodes does not list episode {row.number}")
                 elif int(row.meta.get("length", row.length)) != row.length:
                     told = f"episode {row.number} has {row.length} steps, meta/episodes claims {row.meta['length']}"
-                    self._told.append(f"{row.file}: {told}")
+                    self.told.append(f"{row.file}: {told}")
                 yield row
         if lacking := len(meta.keys() - pieces.keys()):
-            self._told.append(f"{self.path}: meta/episodes lists {lacking} episodes that no data file holds")
+            self.told.append(f"{self.path}: meta/episodes lists {lacking} episodes that no data file holds")
 
     def _read_episode_table(self) -> dict[int, dict[str, Any]]:
         """What v3.0's ``meta/episodes`` says of each episode, without the statistics."""
@@ -362,7 +363,7 @@ class LerobotSource:
                 table = pq.read_table(file, columns=names, page_checksum_verification=True)
                 out |= {int(e["episode_index"]): e for e in table.to_pylist()}
             except (pa.ArrowException, OSError, KeyError) as error:
-                self._told.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
+                self.told.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
         return out
 
     def _read_lines(self, path: Path) -> list[dict[str, Any]]:
@@ -371,7 +372,7 @@ class LerobotSource:
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            self._told.append(f"{path}: cannot be read ({error}); the data files count")
+            self.told.append(f"{path}: cannot be read ({error}); the data files count")
             return []
         for number, line in enumerate(lines, 1):
             try:
@@ -381,7 +382,7 @@ class LerobotSource:
             if isinstance(value, dict):
                 out.append(value)
             else:
-                self._told.append(f"{path}, line {number}: not a JSON object; left out")
+                self.told.append(f"{path}, line {number}: not a JSON object; left out")
         return out
 
     # ------------------------------------------------------------------------------------- what the data says of meta/
@@ -403,7 +404,7 @@ class LerobotSource:
             shape = (self.features.get(name) or {}).get("shape")
             if shape and list(shape) != [width]:
                 out.append(f"{self.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
-        for camera in self._cameras():
+        for camera in self.cameras():
             if self.features[camera].get("dtype") == "video":
                 videos = [(row, self._video(row, camera)) for row in self.rows]
                 if missing := sum(isinstance(video, Problem) for _, video in videos):
@@ -413,7 +414,7 @@ class LerobotSource:
                     if frames and row.length and frames != row.length:
                         out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
         episodes = [e for e in (self._episode(row, False) for row in self.rows[:EPISODES_TIMED]) if isinstance(e, Episode)]
-        return [*out, *self._told, *self._check_rows(), *first_action_note(str(self.path), episodes, self.space)]
+        return [*out, *self.told, *self._check_rows(), *first_action_note(str(self.path), episodes, self.space)]
 
     def _check_rows(self) -> list[str]:
         """The first episodes' times against the control rate, and their extremes against those that ``meta/`` states."""
@@ -422,7 +423,7 @@ class LerobotSource:
         stated = self._stated_extremes()
         for row in self.rows[:EPISODES_CHECKED]:
             try:
-                table = self._table(row) if row.problem is None else None
+                table = self.table(row) if row.problem is None else None
             except InputError:
                 table = None
             if table is None or not table.num_rows:
@@ -490,7 +491,7 @@ class LerobotSource:
         gaps = []
         for row in self.rows[:EPISODES_TIMED]:
             try:
-                times = _times(self._table(row)) if row.problem is None else None
+                times = _times(self.table(row)) if row.problem is None else None
             except InputError:
                 continue
             gaps += [] if times is None else [np.diff(times)]
@@ -505,63 +506,30 @@ class LerobotSource:
         if valid is not None and abs(measured / valid - 1) <= RATE_SLACK:
             return valid
         rate = float(round(measured)) if abs(round(measured) / measured - 1) < 0.02 else float(f"{measured:.3g}")
-        self._told.append(
+        self.told.append(
             f"{self.about}: fps claims {claimed}, by the recorded times it is {measured:.3g} Hz; {rate:g} is taken"
         )
         return rate
 
     # ---------------------------------------------------------------------------------------------------- conventions
 
-    def _find_conventions(self, wanted: str | Path | None, first: pa.Table) -> Conventions:
+    def _find_conventions(self, wanted: str | Path | None) -> Conventions:
         if self.own_space:
             state = (Field(key="observation.state"),) if "observation.state" in self.widths else ()
-            return Conventions("eef_delta", 1.0, (Field(key="action"),), state, next(iter(self._cameras()), None), None)
+            return Conventions("eef_delta", 1.0, (Field(key="action"),), state, next(iter(self.cameras()), None), None)
         robot = str(self.info.get("robot_type"))
         if wanted is None:
-            guessed = self._guess_conventions(first)
-            if guessed is not None:
-                gripper = [i for i, f in enumerate(guessed.action) if f.role == "gripper"]
-                ends = "binary" if guessed.binary_gripper else "continuous"
-                told = f"{guessed.kind} at {guessed.control_rate:g} Hz, gripper {gripper or 'none'} ({ends})"
-                self._told.append(f"{self.path}: no conventions given; from the names in meta/info.json: {told}")
-                return guessed
-            names = (self.features.get("action") or {}).get("names")
-            raise InputError(
-                f"{self.path}: the action's {self.widths.get('action', 'unknown')} entries are named {names}, which does not "
-                "tell what they are; write a YAML file with kind, control_rate, action and state (see configs/openx) and name "
-                f"it with --conventions (robot: {robot})"
-            )
+            return conventions_from_names(self, self._find_rate)
         found = find_conventions(wanted, robot)
         rate = self._find_rate() if self._rate_known() else found.control_rate
         if abs(rate / found.control_rate - 1) > RATE_SLACK:
             told = f"the control rate is {rate:g} Hz by the data set, {found.control_rate:g} by the conventions"
-            self._told.append(f"{self.path}: {told}; the conventions are taken")
+            self.told.append(f"{self.path}: {told}; the conventions are taken")
+        tell_other_names(self, found, wanted)
         return found
 
     def _rate_known(self) -> bool:
-        return "timestamp" in self._first_table.column_names or bool(self.info.get("fps"))
-
-    def _guess_conventions(self, first: pa.Table) -> Conventions | None:
-        """What the names of the action's entries say, or None where they say too little."""
-        names = (self.features.get("action") or {}).get("names")
-        if isinstance(names, dict):
-            names = next(iter(names.values()), None)
-        if not isinstance(names, list) or len(names) != self.widths.get("action"):
-            return None
-        words = [str(n).lower() for n in names]
-        gripper = [i for i, n in enumerate(words) if "grip" in n]
-        rest = [n for i, n in enumerate(words) if i not in gripper]
-        if all("vel" in n for n in rest):
-            kind = "joint_velocity"
-        elif all(n.endswith(".pos") or "_pos" in n or "joint" in n or "motor" in n for n in rest):
-            kind = "joint_position"
-        else:
-            return None
-        values = vectors(first["action"])
-        binary = bool(gripper) and all(len(np.unique(values[:, i])) <= 2 for i in gripper)
-        parts = [Field("gripper" if i in gripper else "joint", "action", (i,)) for i in range(len(words))]
-        state = (Field(key="observation.state"),) if "observation.state" in first.column_names else ()
-        return Conventions(kind, self._find_rate(), tuple(parts), state, next(iter(self._cameras()), None), None, binary)
+        return "timestamp" in self.first_table.column_names or bool(self.info.get("fps"))
 
 
 def _array(column: pa.ChunkedArray) -> NDArray[Any]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.conversions import CONVERSIONS, apply, require_form
 from data.parts import Problem
 from spvla.actions import KINDS, ActionSpace, FloatArray
 from spvla.episodes import Episode
@@ -40,6 +41,8 @@ class Field:
         index: which of its entries, negative ones from the end; all if empty.
         convert: names of :data:`CONVERSIONS`, applied in order.
         zeros: for a constant, how many zeros.
+        stop: ``zero`` for velocities and changes, which are zero when the robot is to stand still, ``hold`` for targets,
+            which are repeated; None: as the kind of the action implies (see :class:`~spvla.actions.ActionSpace`).
     """
 
     role: str = "joint"
@@ -47,6 +50,7 @@ class Field:
     index: tuple[int, ...] = ()
     convert: tuple[str, ...] = ()
     zeros: int = 0
+    stop: Literal["zero", "hold"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", tuple(int(i) for i in self.index))
@@ -58,6 +62,15 @@ class Field:
         for name in self.convert:
             if name not in CONVERSIONS:
                 raise InputError(f"conversion {name!r} is unknown; there are: {', '.join(CONVERSIONS)}")
+        if self.stop not in (None, "zero", "hold"):
+            raise InputError(f"stop is {self.stop!r}, expected zero or hold")
+        if self.index:
+            require_form(self.role, self.convert, len(self.index))
+
+    @property
+    def takes_difference(self) -> bool:
+        """Whether it is a difference to the next step, which the last step lacks."""
+        return any(name.startswith("difference") for name in self.convert)
 
     def read(self, steps: Steps) -> FloatArray:
         """These entries over an episode, float32 (T, width)."""
@@ -71,9 +84,7 @@ class Field:
         x = value.astype(np.float32).reshape(len(value), -1)
         if self.index:
             x = x[:, list(self.index)]
-        for name in self.convert:
-            x = CONVERSIONS[name](x)
-        return x
+        return apply(self.role, self.convert, x)
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Conventions:
     @property
     def has_difference(self) -> bool:
         """Whether a part is the difference to the next step, which the last step lacks."""
-        return any("difference" in f.convert for f in (*self.action, *self.state))
+        return any(f.takes_difference for f in (*self.action, *self.state))
 
     @property
     def keys(self) -> list[str]:
@@ -154,15 +165,17 @@ class Conventions:
             widths: sizes of features that a field takes whole.
         """
         roles: dict[str, list[int]] = {role: [] for role in ROLES}
+        held: dict[str | None, list[int]] = {None: [], "zero": [], "hold": []}
         at = 0
         for part in self.action:
             width = part.zeros or len(part.index) or (widths or {}).get(part.key or "", 0)
             if not width:
                 raise InputError(f"conventions of {name}: action field {part.key!r} must list its entries as index")
-            width = 3 if "quaternion_to_euler" in part.convert else width
+            width = 3 if any("quaternion" in name for name in part.convert) else width
             roles[part.role] += range(at, at + width)
+            held[part.stop] += range(at, at + width)
             at += width
-        return ActionSpace(
+        space = ActionSpace(
             name=name,
             kind=self.kind,
             control_rate=float(self.control_rate),
@@ -175,6 +188,8 @@ class Conventions:
             gripper=tuple(roles["gripper"]),
             binary_gripper=self.binary_gripper,
         )
+        motions = tuple(sorted({*held["zero"], *(d for d in space.moving if d in held[None])}))
+        return space if motions == space.moving else replace(space, motions=motions)
 
 
 def load_table(path: Path = TABLE) -> dict[str, Conventions]:
@@ -212,77 +227,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping")
     return values
-
-
-# ------------------------------------------------------------------------------------------------- conversions, (T, D) each
-
-
-def invert(x: FloatArray) -> FloatArray:
-    """1 - x: a gripper that counts from open to closed, counted the other way."""
-    return 1 - x
-
-
-def clip(x: FloatArray) -> FloatArray:
-    """Clipped to 0 .. 1."""
-    return np.clip(x, 0, 1)
-
-
-def binarize(x: FloatArray) -> FloatArray:
-    """An opening from 0 to 1 as 0 or 1: what lies between (0.05, 0.95) becomes the end that is reached next; after the
-    last such end, the last value itself stays."""
-    out = np.empty_like(x)
-    carry = x[-1]
-    for t in range(len(x) - 1, -1, -1):
-        carry = np.where(x[t] > 0.95, 1, np.where(x[t] < 0.05, 0, carry))
-        out[t] = carry
-    return out
-
-
-def relative(x: FloatArray) -> FloatArray:
-    """A gripper that is told to close (> 0.1) or to open (< -0.1), as whether it is open: (0 closed, 1 open). Before the
-    first command it is in the other state; without any it is open."""
-    command = np.where(x < -0.1, 1.0, np.where(x > 0.1, -1.0, 0.0))
-    out = np.empty_like(x)
-    for d in range(x.shape[1]):
-        given = command[command[:, d] != 0, d]
-        carry = -given[0] if len(given) else 1.0
-        for t in range(len(x)):
-            carry = command[t, d] or carry
-            out[t, d] = carry / 2 + 0.5
-    return out
-
-
-def difference(x: FloatArray) -> FloatArray:
-    """What the next step's value adds to this one's; unknown (NaN) at the last step, which is then left out."""
-    out = np.full_like(x, np.nan)
-    out[:-1] = x[1:] - x[:-1]
-    return out
-
-
-def quaternion_to_euler(x: FloatArray) -> FloatArray:
-    """Quaternions x, y, z, w (T, 4) as roll, pitch, yaw about fixed axes (T, 3), radians."""
-    from scipy.spatial.transform import Rotation
-
-    return Rotation.from_quat(x).as_euler("xyz").astype(np.float32)
-
-
-def _unchanged(x: FloatArray) -> FloatArray:
-    return x
-
-
-CONVERSIONS = {
-    "invert": invert,
-    "clip": clip,
-    "binarize": binarize,
-    "relative": relative,
-    "difference": difference,
-    "quaternion_to_euler": quaternion_to_euler,
-    "zlib": _unchanged,  # packed float32; unpacked before the others
-    "axis_angle": _unchanged,  # says which form a rotation has; roll, pitch, yaw otherwise
-    "degrees": _unchanged,
-    "millimetres": _unchanged,
-}
-"""What a :class:`Field` may do to its entries, or say of them."""
 
 
 # ------------------------------------------------------------------------------------------------------------- an episode

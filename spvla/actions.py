@@ -22,6 +22,7 @@ from spvla.fields import check_fields, naming
 FloatArray = NDArray[np.float32]
 
 KINDS = ("eef_delta", "eef_absolute", "joint_velocity", "joint_position", "joint_delta")
+"""What an action can be. Efforts (torques, currents) are not among them: no effort is known to keep an arm where it is."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class ActionSpace:
         binary_gripper: gripper dimensions only ever take their two end values.
         max_jump: per dimension, the largest change between consecutive actions seen in training (normalised units);
             None leaves jumps unchecked.
+        motions: indices of the dimensions that are velocities or changes, and therefore zero when the robot is to stand
+            still; the others are targets, which are repeated. None: all but the gripper's where ``kind`` is a delta or a
+            velocity, and none where it is absolute. A mobile base's velocities beside joint positions, or a gripper that
+            is commanded by its change, have to be listed.
     """
 
     name: str
@@ -53,6 +58,7 @@ class ActionSpace:
     gripper: tuple[int, ...] = ()
     binary_gripper: bool = True
     max_jump: tuple[float, ...] | None = None
+    motions: tuple[int, ...] | None = None
     _offset: FloatArray = field(init=False, repr=False, compare=False)
     _scale: FloatArray = field(init=False, repr=False, compare=False)
     _admissible: tuple[FloatArray, FloatArray, FloatArray] = field(init=False, repr=False, compare=False)
@@ -67,8 +73,8 @@ class ActionSpace:
             object.__setattr__(self, name, tuple(float(v) for v in value))
             if len(value) != self.dim:
                 raise InputError(f"action space {self.name!r}: {name} has {len(value)} entries, q01 has {self.dim}")
-        for name in ("translation", "rotation", "gripper"):
-            if any(not 0 <= i < self.dim for i in getattr(self, name)):
+        for name in ("translation", "rotation", "gripper", "motions"):
+            if any(not 0 <= i < self.dim for i in getattr(self, name) or ()):
                 raise InputError(f"action space {self.name!r}: {name} names a dimension outside 0..{self.dim - 1}")
         if self.kind not in KINDS:
             raise InputError(f"action space {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}")
@@ -103,6 +109,13 @@ class ActionSpace:
         """Indices of all dimensions but the gripper's."""
         return tuple(i for i in range(self.dim) if i not in self.gripper)
 
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """Indices of the dimensions that are zero when the robot stands still: ``motions``, or what ``kind`` implies."""
+        if self.motions is not None:
+            return tuple(sorted(self.motions))
+        return () if self.kind in ("eef_absolute", "joint_position") else self.continuous
+
     def role(self, dimension: int) -> str:
         """What a dimension is: translation, rotation, gripper or joint."""
         return next((r for r in ("translation", "rotation", "gripper") if dimension in getattr(self, r)), "joint")
@@ -122,20 +135,23 @@ class ActionSpace:
     def stop(self, last: FloatArray) -> FloatArray:
         """The action (D,) that keeps a robot where it is, given the ``last`` one, environment units.
 
-        No motion where actions are deltas or velocities, the last target where they are positions; the gripper stays.
+        Velocities and changes (:attr:`moving`) are zero; targets, the gripper's among them, stay the last ones.
         """
         out = np.array(last, np.float32)
-        if not self.kind.endswith(("_absolute", "_position")):
-            out[list(self.continuous)] = 0.0
+        out[list(self.moving)] = 0.0
         return out
 
     def snap_gripper(self, normalized: FloatArray) -> FloatArray:
-        """Normalised actions (..., D) with binary gripper dimensions set to the nearer end, -1 or +1."""
+        """Normalised actions (..., D) with binary gripper dimensions set to the nearer end, -1 or +1.
+
+        A gripper of which only one end was ever seen (q01 == q99) stays there.
+        """
         if not (self.binary_gripper and self.gripper):
             return normalized
         out = normalized.copy()
         g = list(self.gripper)
-        out[..., g] = np.where(out[..., g] >= 0, 1.0, -1.0)
+        apart = np.array([self.q99[d] > self.q01[d] for d in g])
+        out[..., g] = np.where(apart, np.where(out[..., g] >= 0, 1.0, -1.0), 0.0)
         return out
 
     def deviation(self, proposed: ArrayLike, reference: ArrayLike, tolerance: float) -> NDArray[np.bool_]:
@@ -175,7 +191,7 @@ class ActionSpace:
 
         Scales (q01/q99) and bounds may differ: normalisation is there to carry weights across them.
         """
-        for name in ("dim", "kind", "control_rate", "translation", "rotation", "gripper", "binary_gripper"):
+        for name in ("dim", "kind", "control_rate", "translation", "rotation", "gripper", "moving", "binary_gripper"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise InputError(

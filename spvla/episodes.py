@@ -29,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.gripper import GripperValues, judge_grippers
 from spvla.history import Source
 from spvla.statistics import Statistics
 
@@ -338,10 +339,12 @@ def _described(schema: pa.Schema) -> pa.Schema:
 def finalize(folder: str | Path) -> Path:
     """Number the episodes of all finished shards, ordered by job id, and write the LeRobot v3.0 folder around them.
 
-    The shards stay, so that a store can be extended and finalised again. Returns the folder.
+    The shards stay, so that a store can be extended and finalised again. In a measured store with a binary gripper, an episode
+    in which the gripper has a value that is neither of its ends is left out; ``meta/spvla.json`` lists it. Returns the folder.
 
     Raises:
-        InputError: no shards, damaged ones, ones that hold different features, or ``data`` or ``meta`` that are not a store's.
+        InputError: no shards, damaged ones, ones that hold different features, ``data`` or ``meta`` that are not a store's, or
+            grippers that are not binary where the action space says so.
     """
     folder = Path(folder)
     _require_own(folder)
@@ -351,6 +354,9 @@ def finalize(folder: str | Path) -> Path:
     infos = [shard_info(path) for path in shards]
     space = ActionSpace.from_dict(infos[0]["action_space"], str(shards[0]))
     schema = _shard_schema(shards[0]).remove_metadata()
+    measured = any(info["measured"] for info in infos)
+    grippers = _judge_grippers(shards, infos, space) if measured and space.binary_gripper and space.gripper else []
+    left_out = _wrong_grippers(space, grippers)
     building = folder / ".building"
     shutil.rmtree(building, ignore_errors=True)
     (building / "data" / "chunk-000").mkdir(parents=True)
@@ -359,7 +365,7 @@ def finalize(folder: str | Path) -> Path:
     rows: list[dict[str, Any]] = []
     vectors_of = {f.name: f.type.list_size for f in schema if pa.types.is_fixed_size_list(f.type)}
     stats = {name: Statistics(quantiles=width <= WIDEST_WITH_QUANTILES) for name, width in vectors_of.items()}
-    frames, file_index, writer = 0, 0, None
+    frames, file_index, writer, number, missing = 0, 0, None, 0, []
     full = schema
     for name in ("episode_index", "index", "task_index"):
         full = full.append(pa.field(name, pa.int64()))
@@ -374,11 +380,22 @@ def finalize(folder: str | Path) -> Path:
         table = table.select(schema.names)
         if (length := sum(e["length"] for e in info["episodes"])) != table.num_rows:
             raise InputError(f"{path}: holds {table.num_rows} steps, its episodes have {length}; delete it to do its job again")
+        kept = [number + i not in left_out for i in range(len(info["episodes"]))]
+        missing += [
+            {"file": str(path), "record": e["metadata"].get("number", i), "field": "action", "reason": left_out[number + i]}
+            for i, e in enumerate(info["episodes"])
+            if not kept[i]
+        ]
+        number += len(kept)
+        if not any(kept):
+            continue
+        if not all(kept):
+            table = table.filter(np.repeat(kept, [e["length"] for e in info["episodes"]]))
         for name, s in stats.items():
             s.add(vectors(table[name]))
         episode_index, task_index = [], []
         position = frames
-        for e in info["episodes"]:
+        for e in (e for e, keep in zip(info["episodes"], kept, strict=True) if keep):
             task = tasks.setdefault(e["instruction"], len(tasks))
             rows.append(
                 {
@@ -409,9 +426,11 @@ def finalize(folder: str | Path) -> Path:
             writer, file_index = None, file_index + 1
     if writer is not None:
         writer.close()
+    if not rows:
+        raise InputError(f"{folder}: every episode was left out; {missing[0]['reason']}", code="no-episodes", field="action")
 
-    if any(info["measured"] for info in infos):
-        space = measured_space(space, stats["action"])
+    if measured:
+        space = measured_space(space, stats["action"], [(g.low, g.high) for g in grippers])
     meta = building / "meta"
     (meta / "episodes" / "chunk-000").mkdir(parents=True)
     episodes = meta / "episodes" / "chunk-000" / "file-000.parquet"
@@ -434,7 +453,8 @@ def finalize(folder: str | Path) -> Path:
         "data_files_size_in_mb": DATA_FILE_BYTES // 2**20,
     }
     _write_json(meta / "info.json", info_json)
-    _write_json(meta / "spvla.json", {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})})
+    about = {"action_space": space.to_dict(), "policies": sorted({i["policy"] for i in infos})}
+    _write_json(meta / "spvla.json", about | ({"left_out": missing} if missing else {}))
     for name in ("meta", "data"):  # meta goes first and comes last: a store with meta is whole
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("data", "meta"):
@@ -446,18 +466,51 @@ def finalize(folder: str | Path) -> Path:
     return folder
 
 
-def measured_space(space: ActionSpace, actions: Statistics) -> ActionSpace:
+def _judge_grippers(shards: Sequence[Path], infos: Sequence[dict[str, Any]], space: ActionSpace) -> list[GripperValues]:
+    """What the grippers of all episodes say; an :class:`InputError` if one is not binary, as ``space`` says it is."""
+
+    def values() -> Iterator[NDArray[np.float32]]:
+        for path, info in zip(shards, infos, strict=True):
+            actions = read_vectors(read_parquet(path, ["action"]), "action", str(path))[:, list(space.gripper)]
+            yield from np.split(actions, np.cumsum([e["length"] for e in info["episodes"]])[:-1])
+
+    found = judge_grippers(values)
+    for dimension, gripper in zip(space.gripper, found, strict=True):
+        if not gripper.binary:
+            raise InputError(
+                f"{shards[0].parents[1]}: the gripper (action entry {dimension}) is not binary, as the action space says: its "
+                f"values are {gripper}; write binary_gripper: false in its conventions",
+                code="gripper-not-binary",
+                field="binary_gripper",
+            )
+    return found
+
+
+def _wrong_grippers(space: ActionSpace, grippers: Sequence[GripperValues]) -> dict[int, str]:
+    """The episodes in which a binary gripper is at neither end, and what to say of each."""
+    out = {}
+    for dimension, gripper in zip(space.gripper, grippers, strict=False):
+        for number, (value, steps) in ({} if gripper.passing else gripper.strays).items():
+            out[number] = (
+                f"the gripper is at neither of its ends (action entry {dimension}: {gripper.low:g} and {gripper.high:g}) for "
+                f"{steps} steps, mostly at {value:g}"
+            )
+    return out
+
+
+def measured_space(space: ActionSpace, actions: Statistics, ends: Sequence[tuple[float, float]] = ()) -> ActionSpace:
     """``space`` with the scale and bounds of actions that were seen.
 
-    A binary gripper's q01 and q99 are its two ends. A dimension that barely moves has no scale of its own: at least
+    The q01 and q99 of binary grippers are their ``ends``. A dimension that barely moves has no scale of its own: at least
     :data:`SMALLEST_SCALE` of the widest one of its role, so that sensor noise on a joint at rest is not full motion.
     """
     q01, q99 = actions.quantile(0.01), actions.quantile(0.99)
-    if space.binary_gripper:
-        ends = list(space.gripper)
-        q01[ends], q99[ends] = actions.min[ends], actions.max[ends]
-    roles = [space.role(d) for d in range(space.dim)]
+    for d, pair in zip(space.gripper, ends, strict=False):
+        q01[d], q99[d] = pair
+    roles = [(space.role(d), d in space.moving) for d in range(space.dim)]
     for role in set(roles):
+        if role[0] == "gripper" and ends:
+            continue
         alike = [d for d in range(space.dim) if roles[d] == role]
         least = SMALLEST_SCALE * (q99 - q01)[alike].max()
         lacking = np.maximum(least - (q99 - q01)[alike], 0) / 2

@@ -93,6 +93,11 @@ class Statistics:
             out.append(np.clip(pair[0] + (pair[1] - pair[0]) * (at - np.floor(at)), self.min[d], self.max[d]))
         return np.array(out)
 
+    def histogram(self, dimension: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The distinct values of a dimension, in order and to within 1/4096 of their size, and how often each came."""
+        cells, counts = self._histograms[dimension]
+        return _values(cells), counts
+
     def result(self) -> dict[str, list[float]]:
         """``min``, ``max``, ``mean``, ``std``, with quantiles ``q01`` and ``q99``, (D,), and ``count`` (1,), ready for JSON."""
         named = {"min": self.min, "max": self.max, "mean": self.mean, "std": np.sqrt(self.squares / self.count)}

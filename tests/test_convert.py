@@ -19,9 +19,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
 import data.inspect
+from data.conversions import binarize, difference, quaternion_to_euler, relative
 from data.convert import convert, published_space
 from data.inspect import inspect
-from data.openx import Conventions, binarize, difference, load_table, quaternion_to_euler, relative, standardize
+from data.openx import Conventions, load_table, standardize
 from data.parts import Problem
 from data.rlds import RldsFolder, read_records, scan
 from data.stats import stats
