@@ -1,7 +1,8 @@
 # Everything sets itself up on a fresh Debian/Ubuntu machine with Python 3.11 or newer.
 #   make demo          the whole system on the packaged small VLA, from pixels: a paired evaluation, its films and a report
 #   make distill-demo  record that VLA, distil a generator and its gate from it, evaluate them
-#   make test          all checks and tests
+#   make check         lint, types and the unit tests, in two minutes
+#   make test          the same and everything slow
 # PIP_ARGS is passed to pip, for example to choose a CPU build of torch:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -20,7 +21,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo distill-demo test test-lerobot lint clean
+.PHONY: setup system demo distill-demo check test test-lerobot lint clean
 
 setup: system $(READY)
 
@@ -57,8 +58,15 @@ distill-demo: setup
 	$(BIN)/python -m eval closed_loop --config configs/eval/distill_demo.yaml --export $D/export --output $D/results/closed_loop
 	$(BIN)/python -m eval report --results $D/results --output $D/report.html --title "A generator of your own"
 
+# A line for each test as it ends, on as many processes as WORKERS.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -v -n $(WORKERS) --dist worksteal
+
+check: setup lint
+	$(PYTEST)
+
 test: setup lint
-	$(BIN)/python -m pytest -q -m "slow or not slow" --durations=10
+	$(PYTEST) -m "slow or not slow" --durations=10
 
 # The adapter to LeRobot's policies, with LeRobot itself: an environment of its own, Python 3.12.
 test-lerobot:

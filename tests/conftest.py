@@ -1,4 +1,4 @@
-"""Shared fixtures: a policy that costs nothing, small rollout stores, and where the reference data lives."""
+"""Shared fixtures: a policy that costs nothing, small rollout stores, and where the real recordings lie."""
 
 from __future__ import annotations
 
@@ -19,15 +19,10 @@ from spvla.vlas.base import VLAOutput
 settings.register_profile("spvla", deadline=None)
 settings.load_profile("spvla")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Reference data beside the checkout."""
-    if not SHARED.is_dir():
-        pytest.skip(f"reference data is not at {SHARED}")
-    return SHARED
+DATA = Path(__file__).parent / "data"  # NOTICE files say where each folder comes from
+BRIDGE = DATA / "bridge_rlds" / "bridge_dataset" / "1.0.0"  # 10 training records; 1 for validation, which repeats
+CR5 = DATA / "lerobot_cr5_banana"  # 34 episodes, the first one short and with its video
+APPLE = DATA / "lerobot_v3_apple_storage"
 
 
 def write_records(path: Path, records: list[bytes]) -> None:

@@ -30,20 +30,20 @@ from data.store import RolloutStore
 from spvla.episodes import finalize, read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.statistics import Statistics
-from tests.conftest import write_records, write_store
+from tests.conftest import BRIDGE, CR5, DATA, write_records, write_store
 
 ROOT = Path(__file__).parents[1]
 COLUMN = st.integers(1, 12).flatmap(lambda n: arrays(np.float32, (n, 1), elements=st.floats(-1, 1, width=16)))
 
 
 @pytest.fixture
-def bridge(shared) -> Path:
-    return shared / "bridge_rlds" / "bridge_dataset" / "1.0.0"
+def bridge() -> Path:
+    return BRIDGE
 
 
 @pytest.fixture
-def cr5(shared) -> Path:
-    return shared / "lerobot_cr5_banana"
+def cr5() -> Path:
+    return CR5
 
 
 # ------------------------------------------------------------------------------------------------------------- statistics
@@ -105,7 +105,7 @@ def test_stats_agree_with_the_published_ones(cr5, tmp_path, capsys):
         np.testing.assert_allclose(entry[ours]["std"], spread, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(entry[ours]["min"], np.min([p[theirs]["min"] for p in published], axis=0), rtol=1e-6)
         np.testing.assert_allclose(entry[ours]["max"], np.max([p[theirs]["max"] for p in published], axis=0), rtol=1e-6)
-    assert entry["num_trajectories"] == 81 and entry["num_transitions"] == 18039
+    assert entry["num_trajectories"] == 34 and entry["num_transitions"] == 7445
     assert entry["action"]["mask"] == [True] * 6 + [False]
 
 
@@ -156,9 +156,9 @@ def test_difference_leaves_the_last_step_out():
     np.testing.assert_array_equal(out, [[3], [5], [np.nan]])
 
 
-def test_the_table_covers_the_published_statistics(shared):
+def test_the_table_covers_the_published_statistics():
     """25 data sets with a mask: same size, the mask spares the gripper, and constants are constant there too."""
-    published = json.loads((shared / "oxe_statistics" / "dataset_statistics.json").read_text())
+    published = json.loads((DATA / "oxe_statistics" / "dataset_statistics.json").read_text())
     table = load_table()
     covered = [name for name, entry in published.items() if "mask" in entry["action"]]
     assert len(covered) == 25 and set(covered) <= set(table)
@@ -229,7 +229,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_bridge_converts_with_images(bridge, tmp_path, capsys):
     convert("rlds", bridge, tmp_path / "store", images=True)
     episodes = list(read_episodes(tmp_path / "store"))
-    assert len(episodes) == 25 and sum(map(len, episodes)) == 200
+    assert len(episodes) == 10 and sum(map(len, episodes)) == 80
     assert episodes[0].images["image_0"][0].startswith(b"\xff\xd8")
     store = RolloutStore(tmp_path / "store")
     assert store.space.control_rate == 5 and not store.labelled_by_teacher
@@ -261,7 +261,7 @@ def test_a_cut_off_image_is_named_and_the_rest_kept(bridge, tmp_path):
     (left_out,) = json.loads((tmp_path / "store" / "problems.json").read_text())
     assert (left_out["record"], left_out["field"]) == (5, "observation/image_0")
     assert "image of step 3 cannot be read" in left_out["reason"]
-    assert len(list(read_episodes(tmp_path / "store"))) == 24
+    assert len(list(read_episodes(tmp_path / "store"))) == 9
 
 
 def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
@@ -276,15 +276,15 @@ def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
         convert("rlds", folder, tmp_path / "store")
     shutil.rmtree(tmp_path / "store")
     convert("rlds", folder, tmp_path / "store")
-    assert len(list(read_episodes(tmp_path / "store"))) == 25
+    assert len(list(read_episodes(tmp_path / "store"))) == 10
 
 
 def test_inspecting_takes_constant_memory(cr5, capsys, monkeypatch):
-    monkeypatch.setattr(data.inspect, "MOST_STEPS", 3000)
+    monkeypatch.setattr(data.inspect, "MOST_STEPS", 1000)
     inspect(source="lerobot", path=cr5)
     told = capsys.readouterr().out
-    assert "81 episodes, 18039 steps at 10 Hz" in told and "of every 8th episode" in told
-    assert "81 episodes  put the banana on the plate" in told
+    assert "34 episodes, 7445 steps at 10 Hz" in told and "of every 8th episode" in told
+    assert "34 episodes  put the banana on the plate" in told
 
 
 def test_joint_velocities_convert(cr5, tmp_path, capsys):
@@ -295,7 +295,7 @@ def test_joint_velocities_convert(cr5, tmp_path, capsys):
     assert width[4] >= 0.049 * width[:6].max()  # a joint that stands still does not turn its noise into full motion
     assert space.q01[6] == 0 and space.q99[6] == 1
     assert len(list(read_episodes(tmp_path / "store"))) == 10
-    assert "78 of 81 videos" in capsys.readouterr().out
+    assert "33 of 34 videos" in capsys.readouterr().out
 
 
 def test_workers_and_restarts_give_the_same_store(cr5, tmp_path):
@@ -303,7 +303,7 @@ def test_workers_and_restarts_give_the_same_store(cr5, tmp_path):
     convert("lerobot", cr5, tmp_path / "two", workers=2)
     shards = sorted((tmp_path / "two" / ".shards").glob("*.parquet"))
     shards[1].unlink()
-    shards[3].unlink()
+    shards[2].unlink()
     shutil.rmtree(tmp_path / "two" / "meta")
     times = {p: p.stat().st_mtime_ns for p in shards if p.exists()}
     convert("lerobot", cr5, tmp_path / "two")
@@ -338,7 +338,7 @@ def test_damaged_records_stop_or_are_skipped(bridge, tmp_path, capsys):
     with pytest.raises(InputError, match=r"tfrecord-00000-of-00001, record 1: the check sum is wrong"):
         convert("rlds", folder, tmp_path / "store")
     convert("rlds", folder, tmp_path / "store", on_error="skip")
-    assert len(list(read_episodes(tmp_path / "store"))) == 24
+    assert len(list(read_episodes(tmp_path / "store"))) == 9
     left_out = json.loads((tmp_path / "store" / "problems.json").read_text())
     assert [p["record"] for p in left_out] == [1] and "left out" in capsys.readouterr().out
 
@@ -361,8 +361,8 @@ def test_no_episode_comes_twice(bridge, tmp_path):
     assert len(list(read_episodes(tmp_path / "store"))) == 8
 
 
-def test_published_scale(shared, bridge, tmp_path, capsys):
-    file = shared / "oxe_statistics" / "dataset_statistics.json"
+def test_published_scale(bridge, tmp_path, capsys):
+    file = DATA / "oxe_statistics" / "dataset_statistics.json"
     convert("rlds", bridge, tmp_path / "store", conventions="bridge_orig", statistics=file)
     assert "do units and signs agree" not in capsys.readouterr().out
     published = json.loads(file.read_text())["bridge_orig"]["action"]
@@ -403,7 +403,7 @@ def test_a_repaired_file_of_the_same_size_is_read_again(bridge, tmp_path):
     note = next(p for p in (tmp_path / "store" / ".shards").glob("*.json") if p.name in str(error.value))
     note.unlink()
     convert("rlds", folder, tmp_path / "store")
-    assert len(list(read_episodes(tmp_path / "store"))) == 25
+    assert len(list(read_episodes(tmp_path / "store"))) == 10
     note.write_text("{")
     with pytest.raises(InputError, match=rf"{note.name}: not readable"):
         convert("rlds", folder, tmp_path / "store")

@@ -3,13 +3,13 @@
 import json
 
 from eval.data import bench_data
+from tests.conftest import BRIDGE, CR5
 
 
-def test_the_bench_tells_rates_ratios_and_memory(shared, tmp_path, capsys):
-    bridge, cr5 = shared / "bridge_rlds" / "bridge_dataset" / "1.0.0", shared / "lerobot_cr5_banana"
+def test_the_bench_tells_rates_ratios_and_memory(tmp_path, capsys):
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps({"rates": {"nested": {"wall": 100.0, "cpu": 100.0}}}))
-    bench_data(tmp_path / "out", None, bridge, cr5, None, reference, steps=10_000, batch_size=256, repeats=1)
+    bench_data(tmp_path / "out", None, BRIDGE, CR5, None, reference, steps=10_000, batch_size=256, repeats=1)
     rows = {row["reader"]: row for row in json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]}
     for name in ("RLDS without TensorFlow, one camera left encoded", "LeRobot, whole episodes", "windows, 1 thread"):
         row = rows[name]

@@ -17,18 +17,19 @@ from data.parts import Problem
 from data.video import VideoFrames
 from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from tests.conftest import APPLE, CR5
 
 REACHY = Path(__file__).parents[1] / "configs" / "openx" / "lerobot_reachy2.yaml"
 
 
 @pytest.fixture
-def cr5(shared) -> Path:
-    return shared / "lerobot_cr5_banana"
+def cr5() -> Path:
+    return CR5
 
 
 @pytest.fixture
-def apple(shared) -> Path:
-    return shared / "lerobot_v3_apple_storage"
+def apple() -> Path:
+    return APPLE
 
 
 def outcomes(source: LerobotSource, images: bool = False) -> list:
@@ -54,8 +55,8 @@ def write_video(path: Path, frames: int, rate: int = 10) -> None:
 def test_cr5_is_what_its_parquet_files_hold(cr5):
     source = LerobotSource(cr5)
     episodes = outcomes(source)
-    assert len(episodes) == 81 and sum(map(len, episodes)) == 18039
-    for k in (0, 40, 80):
+    assert len(episodes) == 34 and sum(map(len, episodes)) == 7445
+    for k in (0, 17, 33):
         table = pq.read_table(cr5 / "data" / "chunk-000" / f"episode_{k:06d}.parquet")
         np.testing.assert_array_equal(episodes[k].actions, np.array(table["action"].to_pylist(), np.float32))
         np.testing.assert_array_equal(episodes[k].states, np.array(table["observation.state"].to_pylist(), np.float32))
@@ -64,15 +65,15 @@ def test_cr5_is_what_its_parquet_files_hold(cr5):
     assert (space.kind, space.control_rate, space.gripper, space.translation) == ("joint_velocity", 10, (6,), ())
     assert space.binary_gripper and episodes[0].instruction == "put the banana on the plate"
     told = "\n".join(source.notes)
-    assert "0.352 s" in told and "78 of 81 videos" in told and "no conventions given" in told
+    assert "0.274 s" in told and "33 of 34 videos" in told and "no conventions given" in told
 
 
 def test_missing_videos_are_problems_only_where_images_are_wanted(cr5):
     found = outcomes(LerobotSource(cr5), images=True)
     bad = [e for e in found if isinstance(e, Problem)]
-    assert len(bad) == 78 and bad[0].record == 3 and "video is not there" in bad[0].reason
-    frames = found[1].images["top"]
-    assert len(frames) == len(found[1]) == 215
+    assert len(bad) == 33 and bad[0].record == 1 and "video is not there" in bad[0].reason
+    frames = found[0].images["top"]
+    assert len(frames) == len(found[0]) == 12
     first = frames[0]
     assert first.shape == (480, 640, 3) and first.std() > 10
     np.testing.assert_array_equal(frames[0], first)
@@ -143,11 +144,11 @@ def test_damaged_files_are_named(cr5, tmp_path):
     source = LerobotSource(folder)
     found = outcomes(source)
     bad = {e.record: e for e in found if isinstance(e, Problem)}
-    assert sorted(bad) == [2, 4, 5] and len(found) == 80
+    assert sorted(bad) == [2, 4, 5] and len(found) == 33
     assert "damaged Parquet" in bad[2].reason and bad[4].field == "observation.state"
     assert "NaN or infinity at step 17" in bad[5].reason and bad[5].field == "action"
     assert any("episode_000003.parquet: is not there" in note for note in source.notes)
-    assert any("total_episodes claims 81, the data holds 80" in note for note in source.notes)
+    assert any("total_episodes claims 34, the data holds 33" in note for note in source.notes)
     (folder / "meta" / "info.json").write_text("{")
     with pytest.raises(InputError, match=r"info\.json: not readable JSON"):
         LerobotSource(folder)
@@ -168,7 +169,7 @@ def five(cr5, tmp_path) -> Path:
         shutil.copy(cr5 / "data" / "chunk-000" / f"episode_{k:06d}.parquet", folder / "data" / "chunk-000")
     lines = (folder / "meta" / "episodes.jsonl").read_text().splitlines()[:5]
     (folder / "meta" / "episodes.jsonl").write_text("\n".join(lines))
-    claim(folder, total_episodes=5, total_frames=1133, splits={"train": "0:5"})
+    claim(folder, total_episodes=5, total_frames=948, splits={"train": "0:5"})
     return folder
 
 

@@ -1,4 +1,4 @@
-"""OpenVLA: the published implementation's numbers, pruning, adapters, batches, and bad checkpoints."""
+"""OpenVLA: an independent implementation's numbers, pruning, adapters, batches, and bad checkpoints."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from spvla.pruning import TokenPruner
 from spvla.vlas.conventions import CONVENTIONS, Conventions, center_crop, jpeg_round_trip
 from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.vision import vit_config
+from tests.conftest import DATA
 
 STATS = {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}
 
@@ -68,8 +69,8 @@ def picture(seed: int, size: int = 70) -> Observation:
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
-    return shared / "openvla_tiny_reference"
+def reference():
+    return DATA / "openvla_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def checkpoint(tmp_path):
     return tmp_path / "model"
 
 
-# ------------------------------------------------------------------------------ the published implementation's numbers
+# ---------------------------------------------------------- the numbers of an independent one, tests/data/openvla_reference.py
 
 
 def test_golden_float32(golden, reference_model):
@@ -107,15 +108,15 @@ def test_golden_float32(golden, reference_model):
         pixels = pixel_values(image, model.config)[None]
         with torch.inference_mode():
             logits = model(pixels, torch.tensor([ids + case["tokens"]]))[0]
-        scores = logits[len(ids) - 1 : -1, 32000 - 256 : 32000]
+        scores = logits[len(ids) - 1 : -1, model.config.vocab - 256 : model.config.vocab]
         np.testing.assert_allclose(scores, arrays[f"case{i}/scores_action_tokens"], rtol=0, atol=1e-3)
         confidence = logits[len(ids) - 1 : -1].softmax(-1).max(-1).values
         np.testing.assert_allclose(output.confidence, confidence, atol=1e-5)
-        if f"case{i}/pixel_values" in arrays:
-            np.testing.assert_allclose(pixels[0], arrays[f"case{i}/pixel_values"], rtol=0, atol=1e-5)
+        if f"case{i}/pixel_values_16" in arrays:
+            np.testing.assert_allclose(pixels[0][:, ::16], arrays[f"case{i}/pixel_values_16"], rtol=0, atol=1e-5)
             with torch.inference_mode():
-                features = model.vision_backbone(pixels)[0][0].numpy()
-            expected = arrays[f"case{i}/patch_features"]
+                features = model.vision_backbone(pixels)[0][0, ::16].numpy()
+            expected = arrays[f"case{i}/patch_features_16"]
             assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 1e-4
 
 
@@ -142,9 +143,9 @@ def test_golden_batch_equals_single(golden, reference_model):
         np.testing.assert_allclose(output.actions[0], case["action"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("camera", ["libero_agentview_256", "libero_wrist_256"])
-def test_libero_image_steps(shared, camera):
-    frames = np.load(shared / "openvla_preprocess_reference" / "reference.npz")
+@pytest.mark.parametrize("camera", ["libero_agentview_256"])
+def test_libero_image_steps(camera):
+    frames = np.load(DATA / "openvla_preprocess_reference" / "reference.npz")
     raw, jpeg, small, cropped = (
         frames[f"{camera}/{step}"] for step in ("raw", "jpeg_roundtrip", "resized_224", "center_cropped_224")
     )

@@ -27,7 +27,7 @@ from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
-from tests.conftest import write_records
+from tests.conftest import BRIDGE, DATA, write_records
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,8 +79,23 @@ def seeing(checkpoint: str | None) -> SeeingVLA:
 
 
 @pytest.fixture
-def bridge(shared) -> Path:
-    return shared / "bridge_rlds" / "bridge_dataset" / "1.0.0"
+def bridge() -> Path:
+    return BRIDGE
+
+
+@pytest.fixture
+def two_shards(tmp_path) -> Path:
+    """Bridge's training records in two shards, which are two parts of the work."""
+    folder = shutil.copytree(BRIDGE, tmp_path / "bridge_dataset" / "1.0.0")
+    path = next(folder.glob("*-train.tfrecord*"))
+    records = [r for _, r in read_records(scan(path))]
+    path.unlink()
+    for k, rows in enumerate((records[:6], records[6:])):
+        write_records(path.with_name(path.name.replace("00000-of-00001", f"{k:05d}-of-00002")), rows)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["6", "4"]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
 
 
 @pytest.fixture
@@ -103,7 +118,7 @@ def run(output: Path, bridge: Path, **options) -> None:
 def test_labels_are_of_the_right_frames(bridge, vla, tmp_path):
     run(tmp_path / "store", bridge, images=True)
     episodes = list(read_episodes(tmp_path / "store"))
-    assert len(episodes) == 25 and max(vla.batches) == 32
+    assert len(episodes) == 10 and max(vla.batches) == 32
     for episode in episodes:
         for t, encoded in enumerate(episode.images["image_0"]):
             saw = decode_image(encoded).mean() / 255
@@ -159,15 +174,15 @@ def test_errors_of_the_decoding_worker_lose_their_traceback():
         next(items)
 
 
-def test_what_is_finished_is_not_done_again(bridge, vla, tmp_path):
-    run(tmp_path / "store", bridge)
+def test_what_is_finished_is_not_done_again(two_shards, vla, tmp_path):
+    run(tmp_path / "store", two_shards)
     whole = tree(tmp_path / "store")
     shards = sorted((tmp_path / "store" / ".shards").glob("*.parquet"))
     assert len(shards) == 2
     shards[1].unlink()
     vla.batches.clear()
-    run(tmp_path / "store", bridge)
-    assert sum(vla.batches) == 9 * 8  # the second part's episodes alone
+    run(tmp_path / "store", two_shards)
+    assert sum(vla.batches) == 4 * 8  # the second part's episodes alone
     assert tree(tmp_path / "store") == whole
 
 
@@ -195,8 +210,8 @@ def test_bad_frames_are_named_and_the_rest_labelled(bridge, vla, tmp_path):
     records[4] = records[4].replace(b"steps/observation/state", b"steps/observation/stute")
     write_records(path, records)
     content = bytearray(path.read_bytes())
-    content[scan(path).offsets[9] + 50] ^= 1
-    cut = scan(path).offsets[22] + 1000
+    content[scan(path).offsets[6] + 50] ^= 1
+    cut = scan(path).offsets[8] + 1000
     path.write_bytes(content[:cut])
     with pytest.raises(InputError, match="record 2, field observation/image_0: the image of step 0 cannot be read"):
         run(tmp_path / "store", folder)
@@ -205,11 +220,11 @@ def test_bad_frames_are_named_and_the_rest_labelled(bridge, vla, tmp_path):
     assert {(p["record"], p["field"]) for p in left_out} == {
         (2, "observation/image_0"),
         (4, "observation/state"),
-        (9, None),
-        (22, None),
+        (6, None),
+        (8, None),
     }
     episodes = list(read_episodes(tmp_path / "store"))
-    assert sorted(e.metadata["record"] for e in episodes) == [i for i in range(22) if i not in (2, 4, 9)]
+    assert sorted(e.metadata["record"] for e in episodes) == [i for i in range(8) if i not in (2, 4, 6)]
 
 
 def test_a_black_camera_is_refused(bridge, vla, tmp_path):
@@ -235,11 +250,11 @@ def test_action_spaces_must_fit(bridge, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_kill_give_the_same_store(bridge, tmp_path):
+def test_two_processes_and_a_kill_give_the_same_store(two_shards, tmp_path):
     """Over Bridge: one process, two processes, and one that is killed and started again on two."""
 
     def command(output: str, *more: str) -> list[str]:
-        base = ["-m", "data", "relabel", "--source", "rlds", "--path", str(bridge), "--output", str(tmp_path / output)]
+        base = ["-m", "data", "relabel", "--source", "rlds", "--path", str(two_shards), "--output", str(tmp_path / output)]
         return [
             sys.executable,
             *base,
@@ -268,9 +283,9 @@ def test_two_processes_and_a_kill_give_the_same_store(bridge, tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_of_the_tiny_openvla_are_its_own_actions(shared, bridge, tmp_path):
+def test_labels_of_the_tiny_openvla_are_its_own_actions(bridge, tmp_path):
     options = {"unnorm_key": "bridge_orig"}
-    checkpoint = str(shared / "openvla_tiny_reference")
+    checkpoint = str(DATA / "openvla_tiny")
     relabel(
         tmp_path / "store",
         "openvla",
@@ -293,7 +308,7 @@ def test_labels_of_the_tiny_openvla_are_its_own_actions(shared, bridge, tmp_path
 
 
 @pytest.mark.slow
-def test_from_rlds_to_an_export_in_one_command(shared, tmp_path):
+def test_from_rlds_to_an_export_in_one_command(tmp_path):
     """configs/distill/openx.yaml as it is, with few steps; called again, it labels nothing anew."""
     command = [sys.executable, "-m", "train", "distill", "--config", "configs/distill/openx.yaml", "--steps", "3"]
     command += ["--gate_steps", "3", "--output", str(tmp_path / "export")]
@@ -304,7 +319,7 @@ def test_from_rlds_to_an_export_in_one_command(shared, tmp_path):
     (store,) = (tmp_path / "export" / ".relabelled").iterdir()
     assert store.name.startswith("bridge_dataset-")
     episodes = list(read_episodes(store))
-    assert len(episodes) == 25 and all(np.isfinite(e.vla_actions).all() for e in episodes)
+    assert len(episodes) == 10 and all(np.isfinite(e.vla_actions).all() for e in episodes)
     times = {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     assert times == {p: p.stat().st_mtime_ns for p in (store / ".shards").glob("*.parquet")}

@@ -14,6 +14,7 @@ from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.registry import load_vla
+from tests.conftest import DATA
 from tests.test_frames import pictured_episode, write
 from train.frames import Augmentation, FrameBatch, FrameData
 from train.vla import PlainAttention, VLAModule, expected_points, soft_targets, word_tokenizer
@@ -108,14 +109,14 @@ def test_tokens_are_the_labels_in_the_models_units(tmp_path):
     assert word_tokenizer(WORDS).encode("pick up the blue milk").ids.count(0) == 1
 
 
-def test_the_packaged_model_is_small_and_knows_liberos_words(shared):
+def test_the_packaged_model_is_small_and_knows_liberos_words():
     options = yaml.safe_load((ROOT / "configs" / "train" / "nano_vla.yaml").read_text())["model"]["init_args"]
     config = OpenVLAConfig.from_dicts({"model_type": "openvla", **options["architecture"]})
     tokenizer = word_tokenizer(options["vocabulary"])
     model = OpenVLA(config, tokenizer=tokenizer, conventions="libero")
     assert 2 * sum(p.numel() for p in model.parameters()) < 16e6 and config.grid**2 >= 196 and config.image_sizes == (224, 224)
     assert tokenizer.get_vocab_size() <= config.vocab - config.n_action_bins, "words and action tokens share no id"
-    suites = json.loads((shared / "libero_instructions" / "libero_task_instructions.json").read_text())
+    suites = json.loads((DATA / "libero_instructions" / "libero_task_instructions.json").read_text())
     for task in (task for tasks in suites.values() for task in tasks):
         assert 0 not in model.tokenize(task["instruction_from_filename"]), task
 

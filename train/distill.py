@@ -183,8 +183,8 @@ def _train_stage(job: tuple[Plan, Stage, int]) -> Iterator[None]:
 
 
 def train_stages(plan: Plan, stages: Sequence[Stage], threads: int) -> None:
-    """Train the stages that no earlier run left: on CPUs side by side, a thread each, which two threads of one training
-    are no match for at this size; else one after the other."""
+    """Train the stages that no earlier run left: on CPUs side by side, else one after the other. Each has one thread:
+    sums over two differ in their last bits, and what is trained must not depend on the number of cores."""
     missing = [stage for stage in stages if not plan.path(stage).exists()]
     workers = 1 if torch.cuda.is_available() else min(threads, len(missing))
     if workers > 1:
@@ -305,7 +305,7 @@ def distill(
         relabel: data sets to label with a VLA first, each with the options of python -m data relabel; the stores are kept
             under output and come after those of data.
         weights: share of each store in the training batches, in their order; by their numbers of frames if omitted.
-        threads: cores to train on.
+        threads: stages to train side by side, one core each; the result does not depend on it.
         seed: of everything.
     """
     check_arguments(locals())
@@ -314,7 +314,7 @@ def distill(
     width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
     if state_dims and max(state_dims) >= width:
         raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     plan = Plan(
         data={
