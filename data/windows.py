@@ -8,7 +8,7 @@ the other.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from data.store import EpisodeInfo, RolloutStore
-from spvla.actions import FloatArray
+from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.history import Source, Window
 
 EVALUATION_INIT_STATES = range(30, 50)
 CALIBRATION_INIT_STATES = range(20, 30)
-SCENE = ("suite", "task", "init_state", "seed")  # of an episode's metadata
+SCENE = ("suite", "task", "init_state", "seed", "dataset", "file", "number")  # of an episode's metadata
 BLOCK = 4_000_000  # frames that are shuffled together
 
 
@@ -45,10 +45,17 @@ class Windows:
     """All windows of one or more stores.
 
     Args:
-        stores: stores of compatible action spaces and equal state sizes.
+        stores: stores of compatible action spaces and equal state sizes. Each has a scale of its own; every window is in one.
         history: steps to look back (n).
         horizon: teacher actions ahead (H).
         confidence, features: gather the VLA's confidence and pooled features too; every store must have them.
+        space: whose scale normalises every action, an export's for example; None: the first store's scale.
+
+    Attributes:
+        space: the action space with that scale. Without ``space`` its bounds admit whatever one of the stores' bounds admit.
+
+    Raises:
+        InputError: spaces that differ in more than scale and bounds, other state sizes, a feature that is missing.
     """
 
     def __init__(
@@ -58,22 +65,31 @@ class Windows:
         horizon: int = 1,
         confidence: bool = False,
         features: bool = False,
+        space: ActionSpace | None = None,
     ) -> None:
         if not stores:
             raise InputError("windows: no stores given")
         first = stores[0]
-        for store in stores[1:]:
-            first.space.require_compatible(store.space, str(store.folder))
+        reference = first.space if space is None else space
+        for store in stores:
+            reference.require_compatible(store.space, str(store.folder))
             if store.arrays["states"].shape[1] != first.arrays["states"].shape[1]:
                 raise InputError(
                     f"{store.folder}: observation.state has {store.arrays['states'].shape[1]} values, "
-                    f"{first.folder} has {first.arrays['states'].shape[1]}"
+                    f"{first.folder} has {first.arrays['states'].shape[1]}",
+                    code="state-mismatch",
+                    field="observation.state",
                 )
         for flag, name in ((confidence, "vla_confidence"), (features, "vla_features")):
             for store in stores:
                 if flag and name not in store.arrays:
                     raise InputError(f"{store.folder}: the model needs {name}, which this store lacks")
+        if space is None:
+            low, high = (np.array([getattr(s.space, name) for s in stores]) for name in ("low", "high"))
+            reference = replace(reference, low=tuple(low.min(0).tolist()), high=tuple(high.max(0).tolist()))
+        self.space = reference.scaled_like(reference)
         self.stores = list(stores)
+        self._rescaling = [store.space.rescaling(self.space) for store in stores]
         self.history, self.horizon = history, horizon
         self.confidence, self.features = confidence, features
         self.offsets = np.cumsum([0] + [s.frames for s in stores])
@@ -114,7 +130,11 @@ class Windows:
         return Batch(Window(**window), targets, valid)  # type: ignore[arg-type]
 
     def _gather(self, i: int, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None) -> Batch:
-        a = self.stores[i].arrays
+        a, rescaling = self.stores[i].arrays, self._rescaling[i]
+
+        def in_scale(actions: FloatArray) -> FloatArray:
+            return actions if rescaling is None else actions * rescaling[0] + rescaling[1]
+
         start = a["start"][frames]
         past = frames[:, None] + np.arange(-self.history, 0)  # (B, n)
         mask = (past >= start[:, None]).astype(np.float32)
@@ -132,22 +152,22 @@ class Windows:
         context = np.concatenate([past, frames[:, None]], axis=1)  # (B, n + 1)
         ahead = frames[:, None] + np.arange(self.horizon)  # (B, H)
         inside = ahead < a["end"][frames][:, None]
-        targets = a["targets"][np.where(inside, ahead, frames[:, None])]
+        targets = in_scale(a["targets"][np.where(inside, ahead, frames[:, None])])
         valid = inside & ~np.isnan(targets).any(-1)
 
-        def last_output(name: str) -> FloatArray:
-            return np.nan_to_num(a[name][last]) * known[:, None].astype(np.float32)
+        def last_output(values: FloatArray) -> FloatArray:
+            return np.nan_to_num(values) * known[:, None].astype(np.float32)
 
         window = Window(
-            actions=a["actions"][past] * mask[..., None],
+            actions=in_scale(a["actions"][past]) * mask[..., None],
             sources=sources.astype(np.float32),
             mask=mask,
             states=a["states"][context],
-            vla_action=last_output("targets"),
+            vla_action=last_output(in_scale(a["targets"][last])),
             vla_state=a["states"][last],
             vla_age=np.where(known, frames - last, 0).astype(np.float32),
-            vla_confidence=last_output("vla_confidence") if self.confidence else None,
-            vla_features=last_output("vla_features") if self.features else None,
+            vla_confidence=last_output(a["vla_confidence"][last]) if self.confidence else None,
+            vla_features=last_output(a["vla_features"][last]) if self.features else None,
         )
         return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
 
@@ -171,7 +191,8 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole
 
     Episodes of LIBERO's official initial states are split by them: 0-19 train, 20-29 calibrate; 30-49 are for
     evaluation only and refused. Of a store's other episodes ``fraction`` calibrate, chosen at random, where those that
-    share a scene (suite, task and seed) are on one side in all stores; a store further back changes nothing before it.
+    share a scene (suite, task and seed) or a recording (data set, file and number) are on one side in all stores; a store
+    further back changes nothing before it.
 
     Args:
         windows: the data.
@@ -198,7 +219,11 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole
                 )
             if only and known.get(scene) is False:
                 told = ", ".join(f"{k} {info.metadata[k]}" for k in SCENE if info.metadata.get(k) is not None)
-                raise InputError(f"{store.folder}: is to calibrate, but the scene of {told} is trained on too")
+                raise InputError(
+                    f"{store.folder}: is to calibrate, but {told} is trained on too",
+                    code="calibration-leak",
+                    field=str(store.folder),
+                )
             if only or state is not None:
                 known.setdefault(scene, only or state in CALIBRATION_INIT_STATES)
             elif scene not in known:
@@ -221,12 +246,15 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole
 
 
 def _scene(info: EpisodeInfo) -> Hashable | None:
-    """What episodes of one simulated scene share, or None if nobody says."""
+    """What episodes share that belong on one side of a split: their simulated scene, or the recording that both were made from,
+    converted and relabelled for example. None if their metadata name neither."""
     facts = info.metadata
     which = "seed" if facts.get("init_state") is None else "init_state"
-    if facts.get("suite") is None or facts.get(which) is None:
-        return None
-    return facts["suite"], facts.get("task"), which, facts[which]
+    if facts.get("suite") is not None and facts.get(which) is not None:
+        return facts["suite"], facts.get("task"), which, facts[which]
+    if facts.get("dataset") is not None and facts.get("number") is not None:
+        return facts["dataset"], facts.get("file"), facts["number"]
+    return None
 
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

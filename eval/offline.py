@@ -46,7 +46,7 @@ class Judged:
 
 def judge_store(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
     """What the generators called ``names`` propose along the episodes, and what their gates decide."""
-    space, horizon = windows.stores[0].space, windows.horizon
+    space, horizon = windows.space, windows.horizon
     limits = {n: export.limits(n, space) for n in names}
     generators = {n: export.generator(n, space) for n in names}
     proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
@@ -97,7 +97,7 @@ def offline(
     risk: list[OpenUnitInterval] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3],  # noqa: B006
     horizon: PositiveInt = 4,
 ) -> None:
-    """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode.
+    """Judge an export's generators and gates on held-out rollouts of its teacher, as in shadow mode, in the export's scale.
 
     A step counts as skipped if the generator would act in it on a robot: the VLA has acted in the episode, the state is
     familiar, the gate calls the step intuitive and the proposal is admissible. The limit of generated actions in a row does
@@ -113,14 +113,13 @@ def offline(
     """
     loaded = load_export(export)
     store = RolloutStore(data)
-    loaded.space.require_compatible(store.space, str(data))
     if store.unlabelled():
         raise InputError(f"{data}: has generated steps without the VLA's label; record the VLA alone or in shadow mode")
     if store.fingerprint in {s.get("fingerprint") for s in loaded.provenance.get("stores", [])}:
         print(f"note: {export} was distilled from {data}: these are no held-out episodes")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates, "ridge", "last"]))
     for name in names:
-        loaded.generator(name, store.space)  # an unknown name is told first
+        loaded.generator(name, loaded.space)  # an unknown name is told first
     features = [m.config.features for m in loaded.generators.values()] + [m.config.features for m in loaded.gates.values()]
     windows = Windows(
         [store],
@@ -128,7 +127,10 @@ def offline(
         horizon=horizon,
         confidence=any(f.vla_confidence for f in features),
         features=any(f.vla_features for f in features),
+        space=loaded.space,
     )
+    for line in loaded.space.scale_difference(store.space):
+        print(f"note: scale of the export against that of {data}: {line}; do both have the same units?")
     judged = judge_store(windows, loaded, names)
     proposals = judged.proposals
     targets, valid, episode = judged.targets, judged.valid, judged.episode
@@ -136,7 +138,7 @@ def offline(
     if not known.any():
         raise InputError(f"{data}: no step has a teacher's label")
     output.mkdir(parents=True, exist_ok=True)
-    space, continuous = store.space, list(store.space.continuous)
+    space, continuous = windows.space, list(windows.space.continuous)
     count = len(store.episodes)
     share = np.array([1.0 / e.length for e in store.episodes])[episode]  # of the episode's steps, the first one included
     errors, rows, curves, raw = [], [], [], []

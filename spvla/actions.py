@@ -21,6 +21,8 @@ from spvla.fields import check_fields, naming
 
 FloatArray = NDArray[np.float32]
 
+FAR_FACTOR = 3.0  # scales of the same robot, measured on other episodes, differ by less
+
 KINDS = ("eef_delta", "eef_absolute", "joint_velocity", "joint_position", "joint_delta")
 """What an action can be. Efforts (torques, currents) are not among them: no effort is known to keep an arm where it is."""
 
@@ -187,16 +189,43 @@ class ActionSpace:
         return np.asarray(allowed.all(-1))
 
     def require_compatible(self, other: ActionSpace, what: str) -> None:
-        """Raise :class:`InputError` unless ``other`` describes the same kind of action vector.
+        """Raise :class:`InputError` (code ``space-mismatch``) unless ``other`` describes the same kind of action vector.
 
-        Scales (q01/q99) and bounds may differ: normalisation is there to carry weights across them.
+        Names, scales (q01/q99) and bounds may differ: numbers are converted through environment units, see :meth:`rescaling`.
         """
         for name in ("dim", "kind", "control_rate", "translation", "rotation", "gripper", "moving", "binary_gripper"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise InputError(
-                    f"{what}: action space {other.name!r} has {name} = {theirs}, but {self.name!r} has {name} = {mine}"
+                    f"{what}: action space {other.name!r} has {name} = {theirs}, but {self.name!r} has {name} = {mine}",
+                    code="space-mismatch",
+                    field=name,
                 )
+
+    def scaled_like(self, other: ActionSpace) -> ActionSpace:
+        """This space with the scale of ``other``: bounds stay its own, and no jump is limited."""
+        return replace(self, q01=other.q01, q99=other.q99, max_jump=None)
+
+    def rescaling(self, other: ActionSpace) -> tuple[FloatArray, FloatArray] | None:
+        """How normalised actions of this space become those of ``other``: factors (D,) and summands (D,); None: they are
+        the same. Both stand for the same actions in environment units."""
+        if (self.q01, self.q99) == (other.q01, other.q99):
+            return None
+        mine, theirs = self._scale.astype(np.float64), other._scale.astype(np.float64)
+        shift = (self._offset.astype(np.float64) - other._offset) / theirs
+        return (mine / theirs).astype(np.float32), shift.astype(np.float32)
+
+    def scale_difference(self, other: ActionSpace) -> list[str]:
+        """The dimensions in which the scale of ``other`` is far from this one's, a readable line each: wider or narrower by
+        more than :data:`FAR_FACTOR`, or its middle off by more than half of this one's width."""
+        out = []
+        for d in range(self.dim):
+            factor = float(other._scale[d] / self._scale[d])
+            off = abs(float(other._offset[d] - self._offset[d])) / (2 * float(self._scale[d]))
+            if not 1 / FAR_FACTOR <= factor <= FAR_FACTOR or off > 0.5:
+                mine, theirs = (f"{s.q01[d]:.4g} to {s.q99[d]:.4g}" for s in (self, other))
+                out.append(f"dimension {d} ({self.role(d)}): {mine} against {theirs}")
+        return out
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; :meth:`from_dict` reads it back."""

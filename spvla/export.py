@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -97,15 +98,24 @@ class Export:
                 self.gates[name].features = generator  # one module: what it computes for the generator serves the gate
 
     def generator(self, name: str, space: ActionSpace) -> ActionGenerator:
-        """A generator by name, acting in ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``."""
+        """A generator by name for a robot of ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``; its normalised
+        actions are in the export's scale."""
+        acting = self.acting_space(space)
         if name in self.generators:
-            return self.generators[name].bind(space)
-        return built_in_generator(name, space, also=tuple(self.generators))
+            return self.generators[name].bind(acting)
+        return built_in_generator(name, acting, also=tuple(self.generators))
+
+    def acting_space(self, space: ActionSpace) -> ActionSpace:
+        """What generators and gates act in on a robot of action space ``space``: its bounds and environment units, in the
+        export's scale, which is the one that they were trained in."""
+        return space.scaled_like(self.space)
 
     def limits(self, generator: str, space: ActionSpace) -> ActionSpace:
-        """What proposals of ``generator`` in ``space`` are held to: a distilled one makes no larger jump than training saw."""
+        """What proposals of ``generator`` on a robot of ``space`` are held to: its bounds, and for a distilled one the largest
+        jump that training saw; in the export's scale."""
+        acting = self.acting_space(space)
         jump = self.space.max_jump if generator in self.generators else None
-        return space if jump is None else space.with_max_jump(jump)
+        return acting if jump is None else acting.with_max_jump(jump)
 
     def notes(self) -> list[str]:
         """What whoever uses this export should know of its generators."""
@@ -208,7 +218,13 @@ def accelerate(
         raise InputError(f"scheduler {scheduler!r} is unknown; there are: {', '.join(SCHEDULERS)}")
     if rule and (scheduler == "learned" or generator == "none"):
         raise InputError(f"rule: there is no hand-set rule that its constants ({', '.join(rule)}) would belong to")
-    space = vla.action_space
+    space = vla.action_space if loaded is None else loaded.acting_space(vla.action_space)
+    if loaded is not None and (far := loaded.space.scale_difference(vla.action_space)):
+        warnings.warn(
+            f"the export's actions have another scale than the VLA's, in {len(far)} of {space.dim} dimensions: {far[0]}. The "
+            "generator keeps the export's; check that both mean the same units",
+            stacklevel=2,
+        )
     pruner = make_pruner(defaults.get("pruning") if pruning is None else pruning)
     options: dict[str, Any] = {
         "max_generated_run": defaults.get("max_generated_run", 20) if max_generated_run is None else max_generated_run,

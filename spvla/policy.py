@@ -6,6 +6,7 @@ own actions bit for bit.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from spvla.pruning.pruner import TokenPruner
 from spvla.scheduling.base import Decision, Scheduler
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
 
+FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
+UNDECIDED = ("off", "chunk", "first step", "unavailable", "run limit")  # reasons of steps that no scheduler decided
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
 
 
@@ -137,6 +140,7 @@ class SPVLAPolicy:
         self.last_output: VLAOutput | None = None  # what the VLA says or said about the last step; None if it has no say
         self._queue: deque[FloatArray] = deque()
         self._waiting = False  # the VLA could not be asked in the last step
+        self._decided = self._outside = 0  # steps that the scheduler decided, and those outside of what it knows
         self._instruction: str | None = None
         self._writer = None if record is None else RolloutWriter(record, self.space, policy=type(vla).__name__)
         # Jobs in the order of time, and no two recorders' alike: several robots may fill one store.
@@ -193,6 +197,7 @@ class SPVLAPolicy:
         refused = decision.refused or (
             intuitive and (proposal is None or not self.space.admissible(proposal.actions[0], previous))
         )
+        self._notice(decision, refused, proposal)
         scheduled = perf_counter()
         times = {"scheduling": 1e3 * (scheduled - start)}
 
@@ -290,6 +295,27 @@ class SPVLAPolicy:
         if history.generated_run >= self.max_generated_run:
             return Decision(False, "run limit")
         return self.scheduler.decide(history, proposal)
+
+    def _notice(self, decision: Decision, refused: bool, proposal: Proposal | None) -> None:
+        """Warn once if the robot is not where the export was calibrated: in most of the first steps that the scheduler decides,
+        the state is unfamiliar or the proposal leaves the limits."""
+        if self._decided > FIRST_STEPS or proposal is None or decision.reason in UNDECIDED:
+            return
+        self._decided += 1
+        self._outside += refused or decision.reason == "unfamiliar state"
+        if self._decided == FIRST_STEPS and self._outside > FIRST_STEPS / 2:
+            if refused:
+                off, last = self.space.normalize(proposal.actions[0]), self.history.last_action
+                told = f"its last proposal was {np.round(off, 2).tolist()} in the export's scale"
+                told += "" if last is None else f", after {np.round(self.space.normalize(last), 2).tolist()}"
+            else:
+                assert self.history.states is not None
+                told = f"the last state was {np.round(self.history.states[-1], 3).tolist()}"
+            warnings.warn(
+                f"{self._outside} of the first {FIRST_STEPS} steps lie outside of what the export was calibrated on ({told}): "
+                "units, order of the state or the robot itself may differ; the VLA acts in their place",
+                stacklevel=3,
+            )
 
     def _safe_action(self, proposal: Proposal | None, error: VLAUnavailable) -> tuple[FloatArray, Source]:
         last = self.history.last_action

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.store import RolloutStore
 from data.windows import BatchStream, Split, Windows, blocks_of, mixture, split_episodes
+from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.export import BUILT_IN_GENERATORS, built_in_generator
 from spvla.generators.base import ActionGenerator
@@ -46,7 +47,7 @@ def feature_config(
     q01, q99 = np.quantile(states[:, dims], [0.01, 0.99], axis=0) if dims else (np.zeros(0), np.zeros(0))
     features = windows.stores[0].arrays["vla_features"].shape[1] if windows.features else 0
     return FeatureConfig(
-        action_dim=windows.stores[0].space.dim,
+        action_dim=windows.space.dim,
         history=history,
         state_dims=tuple(dims),
         state_q01=tuple(q01.tolist()),
@@ -122,6 +123,7 @@ class RolloutData(L.LightningDataModule):
         seed: of split and order.
         weights: share of each store of ``data`` in the training batches; by their numbers of frames if None.
         calibration_data: more rollout stores, of scenes that ``data`` does not train on: all their episodes calibrate.
+        space: whose scale normalises every action, as fields of :class:`spvla.actions.ActionSpace`; the first store's if None.
     """
 
     def __init__(
@@ -140,14 +142,16 @@ class RolloutData(L.LightningDataModule):
         seed: int = 0,
         weights: list[float] | None = None,
         calibration_data: list[Path] = [],  # noqa: B006
+        space: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         stores = [RolloutStore(path) for path in [*data, *calibration_data]]
-        self.windows = Windows(stores, history, horizon, vla_confidence, vla_features)
+        scale = None if space is None else ActionSpace.from_dict(space)
+        self.windows = Windows(stores, history, horizon, vla_confidence, vla_features, scale)
         self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.residual = residual_spread(self.windows, self.split)
-        self.space = stores[0].space
+        self.space = self.windows.space
         self.batch_size, self.hide, self.seed = batch_size, hide, seed
         self.weights = None if weights is None else [*mixture(len(data), weights), *[0.0] * len(calibration_data)]
 
@@ -272,6 +276,7 @@ class GateData(RolloutData):
         module = None
         if generator not in BUILT_IN_GENERATORS:
             module = load_generator_module(generator)
+            options = {"space": module.space.to_dict(), **options}
         super().__init__(data, horizon=module.network.config.horizon if module else 1, **options)
         self.judges: list[ActionGenerator]
         if module is None:

@@ -110,6 +110,7 @@ class Plan:
         firsts = {first for first, _ in self.rollouts.split.train}
         trained_on = {store for store, first, _ in windows.episodes if first in firsts}
         data = {k: v for k, v in self.data.items() if k not in ("data", "calibration_data")}
+        data["scale"] = [windows.space.q01, windows.space.q99]
         stores = [s.fingerprint for i, s in enumerate(windows.stores) if i in trained_on]
         rollouts = self.rollouts
         inputs = {"features": asdict(rollouts.features), "residual": rollouts.residual}
@@ -335,8 +336,9 @@ def distill(
     if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
         raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
     print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
-    if not all(s.labelled_by_teacher for s in rollouts.windows.stores):
-        print("distilled from demonstrations: there are no teacher labels in the data")
+    if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
+        whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
+        print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
     fits = [Stage("generator", name, without) for name in generators for without in [*range(folds), None]]
     train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
     train_stages(plan, [Stage("gate", name) for name in generators], threads)

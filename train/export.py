@@ -52,7 +52,8 @@ def export(
         onnx: write ONNX of both too, checked against torch on 1,000 windows.
         seed: of the split; the one that training used.
     """
-    module, classifier = GeneratorModule.from_checkpoint(Path(generator)), ClassifierModule.read(Path(gate))
+    module = GeneratorModule.from_checkpoint(Path(generator))
+    classifier = ClassifierModule.read(Path(gate), module)
     features = module.network.config.features
     if classifier.config.features.action_dim != features.action_dim:
         raise InputError(
@@ -67,8 +68,8 @@ def export(
         calibration_fraction=calibration_fraction,
         seed=seed,
         calibration_data=calibration_data,
+        space=module.space.to_dict(),
     )
-    module.space.require_compatible(rollouts.space, str(data[0]))
     name = name or module.network.config.kind
     defaults = {"generator": name, "scheduler": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
     result = calibrated_export(rollouts, {name: module.network}, {name: classifier}, module.tolerance, defaults)

@@ -181,15 +181,37 @@ class ClassifierModule(_Module):
         self.seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the classifier's config into the checkpoint, as plain values."""
-        checkpoint["spvla"] = {"classifier": asdict(self.network.config)}
+        """Put the classifier's config, and the scale and tolerance of its labels, into the checkpoint, as plain values."""
+        labels = {"space": self.space.to_dict(), "tolerance": self.tolerance}
+        checkpoint["spvla"] = {"classifier": asdict(self.network.config), **labels}
 
     @staticmethod
-    def read(path: Path) -> ActionTypeClassifier:
-        """The classifier of a checkpoint of ``python -m train fit``; an :class:`InputError` names a damaged file."""
+    def read(path: Path, generator: GeneratorModule) -> ActionTypeClassifier:
+        """The classifier of a checkpoint of ``python -m train fit``, as the gate of ``generator``.
+
+        Raises:
+            InputError: a damaged file, or a gate that was trained for another action space, scale or tolerance (codes
+                ``space-mismatch``, ``scale-mismatch``, ``tolerance-mismatch``).
+        """
         values, state = read_checkpoint(path)
         if "classifier" not in values:
             raise InputError(f"{path}: not a checkpoint of a gate")
+        if "space" in values:
+            space = ActionSpace.from_dict(values["space"], str(path))
+            generator.space.require_compatible(space, str(path))
+            if space.rescaling(generator.space) is not None:
+                raise InputError(
+                    f"{path}: the gate was trained in another scale (q01, q99) than its generator; train it with "
+                    "--data.generator naming the generator's checkpoint",
+                    code="scale-mismatch",
+                    field=str(path),
+                )
+            if values["tolerance"] != generator.tolerance:
+                raise InputError(
+                    f"{path}: was trained for tolerance {values['tolerance']}, its generator for {generator.tolerance}",
+                    code="tolerance-mismatch",
+                    field=str(path),
+                )
         classifier = ActionTypeClassifier(ClassifierConfig(**values["classifier"]))
         classifier.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
         return classifier.eval()
