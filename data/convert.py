@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info
+from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info, with_scale
 from spvla.errors import InputError
 
 OnError = Literal["skip", "stop"]
@@ -370,4 +370,4 @@ def published_space(space: ActionSpace, file: Path, name: str | None = None) -> 
     for d in range(space.dim):
         if not mask[d]:
             q01[d], q99[d] = low[d], high[d]
-    return replace(space, q01=tuple(q01), q99=tuple(q99), low=tuple(low), high=tuple(high))
+    return with_scale(space, q01, q99, low, high, fixed=[d for d in range(space.dim) if not mask[d]])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
@@ -499,24 +499,33 @@ def _wrong_grippers(space: ActionSpace, grippers: Sequence[GripperValues]) -> di
 
 
 def measured_space(space: ActionSpace, actions: Statistics, ends: Sequence[tuple[float, float]] = ()) -> ActionSpace:
-    """``space`` with the scale and bounds of actions that were seen.
-
-    The q01 and q99 of binary grippers are their ``ends``. A dimension that barely moves has no scale of its own: at least
-    :data:`SMALLEST_SCALE` of the widest one of its role, so that sensor noise on a joint at rest is not full motion.
-    """
+    """``space`` with the scale (see :func:`with_scale`) and bounds of actions that were seen. The q01 and q99 of binary
+    grippers are their ``ends``."""
     q01, q99 = actions.quantile(0.01), actions.quantile(0.99)
     for d, pair in zip(space.gripper, ends, strict=False):
         q01[d], q99[d] = pair
+    return with_scale(space, q01, q99, actions.min, actions.max, fixed=space.gripper if ends else ())
+
+
+def with_scale(
+    space: ActionSpace, q01: ArrayLike, q99: ArrayLike, low: ArrayLike, high: ArrayLike, fixed: Sequence[int] = ()
+) -> ActionSpace:
+    """``space`` with a measured scale and bounds, (D,) each, wherever they were measured.
+
+    A dimension that barely moves has no scale of its own: it gets at least :data:`SMALLEST_SCALE` of the widest one of its
+    role, so that sensor noise on a joint at rest is not full motion. The dimensions ``fixed`` keep what they have.
+    """
+    q01, q99 = (np.array(q, np.float64) for q in (q01, q99))
     roles = [(space.role(d), d in space.moving) for d in range(space.dim)]
     for role in set(roles):
-        if role[0] == "gripper" and ends:
+        alike = [d for d in range(space.dim) if roles[d] == role and d not in fixed]
+        if not alike:
             continue
-        alike = [d for d in range(space.dim) if roles[d] == role]
         least = SMALLEST_SCALE * (q99 - q01)[alike].max()
         lacking = np.maximum(least - (q99 - q01)[alike], 0) / 2
         q01[alike], q99[alike] = q01[alike] - lacking, q99[alike] + lacking
-    low, high = tuple(actions.min.tolist()), tuple(actions.max.tolist())
-    return replace(space, q01=tuple(q01.tolist()), q99=tuple(q99.tolist()), low=low, high=high)
+    first, last, least, most = (tuple(np.asarray(v, np.float64).tolist()) for v in (q01, q99, low, high))
+    return replace(space, q01=first, q99=last, low=least, high=most)
 
 
 def _write_tasks(path: Path, tasks: list[str]) -> None:

@@ -200,3 +200,24 @@ def test_a_recording_and_its_relabelled_twin_are_on_one_side(tmp_path):
     assert not trains & calibrates and len(calibrates) == 6 and len(split.calibration) == 12
     alone = split_episodes(Windows(stores[:1], history=4), 0.3)
     assert {number[first] for first, _ in alone.calibration} == calibrates, "a store further back changes nothing"
+
+
+def test_statistics_of_the_training_episodes_give_the_scale_that_converting_them_measures(tmp_path):
+    """Joint 2 rests: by its own q01 and q99 its sensor noise would be full motion."""
+    import json
+
+    from data.convert import published_space
+    from data.stats import Measured
+    from spvla.episodes import measured_space
+
+    joints = ActionSpace("arm", "joint_velocity", 10.0, *((v,) * 4 for v in (-1.0, 1.0, -9.0, 9.0)), gripper=(3,))
+    g = np.random.default_rng(0)
+    actions = np.stack([g.normal(0, 0.3, 999), g.normal(0, 0.2, 999), g.normal(0, 1e-4, 999), g.random(999) > 0.5], 1)
+    found = Measured.nothing()
+    found.actions.add(actions.astype(np.float32))
+    found.lengths.append(len(actions))
+    (tmp_path / "s.json").write_text(json.dumps({"arm": found.result(joints)}))
+    one, other = published_space(joints, tmp_path / "s.json"), measured_space(joints, found.actions, [(0.0, 1.0)])
+    for name in ("q01", "q99", "low", "high"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-6, err_msg=name)
+    assert one.q99[2] - one.q01[2] > 0.02, "a resting joint borrows the scale of the others"

@@ -61,10 +61,10 @@ def feature_config(
 
 def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tuple[float, ...]:
     """Per dimension, the mean absolute change of the teacher's action against the last executed one in training, normalised
-    (D,), at least ``least`` (joints at rest); zero at binary grippers. Empty where actions are deltas or velocities: they vary
-    about zero and follow the last one less closely, and predicting the action itself errs less."""
-    space = windows.stores[0].space
-    if not space.kind.endswith(("_position", "_absolute")):
+    (D,), at least ``least`` (joints at rest); zero at binary grippers and where actions are changes or velocities: they vary
+    about zero and follow the last one less closely, and predicting the action itself errs less. Empty if all of them are."""
+    space = windows.space
+    if not set(space.continuous) - set(space.moving):
         return ()
     total, count = np.zeros(space.dim), 0
     for frames in blocks_of(split.train, 65536):
@@ -73,6 +73,7 @@ def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tupl
         total += np.abs(batch.targets[rows, 0] - batch.window.actions[rows, -1]).sum(0, dtype=np.float64)
         count += int(rows.sum())
     spread = np.maximum(total / max(count, 1), least)
+    spread[list(space.moving)] = 0.0
     if space.binary_gripper:
         spread[list(space.gripper)] = 0.0
     return tuple(spread.tolist())
