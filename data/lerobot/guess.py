@@ -1,46 +1,46 @@
-"""The conventions of a LeRobot folder whose action entries have names: what the names say, and what all the data shows."""
+"""Which conventions a LeRobot folder follows: those that are named, or what its entries' names say and all its data shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from data.action_names import ActionNames, read_name, read_names
 from data.evidence import Evidence
-from data.openx import Conventions, Field
+from data.lerobot.audit import RATE_SLACK, find_rate
+from data.lerobot.layout import Layout
+from data.openx import Conventions, Field, find_conventions
 from spvla.actions import FloatArray
 from spvla.episodes import read_vectors
 from spvla.errors import InputError
 from spvla.gripper import GripperValues, judge_grippers
 
 
-class Layout(Protocol):
-    """What is read of a LeRobot folder here: its metadata, and the rows of each episode."""
+def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: bool) -> Conventions:
+    """The conventions that were ``wanted``, a rollout store's own, or those that the names tell.
 
-    path: Path
-    about: Path
-    info: dict[str, Any]
-    told: list[str]
+    Raises:
+        InputError: nobody can tell them.
+    """
+    if own_space:
+        state = (Field(key="observation.state"),) if "observation.state" in layout.widths else ()
+        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, next(iter(layout.cameras()), None), None)
+    robot = str(layout.info.get("robot_type"))
+    if wanted is None:
+        return conventions_from_names(layout)
+    found = find_conventions(wanted, robot)
+    rate = find_rate(layout) if _rate_known(layout) else found.control_rate
+    if abs(rate / found.control_rate - 1) > RATE_SLACK:
+        told = f"the control rate is {rate:g} Hz by the data set, {found.control_rate:g} by the conventions"
+        layout.told.append(f"{layout.path}: {told}; the conventions are taken")
+    tell_other_names(layout, found, wanted)
+    return found
 
-    @property
-    def features(self) -> dict[str, Any]: ...
 
-    @property
-    def widths(self) -> Mapping[str, int]: ...
-
-    @property
-    def rows(self) -> Sequence[Any]: ...
-
-    @property
-    def first_table(self) -> pa.Table: ...
-
-    def table(self, row: Any) -> pa.Table: ...
-
-    def cameras(self) -> list[str]: ...
+def _rate_known(layout: Layout) -> bool:
+    return "timestamp" in layout.first_table.column_names or bool(layout.info.get("fps"))
 
 
 def action_names(layout: Layout) -> list[str] | None:
@@ -57,12 +57,8 @@ def action_names(layout: Layout) -> list[str] | None:
     return [str(n) for n in names] if fits else None
 
 
-def conventions_from_names(layout: Layout, find_rate: Callable[[], float]) -> Conventions:
+def conventions_from_names(layout: Layout) -> Conventions:
     """What the names of the action's entries say; where they only name joints, what all the data shows.
-
-    Args:
-        layout: the folder.
-        find_rate: tells its control rate.
 
     Raises:
         InputError: they say too little, or something that cannot be stopped.
@@ -74,7 +70,7 @@ def conventions_from_names(layout: Layout, find_rate: Callable[[], float]) -> Co
             told = f"the action's {layout.widths.get('action')} entries are named {stated}, which does not tell what they are"
             raise InputError(told, code="unclear-names")
         named = read_names(names)
-        rate = find_rate()
+        rate = find_rate(layout)
         grippers, evidence = _look_at_all(layout, named, rate)
         kind = named.kind
         if kind is None:
