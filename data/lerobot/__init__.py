@@ -1,4 +1,4 @@
-"""LeRobot folders as a data set: files (``layout``), conventions (``guess``), episodes (``reader``), wrong claims (``audit``)."""
+"""A LeRobot folder as a data set: its files (layout), conventions (guess), episodes (reader) and wrong claims (audit)."""
 
 from data.lerobot.reader import LerobotSource
 
