@@ -103,6 +103,15 @@ class RolloutStore:
         return digest.hexdigest()[:24]
 
     @property
+    def state_names(self) -> tuple[str, ...]:
+        """What the entries of the state are called, where ``meta/info.json`` says; else nothing."""
+        info = json.loads((self.folder / "meta" / "info.json").read_text())
+        names = (info.get("features", {}).get("observation.state") or {}).get("names")
+        if not isinstance(names, list) or len(names) != self.arrays["states"].shape[1]:
+            return ()
+        return tuple(names) if all(isinstance(n, str) for n in names) else ()
+
+    @property
     def frames(self) -> int:
         """Number of frames N."""
         return len(self.arrays["sources"])

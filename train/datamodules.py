@@ -47,6 +47,8 @@ def feature_config(
     q01, q99 = np.quantile(states[:, dims], [0.01, 0.99], axis=0) if dims else (np.zeros(0), np.zeros(0))
     features = windows.stores[0].arrays["vla_features"].shape[1] if windows.features else 0
     return FeatureConfig(
+        state_size=windows.stores[0].arrays["states"].shape[1],
+        state_names=windows.stores[0].state_names,
         action_dim=windows.space.dim,
         history=history,
         state_dims=tuple(dims),

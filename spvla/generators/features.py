@@ -34,6 +34,8 @@ class FeatureConfig:
         vla_output: use the VLA's last action, its age and how far the state has moved since.
         vla_confidence: use the VLA's confidence in it, too (the VLA must report one).
         vla_features: size of the VLA's pooled features to use (0: none).
+        state_size: how many values the whole state had in training; None in exports of earlier versions, which did not keep it.
+        state_names: what they were called, where that is known.
     """
 
     action_dim: int
@@ -45,12 +47,16 @@ class FeatureConfig:
     vla_output: bool = True
     vla_confidence: bool = False
     vla_features: int = 0
+    state_size: int | None = None
+    state_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         with naming("features"):
             check_fields(self, at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0})
         if not len(self.state_dims) == len(self.state_q01) == len(self.state_q99):
             raise InputError("features: state_dims, state_q01 and state_q99 differ in length")
+        if self.state_size is not None and max(self.state_dims, default=-1) >= self.state_size:
+            raise InputError(f"features: state_dims {self.state_dims} must lie below state_size = {self.state_size}")
         if any(not 1 <= lag <= self.history for lag in self.state_lags):
             raise InputError(f"features: state_lags {self.state_lags} must lie in 1..history = {self.history}")
 
@@ -114,7 +120,7 @@ class HistoryFeatures(nn.Module):
         self.register_buffer("state_offset", torch.from_numpy(self.offset), persistent=False)
         self.register_buffer("state_scale", torch.from_numpy(self.scale), persistent=False)
         self.state_dims = list(config.state_dims)
-        self.state_size = max(self.state_dims, default=-1) + 1  # values of the state that are needed
+        self.least_state = max(self.state_dims, default=-1) + 1  # values of the state that are needed
         self.lag_steps = [config.history - lag for lag in config.state_lags]
         self.size = len(feature_names(config))
         self._latest: tuple[Window, Tensor] | None = None
@@ -123,9 +129,16 @@ class HistoryFeatures(nn.Module):
         self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
 
     def _states(self, states: Any) -> Any:
-        if states.shape[-1] < self.state_size:
+        size, trained = states.shape[-1], self.config.state_size
+        if self.state_dims and (size < self.least_state or trained not in (None, size)):
+            names = f" ({', '.join(self.config.state_names)})" if self.config.state_names else ""
+            wanted = (
+                f"the one with index {self.least_state - 1} is needed" if trained is None else f"it had {trained} in training"
+            )
             raise InputError(
-                f"observation.state: has {states.shape[-1]} values, the model reads the one with index {self.state_size - 1}"
+                f"observation.state: has {size} values, {wanted}{names}; another layout would be read at the wrong places",
+                code="state-mismatch",
+                field="observation.state",
             )
         tensors = isinstance(states, Tensor)
         offset, scale = (self.state_offset, self.state_scale) if tensors else (self.offset, self.scale)
@@ -166,8 +179,9 @@ class HistoryFeatures(nn.Module):
         states = self._states(self._crop(w.states, n + 1))  # (B, n + 1, S)
         now = states[:, -1]
         motion = (now[:, None] - _take(states, self.lag_steps, 1)) * MOTION_GAIN  # (B, lags, S)
-        parts = [self._crop(w.actions, n).reshape(len(now), -1), self._crop(w.sources, n), self._crop(w.mask, n)]
-        out = _cat([*parts, now, motion.reshape(len(now), -1), *self._last_vla(w, now)], 1)
+        rows = now.shape[0]  # not len(): a traced size stays free
+        parts = [self._crop(w.actions, n).reshape(rows, -1), self._crop(w.sources, n), self._crop(w.mask, n)]
+        out = _cat([*parts, now, motion.reshape(rows, -1), *self._last_vla(w, now)], 1)
         if isinstance(out, Tensor):
             return out
         features = torch.from_numpy(out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,17 @@ from spvla.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+# Parts that decide actions and that no safetensors file holds: OpenVLA-OFT's action head and its like.
+COMPANION = re.compile(
+    r"(\w+--\w+_checkpoint|(action_head|proprio_projector|noisy_action_projector)[\w.-]*)\.(pt|pth|bin|safetensors)"
+)
+QUANTISED = re.compile(
+    r"\.(SCB|qweight|qzeros|scales|g_idx|absmax|quant_map|nested_absmax|nested_quant_map|weight_scale(_inv)?|input_scale|"
+    r"weight_format)$|\.quant_state\."
+)
+PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
@@ -34,6 +46,49 @@ def resolve_folder(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"checkpoint {str(path)!r}: no such folder, and not found on the hub ({reason})") from None
+
+
+def refuse_companions(path: str | Path, folder: Path) -> None:
+    """Raise :class:`InputError` (code ``unsupported-checkpoint``) if parts lie beside the weights that decide actions and are
+    not read here: without its action head an OpenVLA-OFT folder would load and decode plausible nonsense.
+
+    Args:
+        path: what was asked for, a folder or a hub id; of a hub repository the list of all files is looked at.
+        folder: where it lies.
+    """
+    names = [p.name for p in folder.iterdir()]
+    if not Path(path).is_dir():
+        from huggingface_hub import list_repo_files
+
+        try:
+            names += list_repo_files(str(path))
+        except Exception:  # offline: only what was downloaded is known
+            names += []
+    companions = sorted({name for name in names if COMPANION.fullmatch(Path(name).name)})
+    if companions:
+        raise InputError(
+            f"{path}: its actions come from {some(companions)}, which is not read here (OpenVLA-OFT, parallel decoding); only "
+            "OpenVLA checkpoints that decode action tokens are supported",
+            code="unsupported-checkpoint",
+            field=str(path),
+        )
+
+
+def refuse_quantised(config: Mapping[str, Any], where: Path) -> None:
+    """Raise :class:`InputError` (code ``quantised-checkpoint``) if a ``config.json`` says that the weights are quantised."""
+    for name, part in (("", config), ("text_config.", config.get("text_config") or {})):
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if found:
+            method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
+            raise _quantised(where, f"{name}quantization_config names the method {method!r}")
+
+
+def _quantised(where: Path, how: str) -> InputError:
+    return InputError(
+        f"{where}: the weights are quantised ({how}); load the checkpoint in float32, float16 or bfloat16 and save it as it is",
+        code="quantised-checkpoint",
+        field=str(where),
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -68,7 +123,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, one or several shards."""
+    """The safetensors files of a checkpoint, one or several shards.
+
+    Raises:
+        InputError: no such files; or a single file and an index of other files, which transformers settles silently (code
+            ``two-weights``).
+    """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists():
@@ -76,6 +136,13 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise InputError(f"{index}: no weight_map of tensor names to file names")
         files = [folder / name for name in sorted(set(weight_map.values()))]
+        if single.exists() and single not in files:
+            raise InputError(
+                f"{folder}: holds {single.name} and, by {index.name}, {some([f.name for f in files])}: which of them is the "
+                "model? Transformers would read the first; delete what is out of date",
+                code="two-weights",
+                field=str(folder),
+            )
         for file in files:
             if not file.exists():
                 raise InputError(f"{file}: missing, though {index.name} names it")
@@ -96,13 +163,16 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     try:
         with safe_open(file, framework="pt") as handle:
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a safetensors file ({error})") from None
+    if packed := [name for name in shapes if QUANTISED.search(name)]:
+        raise _quantised(file, f"it holds {some(packed, 2)}")
+    return shapes
 
 
 def read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One tensor, on ``device`` and as ``dtype``.
+    """One tensor, on ``device`` and as ``dtype``. Raises :class:`InputError` for NaN, infinity and quantised values.
 
     The file is opened for this tensor alone and the tensor is a copy: nothing stays mapped, so the pages read for earlier
     tensors leave memory, and the file may be overwritten later.
@@ -111,6 +181,8 @@ def read_tensor(file: Path, name: str, device: torch.device, dtype: torch.dtype)
 
     with safe_open(file, framework="pt", device=str(device)) as handle:
         tensor: Tensor = handle.get_tensor(name)
+        if tensor.dtype not in PLAIN:
+            raise _quantised(file, f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}")
         return require_finite(tensor.to(dtype, copy=device.type == "cpu"), name, file)
 
 

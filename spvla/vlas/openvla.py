@@ -15,7 +15,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,14 @@ from spvla.fields import check_fields, check_values, naming
 from spvla.observation import Observation
 from spvla.pruning.attention import attention_received
 from spvla.pruning.pruner import POSITIONS, TokenPruner
+from spvla.vlas.adapter import own_statistics, require_same_inputs, with_adapter_statistics
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.checkpoint import (
     read_json,
     read_tensor,
     read_tokenizer,
+    refuse_companions,
+    refuse_quantised,
     require_finite,
     resolve_folder,
     some,
@@ -49,6 +52,7 @@ from spvla.vlas.vision import VisionTransformer, ViTConfig, unused_tensors, vit_
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 PRUNING_STAGES = ("queries_keys", "score", "contours", "selection")  # in ``timings`` where tokens are pruned
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 SPACE_TOKEN = 29871  # Llama's lone space; the published models were trained with it between prompt and action
@@ -164,6 +168,7 @@ class OpenVLAConfig:
     def read(cls, folder: Path) -> OpenVLAConfig:
         """A checkpoint's configuration; ``dataset_statistics.json``, if there is one, replaces its statistics."""
         values = dict(read_json(folder / "config.json"))
+        refuse_quantised(values, folder / "config.json")
         statistics = folder / "dataset_statistics.json"
         if statistics.exists():
             values["norm_stats"] = read_json(statistics)
@@ -239,6 +244,14 @@ class ActionStatistics:
             mask = np.array(stats.get("mask", np.ones(len(q01), bool)), bool)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"norm_stats[{key!r}]: no usable action q01, q99 and mask ({error!r})") from None
+        if not (np.isfinite(q01).all() and np.isfinite(q99).all()):
+            bad = [d for d in range(q01.size) if not np.isfinite([q01.flat[d], q99.flat[d]]).all()]
+            raise InputError(
+                f"norm_stats[{key!r}]: q01 or q99 is NaN or infinite in dimension {some(list(map(str, bad)))}; was a column of "
+                "the training data empty?",
+                code="statistics",
+                field=f"norm_stats.{key}",
+            )
         if q01.ndim != 1 or not q01.size or q01.shape != q99.shape or q01.shape != mask.shape:
             raise InputError(f"norm_stats[{key!r}]: q01, q99, mask have shapes {q01.shape}, {q99.shape}, {mask.shape}")
         return cls(key, q01, q99, mask)
@@ -750,7 +763,12 @@ class OpenVLA(nn.Module):
             InputError: anything missing, unknown, extra or of the wrong shape; the message names it and its file.
         """
         folder = resolve_folder(path)
+        refuse_companions(path, folder)
         config = OpenVLAConfig.read(folder)
+        extra = None if adapter is None else resolve_folder(adapter)
+        if extra is not None:
+            config = replace(config, norm_stats=with_adapter_statistics(config.norm_stats, folder, extra, unnorm_key))
+            require_same_inputs(folder, extra)
         ActionStatistics.find(config.norm_stats, unnorm_key)
         files = weight_files(folder)
         tokenizer = read_tokenizer(folder)
@@ -767,8 +785,8 @@ class OpenVLA(nn.Module):
         if largest >= (rows := model.language_model.config.vocab_size):
             raise InputError(f"{folder / 'tokenizer.json'}: has token id {largest}, config.json's vocabulary has {rows}")
         model._load_tensors(files, torch.device(device), dtype)
-        if adapter is not None:
-            model._load_adapter(adapter, merge_adapter)
+        if extra is not None:
+            model._load_adapter(extra, merge_adapter)
         return model.eval()
 
     def unused_tensors(self) -> dict[str, tuple[int, ...]]:
@@ -784,11 +802,18 @@ class OpenVLA(nn.Module):
         """Replace this model's meta tensors by the files' tensors, one at a time."""
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+        tied = bool(self.language_model.config.tie_word_embeddings)
+        if tied:  # one tensor under two names; a file has the first, and the second only if its writer repeated it
+            self.language_model.lm_head.weight = self.get_submodule(EMBEDDING.rpartition(".")[0]).weight
         expected = {name: tuple(p.shape) for name, p in self.named_parameters()}
         unused = self.unused_tensors()
         missing, extra, ignored = set(expected), [], set()
+        repeated: Path | None = None
         for file in files:
             for name, shape in tensor_shapes(file).items():
+                if tied and name == HEAD:
+                    repeated = file
+                    continue
                 wanted = expected.get(name) or unused.get(name)
                 if wanted is None:
                     extra.append(f"{name} ({file.name})")
@@ -803,6 +828,18 @@ class OpenVLA(nn.Module):
                     tensor = nn.Parameter(read_tensor(file, name, device, as_type), getattr(module, leaf).requires_grad)
                     setattr(module, leaf, tensor)
                     missing.discard(name)
+        if tied:
+            embedding: Any = self.get_submodule(EMBEDDING.rpartition(".")[0]).weight
+            self.language_model.lm_head.weight = embedding
+            if repeated is not None and not missing:
+                head = read_tensor(repeated, HEAD, embedding.device, embedding.dtype)
+                if head.shape != embedding.shape or not torch.equal(head, embedding):
+                    raise InputError(
+                        f"{repeated}: config.json ties lm_head to the embedding (tie_word_embeddings), but {HEAD} differs from "
+                        f"{EMBEDDING}",
+                        code="tied-weights",
+                        field=HEAD,
+                    )
         if ignored:
             missing |= unused.keys() - ignored  # a head that is there must be there as a whole
         where = files[0].parent
@@ -816,7 +853,7 @@ class OpenVLA(nn.Module):
         left = [name for name, tensor in (*self.named_parameters(), *self.named_buffers()) if tensor.is_meta]
         assert not left, f"not materialised: {left}"
 
-    def _load_adapter(self, adapter: str | Path, merge: bool) -> None:
+    def _load_adapter(self, folder: Path, merge: bool) -> None:
         """Put a PEFT LoRA adapter into this model's linear layers, or its product into their weights."""
         try:
             from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -824,7 +861,6 @@ class OpenVLA(nn.Module):
             raise InputError("adapter: LoRA adapters need the package peft (pip install 'spvla[train]')") from None
         from safetensors import SafetensorError, safe_open
 
-        folder = resolve_folder(adapter)
         weights = folder / "adapter_model.safetensors"
         for file in (folder / "adapter_config.json", weights):
             if not file.exists():
@@ -920,8 +956,11 @@ def load(
         raise InputError("policy 'openvla' needs a checkpoint: a folder or a hub id")
     place, as_type = placement(device, dtype)
     folder = resolve_folder(checkpoint)
+    refuse_companions(checkpoint, folder)
     if unnorm_key is None and suite is not None:
         unnorm_key = statistics_of_suite(OpenVLAConfig.read(folder).norm_stats, suite)
+        if adapter is not None:
+            unnorm_key = statistics_of_suite(own_statistics(resolve_folder(adapter)), suite) or unnorm_key
     return OpenVLA.from_pretrained(
         folder,
         device=place,
