@@ -1,4 +1,4 @@
-"""Collect rollouts in LIBERO into a rollout store: ``python -m data collect``.
+"""Collect rollouts in a simulator into a rollout store: ``python -m data collect``.
 
 Every episode is one job with an id made from what determines it, so that a run that was killed, split over workers or
 extended by another call ends with exactly the episodes it should have.
@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.expert import scene_instructions
-from data.libero import LiberoEnv, Task, load_tasks
+from data.envs import load_tasks, make_env
+from data.envs.base import Instructable, Privileged, Task
+from data.images import UPRIGHT
 from data.parallel import chunks, run_groups
-from data.rollout import ActionNoise, rollout, scene_facts
+from data.rollout import ActionNoise, rollout
 from data.student import Student
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.episodes import RolloutWriter
@@ -46,7 +47,7 @@ def parse_range(text: str, what: str = "init_states") -> list[int]:
 
 def require_init_states(task: Task, states: Sequence[int], text: str) -> None:
     """Raise :class:`InputError` if ``task`` lacks one of the official initial states, which ``text`` asked for."""
-    available = len(task.init_states())
+    available = task.init_states
     if max(states) >= available:
         raise InputError(f"init_states {text}: {task.suite} task {task.index} has {available} initial states")
 
@@ -141,8 +142,14 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
     rendered = setting.images or student is not None or needs_images(vla)
-    with LiberoEnv(group.task, render="fast" if rendered else False, wrist_camera=needs_wrist_image(vla)) as env:
-        asked = scene_instructions(env.reset(group.jobs[0].init_state).privileged) if setting.instructions == "scene" else []
+    with make_env(group.task, render="fast" if rendered else None, wrist_camera=needs_wrist_image(vla)) as env:
+        asked: list[str] = []
+        if setting.instructions == "scene":
+            if not isinstance(env, Instructable):
+                told = f"instructions: in scenes of {group.task.suite} only the task's own can be given; use task"
+                raise InputError(told, code="unsupported", field="instructions")
+            env.reset(group.jobs[0].init_state)
+            asked = env.instructions()
         for job in group.jobs:
             instruction = choose_instruction(asked, job.seed) if asked else group.task.instruction
             result = rollout(
@@ -171,7 +178,9 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
             if setting.shuffle:
                 result.episode.metadata["shuffled"] = True
             if setting.images:
-                result.episode.metadata["scene"] = scene_facts(env, instruction)
+                result.episode.metadata["images"] = UPRIGHT
+                if isinstance(env, Privileged):
+                    result.episode.metadata["scene"] = env.scene_facts(instruction)
             if student is not None:
                 result.episode.metadata["student"] = {"policy": setting.student, "helped": student.helped}
             writer.write(job.id, [result.episode])
@@ -205,12 +214,12 @@ def collect(
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
-    """Roll a policy out in LIBERO and store the episodes with the teacher's labels.
+    """Roll a policy out in a simulator and store the episodes with the teacher's labels.
 
     Call it again with the same options to continue after an interruption, or with others to extend the store.
 
     Args:
-        suite: LIBERO suite, for example libero_object.
+        suite: the simulator's suite of tasks, for example libero_object.
         output: rollout store to make or extend.
         policy: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
             package.module:factory.

@@ -7,12 +7,11 @@ directory and memory-mapped from there: frames are read in any order, and no ima
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,23 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.expert import expert_action, parse_goal, scene_instructions
-from data.libero import LiberoEnv, PrivilegedState, Scene, load_tasks, project, rotation_matrix
+from data.envs import simulator
+from data.envs.base import POINTS, Annotator
+from data.images import is_upside_down
 from data.store import cache_directory
 from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
-from spvla.actions import LIBERO
+from spvla.actions import ActionSpace
 from spvla.episodes import read_parquet, read_vectors, shard_info
 from spvla.errors import InputError
 from spvla.vlas.conventions import UInt8Array, decode_image
 
-POINTS = ("hand", "place", "item")
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
-UNKNOWN = {"label": LIBERO.dim, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of what nobody labelled
-CACHE_VERSION = 7
+UNKNOWN = {"label": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of what nobody labelled
+CACHE_VERSION = 8
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
 HELD_OUT = 10  # of the episodes without an initial state every tenth, by its name's hash, is for validation
-EMPTY_HAND = 0.07  # finger gap in metres from which on a hand that is not closing can be asked for something else
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Frame:
     """One recorded step.
 
     Args:
-        image: as the environment gave it, uint8 (H, W, 3).
+        image: upright, uint8 (H, W, 3).
         instruction: what was asked for.
         label: the teacher's action at this state, environment units, float32 (D,).
         points: where :data:`POINTS` are in ``image``, column and row in pixels, float32 (3, 2); NaN if unknown.
@@ -85,8 +83,9 @@ class Frames:
     Args:
         folders: rollout stores, finalised or not.
         validation: frames of initial states 20-29 that no student visited; else of all other episodes.
-        others: also what the expert would do at each state if asked for the scene's other objects; needs LIBERO.
-        labelled: frames with the teacher's label, of LIBERO's demonstrations and of students. Without, images and instructions
+        others: also what the expert would do at each state if asked for the scene's other objects; needs a simulator that
+            knows (:class:`~data.envs.base.Annotator`).
+        labelled: frames with the teacher's label, of demonstrations and of students. Without, images and instructions
             are enough: every episode counts, of any robot, and one in ten of those without initial states is for validation.
         camera: whose images; None: the first.
 
@@ -150,18 +149,23 @@ class Frames:
             others = tuple(map(Question, asked, *columns))
         image = decode_image(table["image"][row].as_buffer().to_pybytes())
         points, positions = values("points", -1, 2), values("positions", -1, 3)
+        if (table.schema.metadata or {}).get(b"upside_down") == b"true":
+            last = np.array(image.shape[1::-1], np.float32) - 1
+            image, points = np.ascontiguousarray(image[::-1, ::-1]), last - points
+            others = tuple(replace(other, item=last - other.item) for other in others)
         return Frame(image, instruction, values("label", -1), points, positions, others)
 
     def _add(self, shard: Path) -> None:
         self._shards[shard] = []
         whole, first = None, 0
-        episodes = shard_info(shard)["episodes"]
+        info = shard_info(shard)
+        episodes, space = info["episodes"], ActionSpace.from_dict(info["action_space"], str(shard))
         if self.labelled and len(episodes) != 1:
             raise InputError(f"{shard}: {len(episodes)} episodes in one shard, expected 1")
         for i, episode in enumerate(episodes):
             if self._belongs(episode, f"{shard.stem} {i}", shard):
                 if whole is None:
-                    whole = self._mapped(shard, episode)
+                    whole = self._mapped(shard, episode, space)
                 asked = json.loads((whole.schema.metadata or {}).get(b"others", b"[]"))
                 length = episode["length"] if not self.labelled else whole.num_rows if episode["success"] else GIVEN_UP
                 self._shards[shard].append((whole.slice(first, length), episode["instruction"], asked))
@@ -180,7 +184,7 @@ class Frames:
             return False
         return bool(episode["success"] or "student" in facts)  # the teacher's own failure teaches nothing
 
-    def _mapped(self, shard: Path, episode: dict[str, Any]) -> pa.Table:
+    def _mapped(self, shard: Path, episode: dict[str, Any], space: ActionSpace) -> pa.Table:
         """The frames of a shard (image, label, points, positions, wrong), memory-mapped from the cache.
 
         With ``others`` also the labels and places of everything else (``other_labels``, ``other_items``, ``other_positions``);
@@ -203,11 +207,13 @@ class Frames:
                     if needed not in names:
                         raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
                 raw = read_parquet(shard, [*wanted, *LABELS])
-                table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked, str(shard))
+                table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked, space, str(shard))
             else:
                 raw = read_parquet(shard, wanted)[wanted[0]]
                 nothing = {name: _lists(np.full((len(raw), n), np.nan, np.float32)) for name, n in UNKNOWN.items()}
                 table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw))})
+            turned = str(is_upside_down(episode["metadata"])).lower()
+            table = table.replace_schema_metadata({**(table.schema.metadata or {}), "upside_down": turned})
             path.parent.mkdir(parents=True, exist_ok=True)
             building = path.with_suffix(f".{os.getpid()}")
             with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -216,14 +222,27 @@ class Frames:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _labelled(raw: pa.Table, images: pa.ChunkedArray, facts: dict[str, Any], instruction: str | None, what: str) -> pa.Table:
+def _labelled(
+    raw: pa.Table,
+    images: pa.ChunkedArray,
+    facts: dict[str, Any],
+    instruction: str | None,
+    space: ActionSpace,
+    what: str,
+) -> pa.Table:
     """The labelled frames of the shard ``what``; with its ``instruction`` also what else could have been asked for."""
     actions, labels, states = (read_vectors(raw, name, what) for name in LABELS)
-    scene = facts.get("scene")
-    columns = {"image": _encoded(images), "label": _lists(labels)}
-    columns |= {"points": _lists(image_points(states, scene)), "positions": _lists(positions(states, scene))}
-    columns["wrong"] = pa.array(mistakes(actions, labels) if "student" in facts else np.zeros(len(labels)))
-    found = {} if instruction is None else other_questions(states, labels, facts, instruction)
+    known = simulator(facts["suite"]) if "scene" in facts and "suite" in facts else None
+    annotator = known if isinstance(known, Annotator) else None
+    points = np.full((len(labels), 2 * len(POINTS)), np.nan, np.float32)
+    places = np.full((len(labels), 3 * len(POINTS)), np.nan, np.float32)
+    if annotator is not None:
+        points, places = annotator.image_points(states, facts), annotator.positions(states, facts)
+    columns = {"image": _encoded(images), "label": _lists(labels), "points": _lists(points), "positions": _lists(places)}
+    columns["wrong"] = pa.array(mistakes(actions, labels, space) if "student" in facts else np.zeros(len(labels)))
+    found: dict[str, tuple[NDArray[np.float32], ...]] = {}
+    if annotator is not None and instruction is not None:
+        found = {**annotator.other_questions(states, labels, facts, instruction)}
     for k, name in enumerate(("other_labels", "other_items", "other_positions")):
         if found:
             columns[name] = _lists(np.stack([answer[k] for answer in found.values()], 1))  # (T, M, ...)
@@ -241,81 +260,11 @@ def _lists(values: NDArray[np.float32]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values.ravel(), values[0].size)
 
 
-def mistakes(actions: NDArray[np.float32], labels: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How wrong a student was: it gave ``actions`` (T, 7), the teacher ``labels``; (T,), 1 from half the range on."""
-    dims = [*LIBERO.translation, *LIBERO.gripper]
-    wrong = np.abs(LIBERO.normalize(actions) - LIBERO.normalize(labels))[:, dims].max(1)
+def mistakes(actions: NDArray[np.float32], labels: NDArray[np.float32], space: ActionSpace) -> NDArray[np.float64]:
+    """How wrong a student was: it gave ``actions`` (T, D), the teacher ``labels``; (T,), 1 from half the range on.
+
+    Where the hand goes and what the gripper does counts; in a space without translations, everything.
+    """
+    dims = [*(space.translation or space.continuous), *space.gripper]
+    wrong = np.abs(space.normalize(actions) - space.normalize(labels))[:, dims].max(1)
     return np.minimum(wrong, 1).astype(np.float64)
-
-
-def image_points(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:
-    """Where :data:`POINTS` are in the images, float32 (T, 3, 2), NaN where unknown; arguments as for :func:`positions`."""
-    if scene is None:
-        return np.full((len(states), len(POINTS), 2), np.nan, np.float32)
-    flat = positions(states, scene).reshape(-1, 3)
-    return np.asarray(project(scene["camera"], flat), np.float32).reshape(len(states), len(POINTS), 2)
-
-
-def positions(states: NDArray[np.float32], scene: dict[str, Any] | None) -> NDArray[np.float32]:
-    """Where :data:`POINTS` are in the world, metres, float32 (T, 3, 3), NaN where unknown.
-
-    Args:
-        states: environment states, (T, E), see :meth:`data.libero.PrivilegedState.to_vector`.
-        scene: what :func:`data.rollout.scene_facts` recorded, or None.
-    """
-    out = np.full((len(states), len(POINTS), 3), np.nan, np.float32)
-    if scene is None:
-        return out
-    out[:, 0] = states[:, :3]
-    for k, name in ((1, scene["place"]), (2, scene["item"])):
-        if name is not None:
-            out[:, k] = _centres(states, scene, name)
-    return out
-
-
-def _centres(states: NDArray[np.float32], scene: dict[str, Any], name: str) -> NDArray[np.float32]:
-    """Where the centre of a body is in the world, (T, 3)."""
-    body = scene["bodies"].index(name)
-    poses = states[:, 8 + 7 * body : 15 + 7 * body].astype(np.float64)
-    centre = np.asarray(scene["centres"][body])
-    return np.array([rotation_matrix(p[3:]) @ centre + p[:3] for p in poses], np.float32)
-
-
-def other_questions(
-    states: NDArray[np.float32], labels: NDArray[np.float32], facts: dict[str, Any], instruction: str
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
-    """What else could be asked for in an episode: one image then teaches several times.
-
-    Args:
-        states: environment states, (T, E).
-        labels: the expert's actions for the episode's own instruction, (T, 7).
-        facts: the episode's metadata.
-        instruction: what was asked for.
-
-    Returns:
-        by instruction: the expert's actions, float32 (T, 7), NaN while the hand holds, closes or lets go, and where the object
-        is, in the images (T, 2) and in the world (T, 3). Empty where the store does not say which LIBERO task it was.
-    """
-    if facts.get("scene") is None or "suite" not in facts or "task" not in facts:
-        return {}
-    scene, asked = _scene(facts["suite"], facts["task"])
-    free = (labels[:, LIBERO.gripper[0]] < 0) & (states[:, 7] > EMPTY_HAND)  # (T,)
-    out = {}
-    for text in asked:
-        if text == instruction:
-            continue
-        goal = parse_goal(text, scene)
-        actions = np.full_like(labels, np.nan)
-        for t in np.flatnonzero(free):
-            actions[t] = expert_action(PrivilegedState.from_vector(states[t], scene), goal)
-        where = _centres(states, facts["scene"], goal.item)
-        out[text] = (actions, np.asarray(project(facts["scene"]["camera"], where), np.float32), where)
-    return out
-
-
-@functools.cache
-def _scene(suite: str, task: int) -> tuple[Scene, list[str]]:
-    """A LIBERO task's scene, and what one may ask for in it."""
-    with LiberoEnv(load_tasks(suite, [task])[0], render=False) as env:
-        state = env.reset(0).privileged
-    return state.scene, scene_instructions(state)

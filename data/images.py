@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.vlas.conventions import encode_jpeg
 
+UPRIGHT = "upright"  # what a recorded episode's metadata say of its images
 SMALL = 32  # pixels: images need not be decoded in more detail than this to be checked
+
+
+def is_upside_down(metadata: Mapping[str, Any]) -> bool:
+    """Whether an episode with this metadata was recorded in LIBERO before environments gave upright images."""
+    return str(metadata.get("suite", "")).startswith("libero") and metadata.get("images") != UPRIGHT
 
 
 class ImageCheck:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
-from data.images import ImageCheck, encode_images
+from data.images import ImageCheck, encode_images, is_upside_down
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
 from spvla.episodes import Episode
@@ -99,6 +99,7 @@ class FrameStream(torch.utils.data.IterableDataset[Any]):
                 try:
                     image = images[t]
                     frame = decode_image(image) if isinstance(image, bytes) else image
+                    frame = frame[::-1, ::-1] if is_upside_down(found.metadata) else frame
                 except (InputError, OSError) as error:
                     reason = f"the image of step {t} cannot be read ({error})"
                     break

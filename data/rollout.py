@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.expert import parse_goal, predicates
-from data.libero import CAMERA, LiberoEnv, LiberoObservation
+from data.envs.base import Env, Privileged
+from data.envs.perturb import Nudge, RealTime
 from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode
-from spvla.errors import InputError
 from spvla.history import Source
+from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import encode_jpeg
+
+MAIN_CAMERA = "agentview"  # what recordings call it; LIBERO's name, which its published data sets use too
 
 
 @dataclass
@@ -61,62 +63,6 @@ class ActionNoise:
 
 
 @dataclass(frozen=True)
-class RealTime:
-    """The world moves on while the policy thinks.
-
-    The action that answers an observation is executed as many control steps later as its computation took, rounded to
-    whole steps; until then the robot holds.
-
-    Args:
-        vla_ms: milliseconds of a step on which the VLA is asked; None: as measured. Other steps take what they took.
-        hold: ``stop`` (no motion, gripper as it is) or ``last`` (the last executed action again).
-    """
-
-    vla_ms: float | None = None
-    hold: str = "stop"
-
-    def __post_init__(self) -> None:
-        if self.hold not in ("stop", "last"):
-            raise InputError(f"real time: hold {self.hold!r} is neither stop nor last")
-        if self.vla_ms is not None and not self.vla_ms >= 0:
-            raise InputError(f"real time: vla_ms must not be negative, got {self.vla_ms}")
-
-    def delay(self, step: StepInfo, space: ActionSpace) -> int:
-        """Control steps that go by before the action of ``step`` is there."""
-        asked = "vla" in step.milliseconds
-        capture = step.milliseconds.get("capture", 0.0)  # the simulator renders; a camera has its own clock
-        ms = self.vla_ms if asked and self.vla_ms is not None else step.milliseconds["total"] - capture
-        return int(ms * space.control_rate / 1e3 + 0.5)
-
-    def held(self, action: FloatArray, last: FloatArray | None, space: ActionSpace) -> FloatArray:
-        """What is executed in place of ``action`` (D,), given the action before, (D,)."""
-        return space.stop(action if last is None else last) if self.hold == "stop" or last is None else last
-
-
-@dataclass(frozen=True)
-class Nudge:
-    """Somebody moves the object that is asked for while the hand is on its way to it.
-
-    At a step drawn from 5 to 20 the object jumps ``distance`` metres in a direction drawn from the seed, unless the hand
-    is there already (closer than 8 cm).
-    """
-
-    distance: float = 0.04
-
-    def apply(self, env: LiberoEnv, item: str, seed: int) -> bool:
-        """Nudge ``item`` if this is the moment; whether it did."""
-        generator = np.random.default_rng([seed, 4])
-        when, angle = int(generator.integers(5, 21)), generator.uniform(0, 2 * np.pi)
-        if env.steps != when:
-            return False
-        state = env.privileged()
-        if np.linalg.norm(state.position(item) - state.eef_position) < 0.08:
-            return False
-        env.nudge(item, self.distance * np.array([np.cos(angle), np.sin(angle)]))
-        return True
-
-
-@dataclass(frozen=True)
 class Rollout:
     """A finished episode: what was executed, what the policy's steps cost, and the teacher's labels in the episode.
 
@@ -146,12 +92,12 @@ class Driver(Protocol):
     def start(self, instruction: str, seed: int) -> None:
         """Begin an episode."""
 
-    def drive(self, observe: Callable[[], LiberoObservation], label: FloatArray, step: int) -> FloatArray:
+    def drive(self, observe: Callable[[], Observation], label: FloatArray, step: int) -> FloatArray:
         """The action (D,) to execute at ``step``, where the policy would do ``label`` (D,); environment units."""
 
 
 def rollout(
-    env: LiberoEnv,
+    env: Env,
     policy: SPVLAPolicy,
     *,
     init_state: int | None,
@@ -178,17 +124,14 @@ def rollout(
             planned before (never counted as the policy's time).
         driver: acts in the policy's place; the policy's own actions are labels then.
         instruction: what to ask for, and to judge by; None: the task's own. Another one must be the expert's to understand.
-        images: keep what the camera saw at every step, as JPEG; the environment must render.
-        shuffle: the objects, all but the one that things are placed in or on, trade places.
+        images: keep what the main camera saw at every step, as JPEG; the environment must render.
+        shuffle: the objects trade places, see :meth:`data.envs.base.Env.reset`.
         max_steps: step limit; None: the suite's.
         real_time: the world moves on while the policy thinks (not to be joined with noise, driver or images); None: it waits.
         nudge: the asked object is moved while the hand is on its way.
     """
-    own = instruction is None or instruction == env.task.instruction
     instruction = env.task.instruction if instruction is None else instruction
-    goal = None if own else predicates(parse_goal(instruction, env.scene))
-    place = env.scene.body_of(parse_goal(instruction, env.scene).place) if shuffle else None
-    env.reset(init_state, seed, goal, [name for name in env.scene.movable if name != place] if shuffle else ())
+    env.reset(init_state, seed, instruction, shuffle)
     policy.reset(instruction)
     if teacher is not None:
         teacher.reset(instruction)
@@ -203,7 +146,6 @@ def rollout(
     outputs: list[VLAOutput | None] = []
     privileged: list[FloatArray] = []
     done = False
-    item = parse_goal(instruction, env.scene).item if nudge else None
     nudged: int | None = None
     limit = max_steps or env.task.max_steps
 
@@ -212,17 +154,18 @@ def rollout(
         actions.append(action)
         states.append(state)
         labels.append(output)
-        privileged.append(env.privileged().to_vector())
+        if isinstance(env, Privileged):
+            privileged.append(env.environment_state())
         over = env.step(action)
-        if nudge is not None and item is not None and not over and nudge.apply(env, item, seed):
+        if nudge is not None and not over and nudge.apply(env, seed):
             nudged = env.steps
         return over
 
     while not done and env.steps < limit:
         state = env.state()
-        seen: list[LiberoObservation] = []
+        seen: list[Observation] = []
 
-        def observe(seen: list[LiberoObservation] = seen) -> LiberoObservation:
+        def observe(seen: list[Observation] = seen) -> Observation:
             if not seen:
                 seen.append(env.observe())
             return seen[0]
@@ -257,9 +200,10 @@ def rollout(
     episode = record_to_episode(actions, states, labels, policy.steps, policy.space)
     episode.instruction = instruction
     if images:
-        episode.images = {CAMERA: frames}
-    episode.environment_states = np.asarray(privileged, np.float32)
-    episode.success = bool(done)
+        episode.images = {MAIN_CAMERA: frames}
+    if privileged:
+        episode.environment_states = np.asarray(privileged, np.float32)
+    episode.success = bool(env.success)
     return Rollout(episode, list(policy.steps), outputs, nudged)
 
 
@@ -272,25 +216,3 @@ def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArra
     off: NDArray[np.bool_] = space.deviation(space.normalize(episode.actions), space.normalize(reference), tolerance)
     out: NDArray[np.bool_] = off & labelled & (episode.sources == Source.GENERATOR)
     return out
-
-
-def scene_facts(env: LiberoEnv, instruction: str) -> dict[str, Any]:
-    """What makes recorded images and environment states readable, JSON-ready.
-
-    Returns ``bodies`` (their order in the environment state), ``centres`` (see :meth:`data.libero.Scene.centres`), ``camera``
-    (its projection, see :func:`data.libero.project`), and the bodies asked for, ``item`` and ``place``, None where the
-    expert does not understand the instruction.
-    """
-    scene = env.scene
-    try:
-        goal = parse_goal(instruction, scene)
-        item, place = goal.item, scene.body_of(goal.place)
-    except InputError:
-        item, place = None, None
-    return {
-        "bodies": list(scene.names),
-        "centres": scene.centres().round(4).tolist(),
-        "camera": env.camera_matrix().round(5).tolist(),
-        "item": item,
-        "place": place,
-    }

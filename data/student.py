@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.libero import LiberoObservation
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.observation import Observation
 from spvla.vlas.base import VLA
 from spvla.vlas.registry import load_vla
 
@@ -50,11 +50,12 @@ class Student:
         head = self._generator.random() < HEAD_SHARE
         self._help_until = int(self._generator.integers(1, HEAD_STEPS)) if head else 0
 
-    def drive(self, observe: Callable[[], LiberoObservation], label: FloatArray, step: int) -> FloatArray:
+    def drive(self, observe: Callable[[], Observation], label: FloatArray, step: int) -> FloatArray:
         """The student's action (D,), or the teacher's ``label`` while it helps."""
         assert self._student is not None
         observation = observe()
-        self._path.append(observation.privileged.eef_position.astype(np.float32))
+        assert observation.state is not None
+        self._path.append(observation.state[:3])  # where the hand is
         recent = np.array(self._path[-STALL_STEPS:])
         if step >= self._help_until and len(self._path) >= STALL_STEPS and np.ptp(recent, axis=0).max() < STALL_DISTANCE:
             self._help_until = step + int(self._generator.integers(*HELP_STEPS))

@@ -19,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from data.collect import episode_seed, parse_range, require_init_states
-from data.libero import LiberoEnv, RenderMode, Task, load_tasks
+from data.envs import load_tasks, make_env
+from data.envs.base import Env, RenderMode, Task
+from data.envs.perturb import Nudge, RealTime
 from data.parallel import chunks, run_groups
-from data.rollout import Nudge, RealTime, Rollout, deviations, rollout
+from data.rollout import Rollout, deviations, rollout
 from eval.film import write_film
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
@@ -151,9 +153,9 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
         raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
-def _environment(task: Task, setting: Setting, vla: VLA) -> LiberoEnv:
-    render = setting.render if needs_images(vla) else False
-    return LiberoEnv(task, render=render, wrist_camera=needs_wrist_image(vla))
+def _environment(task: Task, setting: Setting, vla: VLA) -> Env:
+    render = setting.render if needs_images(vla) else None
+    return make_env(task, render=render, wrist_camera=needs_wrist_image(vla))
 
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
@@ -397,7 +399,7 @@ def closed_loop(
     that use it run anew.
 
     Args:
-        suite: LIBERO suite.
+        suite: the simulator's suite of tasks, for example libero_object.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
         policy: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.collect import episode_seed, parse_range, require_init_states
-from data.expert import parse_goal, scene_instructions
-from data.libero import LiberoEnv, Task, load_tasks
+from data.envs import load_tasks, make_env
+from data.envs.base import Env, Instructable, Task
 from data.parallel import chunks, run_groups
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
@@ -64,14 +64,15 @@ def questions(own: str, name: str, others: Sequence[str], absent: Sequence[str],
     return asked + ([("absent", own.replace(name, absent[draw % len(absent)]))] if absent else [])
 
 
-def first_lifted(env: LiberoEnv, vla: VLA, instruction: str, init_state: int, seed: int) -> tuple[str | None, int]:
+def first_lifted(env: Env, vla: VLA, instruction: str, init_state: int, seed: int) -> tuple[str | None, int]:
     """What ``vla`` lifts first when it is asked for ``instruction``, None for nothing, and after how many steps."""
+    assert isinstance(env, Instructable)
     env.reset(init_state, seed)
     vla.reset(instruction)
     space = vla.action_space
     while env.steps < env.task.max_steps:
         env.step(space.clip(vla.predict(env.observe()).actions[0]))
-        lifted = {name: env.lifted(name) for name in env.scene.movable}
+        lifted = env.lifted()
         highest = max(lifted, key=lambda name: lifted[name])
         if lifted[highest] >= LIFTED:
             return highest, env.steps
@@ -80,16 +81,19 @@ def first_lifted(env: LiberoEnv, vla: VLA, instruction: str, init_state: int, se
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     vla = load_vla(*group.policy)
-    with LiberoEnv(group.task, render=needs_images(vla), wrist_camera=needs_wrist_image(vla)) as env:
+    with make_env(group.task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
+        if not isinstance(env, Instructable):
+            told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
+            raise InputError(told, code="unsupported", field="suite")
         for init_state, seed in group.jobs:
-            state = env.reset(init_state, seed).privileged
-            own, *others = scene_instructions(state)
-            item = parse_goal(own, env.scene).item
-            absent = [n for n in group.absent if not any(m.startswith(n.replace(" ", "_")) for m in env.scene.movable)]
+            env.reset(init_state, seed)
+            own, *others = env.instructions()
+            item = env.asked_object(own)
+            absent = [n for n in group.absent if not any(m.startswith(n.replace(" ", "_")) for m in env.lifted())]
             for kind, text in questions(own, named(own), others, absent, init_state):
                 if (init_state, text) in group.done:
                     continue
-                asked = parse_goal(text, env.scene).item if kind in ("own", "other") else None
+                asked = env.asked_object(text) if kind in ("own", "other") else None
                 lifted, steps = first_lifted(env, vla, text, init_state, seed)
                 yield {
                     **{"task": group.task.index, "init_state": init_state, "seed": seed, "asked": kind, "instruction": text},

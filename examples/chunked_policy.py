@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data.expert import parse_goal
-from data.libero import LiberoEnv, LiberoObservation, PrivilegedState, load_tasks
+from data.envs.libero.env import LiberoEnv
+from data.envs.libero.goals import parse_goal
+from data.envs.libero.scene import LiberoObservation, PrivilegedState
+from data.envs.libero.tasks import load_tasks
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.generators.learned import MLP

@@ -77,7 +77,7 @@ class Interface:
         wrist_image: key of the second camera, or None.
         state: key of the proprioception in an observation, or None where none is used.
         image_size: height and width that images must have, or None for any.
-        rotate_180: turn images upside down: the benchmark did so already, and the policy's conventions will again.
+        rotate_180: turn images upside down, for a benchmark whose images the policy knows the other way up.
         euler_to_axis_angle: the policy's rotations are extrinsic xyz Euler angles, the benchmark reads rotation vectors.
         gripper_from, gripper_to: the policy's and the benchmark's values for closed and open; None: the same.
         action_spec: names of constants in ``vla_eval.specs`` by component, declared to the benchmark.

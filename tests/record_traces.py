@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 
 import spvla
-from data.expert import Expert
-from data.libero import LiberoEnv, load_tasks
+from data.envs import load_tasks, make_env
+from data.envs.base import Env
 from spvla.vlas.registry import load_vla
 
+SUITE = "libero_object"
 TRACES = Path(__file__).parent / "data" / "traces.npz"
 EXPERT_CELLS = (
     ("generator_libero_expert", {"generator": "mlp", "scheduler": "learned", "risk": 0.05}),
@@ -32,12 +33,15 @@ NANO_CELLS = (
 )
 
 
-def record_expert(env: LiberoEnv) -> dict[str, np.ndarray]:
+def record_expert(env: Env) -> dict[str, np.ndarray]:
     """The scripted teacher's traces: states (T, 8), its answer at every state (T, 7), and what each cell did."""
     out = {}
     for i, (export, options) in enumerate(EXPERT_CELLS):
-        policy, teacher = spvla.accelerate(Expert(), export, **options), Expert()
-        observation = env.reset(30, seed=30)
+        policy, teacher = (
+            spvla.accelerate(load_vla("expert", suite=SUITE), export, **options),
+            load_vla("expert", suite=SUITE),
+        )
+        env.reset(30, seed=30)
         policy.reset(env.task.instruction)
         teacher.reset(env.task.instruction)
         rows: dict[str, list] = {"states": [], "labels": [], "actions": []}
@@ -52,7 +56,7 @@ def record_expert(env: LiberoEnv) -> dict[str, np.ndarray]:
     return out
 
 
-def record_nano(env: LiberoEnv) -> dict[str, np.ndarray]:
+def record_nano(env: Env) -> dict[str, np.ndarray]:
     """The small VLA's traces: images as PNG, at the steps at which it was asked."""
     out = {}
     for i, (export, options, steps) in enumerate(NANO_CELLS):
@@ -87,8 +91,8 @@ def _steps(name: str, policy: spvla.SPVLAPolicy) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    task = load_tasks("libero_object", [0])[0]
-    with LiberoEnv(task, render="fast") as env:
+    task = load_tasks(SUITE, [0])[0]
+    with make_env(task, render="fast") as env:
         found = record_expert(env) | record_nano(env)
     np.savez_compressed(TRACES, **found)
     print(f"{TRACES}: {TRACES.stat().st_size / 1e3:.0f} kB, {sum(k.endswith('/sources') for k in found)} traces")

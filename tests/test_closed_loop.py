@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data.collect import episode_seed
-from data.libero import load_tasks
+from data.envs import load_tasks
 from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
 from eval.film import bar, draw
 from spvla import InputError, load_export

@@ -109,7 +109,7 @@ def test_killed_or_split_the_store_is_the_same(tmp_path):
 
 
 def _task():
-    from data.libero import load_tasks
+    from data.envs import load_tasks
 
     return load_tasks("libero_object", [0])[0]
 

@@ -5,8 +5,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data.frames import GIVEN_UP, POINTS, Frame, Frames, Question, image_points, mistakes, other_questions
-from data.libero import project
+from data.envs.base import POINTS
+from data.envs.libero.labels import image_points, other_questions
+from data.envs.libero.scene import project
+from data.frames import GIVEN_UP, Frame, Frames, Question, mistakes
 from spvla.actions import LIBERO
 from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
 from spvla.errors import InputError
@@ -38,7 +40,7 @@ def pictured_episode(seed: int, steps: int = 4, **metadata) -> Episode:
         environment_states=np.concatenate([hand, poses], 1),
         images={"agentview": [encode_jpeg(np.full((SIZE, SIZE, 3), 10 * i % 256, np.uint8)) for i in range(steps)]},
         success=metadata.pop("success", True),
-        metadata={"init_state": seed, "scene": SCENE, **metadata},
+        metadata={"init_state": seed, "suite": "libero_object", "scene": SCENE, "images": "upright", **metadata},
     )
 
 
@@ -235,4 +237,4 @@ def test_mistakes_weigh_more():
         1.0,
         1.0,
     )  # a half, too much, a rotation, the gripper
-    np.testing.assert_allclose(mistakes(actions, labels), [0, 0.5, 1, 0, 1])
+    np.testing.assert_allclose(mistakes(actions, labels, LIBERO), [0, 0.5, 1, 0, 1])

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from data.expert import parse_goal, scene_instructions
-from data.libero import LiberoEnv, load_tasks
+from data.envs import load_tasks, make_env
 from eval.instructions import first_lifted, named, questions, summarise
 from spvla import InputError
 from spvla.vlas.registry import load_vla
@@ -44,9 +43,10 @@ def test_rates():
 
 
 def test_what_a_policy_lifts_first():
-    with LiberoEnv(load_tasks("libero_object", [0], 120)[0], render=False) as env:
-        other = scene_instructions(env.reset(30).privileged)[1]
-        wanted = parse_goal(other, env.scene).item
-        lifted, steps = first_lifted(env, load_vla("expert"), other, 30, 0)
-        assert lifted == wanted != parse_goal(env.task.instruction, env.scene).item and steps < 120
+    with make_env(load_tasks("libero_object", [0], 120)[0]) as env:
+        env.reset(30)
+        other = env.instructions()[1]
+        wanted = env.asked_object(other)
+        lifted, steps = first_lifted(env, load_vla("expert", suite="libero_object"), other, 30, 0)
+        assert lifted == wanted != env.asked_object(env.task.instruction) and steps < 120
         assert first_lifted(env, ScriptedVLA(np.zeros((120, 7))), other, 30, 0) == (None, 120)

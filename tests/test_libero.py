@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from data.collect import choose_instruction
-from data.expert import Expert, parse_goal, predicates, scene_instructions
-from data.libero import LiberoEnv, LiberoObservation, PrivilegedState, Task, load_tasks, project
+from data.envs import load_tasks
+from data.envs.base import Annotator, Instructable, Perturbable, Privileged
+from data.envs.libero.env import LiberoEnv
+from data.envs.libero.expert import Expert, scene_instructions
+from data.envs.libero.goals import parse_goal, predicates
+from data.envs.libero.scene import LiberoObservation, PrivilegedState, project
+from data.envs.libero.simulator import Libero
+from data.envs.libero.tasks import LiberoTask
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.base import VLA
@@ -19,16 +25,13 @@ if importlib.util.find_spec("libero") is None:
     pytest.skip("LIBERO is not installed: pip install -e .[libero]", allow_module_level=True)
 
 
-Predicates = tuple[tuple[str, ...], ...]
-
-
 @pytest.fixture(scope="module")
-def task() -> Task:
+def task() -> LiberoTask:
     return load_tasks("libero_object", [0])[0]
 
 
 @pytest.fixture(scope="module")
-def env(task: Task) -> Iterator[LiberoEnv]:
+def env(task: LiberoTask) -> Iterator[LiberoEnv]:
     with LiberoEnv(task) as env:
         yield env
 
@@ -43,28 +46,28 @@ def positions(env: LiberoEnv, init_state: int | None, actions: np.ndarray, seed:
     return np.array(vectors)
 
 
-def rollout(env: LiberoEnv, instruction: str, init_state: int, goal: Predicates | None = None) -> list[np.ndarray]:
-    """The expert's actions until success or the step limit."""
+def rollout(env: LiberoEnv, instruction: str, init_state: int, judged_by: str | None = None) -> list[np.ndarray]:
+    """The expert's actions for ``instruction`` until success or the step limit."""
     expert = Expert()
     expert.reset(instruction)
-    observation, actions = env.reset(init_state, goal=goal), []
+    env.reset(init_state, instruction=judged_by)
+    actions: list[np.ndarray] = []
     while not env.success and env.steps < env.task.max_steps:
-        actions.append(expert.predict(observation).actions[0])
+        actions.append(expert.predict(env.observe()).actions[0])
         env.step(actions[-1])
-        observation = env.observe()
     return actions
 
 
-def test_tasks_have_the_published_limits_and_instructions(task: Task) -> None:
+def test_tasks_have_the_published_limits_and_instructions(task: LiberoTask) -> None:
     assert task.instruction == "pick up the alphabet soup and place it in the basket"
-    assert task.max_steps == 280 and task.init_states().shape == (50, 110) and task.init_states().dtype == np.float64
+    assert task.max_steps == 280 and task.init_states == 50 and task.read_init_states().shape == (50, 110)
     assert [t.index for t in load_tasks("libero_object", ["7", task.name])] == [7, 0]
     limits = {"libero_spatial": 220, "libero_goal_swap": 300, "libero_10": 520, "libero_90": 400}
     assert {suite: load_tasks(suite, [0])[0].max_steps for suite in limits} == limits
     assert load_tasks("libero_object_lan", [task.name])[0].instruction == "grab alphabet soup and put it into basket"
 
 
-def test_unknown_names_are_listed(task: Task, env: LiberoEnv) -> None:
+def test_unknown_names_are_listed(task: LiberoTask, env: LiberoEnv) -> None:
     with pytest.raises(InputError, match=r"unknown LIBERO suite 'libero_objects'; known: .*libero_object,"):
         load_tasks("libero_objects")
     for unknown in (10, "pick_up_the_moon"):
@@ -77,7 +80,8 @@ def test_unknown_names_are_listed(task: Task, env: LiberoEnv) -> None:
 
 
 def test_state_layout(env: LiberoEnv) -> None:
-    observation = env.reset(0)
+    env.reset(0)
+    observation = env.observe()
     state, privileged = observation.state, observation.privileged
     assert state is not None and state.shape == (8,) and state.dtype == np.float32 and observation.image is None
     np.testing.assert_allclose(state[:3], privileged.eef_position, atol=1e-6)
@@ -94,7 +98,7 @@ def test_state_layout(env: LiberoEnv) -> None:
     np.testing.assert_allclose(low[2], 0.0, atol=1e-3)
 
 
-def test_an_episode_depends_on_nothing_before_it(task: Task, env: LiberoEnv) -> None:
+def test_an_episode_depends_on_nothing_before_it(task: LiberoTask, env: LiberoEnv) -> None:
     rng = np.random.default_rng(0)
     first, other = rng.uniform(-1, 1, (2, 25, 7))
     before = np.random.get_state()[1].copy()  # noqa: NPY002
@@ -107,7 +111,11 @@ def test_an_episode_depends_on_nothing_before_it(task: Task, env: LiberoEnv) -> 
 
 
 def test_a_seed_places_the_objects(env: LiberoEnv) -> None:
-    first, again, other = (env.reset(None, seed).privileged.positions for seed in (1, 1, 2))
+    def placed(seed: int) -> np.ndarray:
+        env.reset(None, seed)
+        return env.privileged().positions
+
+    first, again, other = (placed(seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
 
@@ -132,7 +140,7 @@ def test_success_is_judged_for_what_was_asked(env: LiberoEnv) -> None:
     asked = "pick up the butter and place it in the basket"
     goal = predicates(parse_goal(asked, env.scene))
     assert goal == (("in", "butter_1", "basket_1_contain_region"),)
-    actions = rollout(env, asked, 32, goal)
+    actions = rollout(env, asked, 32, judged_by=asked)
     assert env.success and len(actions) < 120
     env.reset(32)
     for action in actions:
@@ -144,11 +152,12 @@ def test_objects_trade_places(env: LiberoEnv) -> None:
     names = [name for name in env.scene.movable if name != "basket_1"]
 
     def places(**options) -> np.ndarray:
-        state = env.reset(30, **options).privileged
+        env.reset(30, **options)
+        state = env.privileged()
         return np.array([state.position(name)[:2] for name in (*names, "basket_1")])
 
-    before, after = places(), places(seed=3, shuffle=names)
-    np.testing.assert_array_equal(after, places(seed=3, shuffle=names))
+    before, after = places(), places(seed=3, shuffle=True)
+    np.testing.assert_array_equal(after, places(seed=3, shuffle=True))
     np.testing.assert_allclose(after[-1], before[-1], atol=1e-3)
     nearest = np.linalg.norm(after[:-1, None] - before[None, :-1], axis=-1)
     assert (nearest.min(1) < 0.02).all() and sorted(nearest.argmin(1)) == list(range(len(names)))
@@ -156,7 +165,9 @@ def test_objects_trade_places(env: LiberoEnv) -> None:
 
 
 def test_a_scene_knows_what_can_be_asked_for(env: LiberoEnv) -> None:
-    options = scene_instructions(env.reset(30).privileged)
+    env.reset(30)
+    options = env.instructions()
+    assert options == scene_instructions(env.privileged())
     assert options[0] == env.task.instruction and len(options) == len(set(options)) == 6
     assert {parse_goal(text, env.scene).item for text in options} == set(env.scene.movable) - {"basket_1"}
     chosen = [choose_instruction(options, seed) for seed in range(200)]
@@ -165,22 +176,24 @@ def test_a_scene_knows_what_can_be_asked_for(env: LiberoEnv) -> None:
 
 
 def test_camera_matrix_is_mujocos_camera(env: LiberoEnv) -> None:
-    """By the angles under which the camera sees a point; rows count from the bottom, as in the images."""
-    state, data = env.reset(30).privileged, env._env.sim.data
+    """By the angles under which the camera sees a point; the images show up above and left on the right."""
+    env.reset(30)
+    state, data = env.privileged(), env._env.sim.data
     right, up, back = data.get_camera_xmat("agentview").T
     half = np.tan(np.deg2rad(env._env.sim.model.cam_fovy[env._env.sim.model.camera_name2id("agentview")]) / 2)
     for point in (*state.positions, state.eef_position):
         column, row = project(env.camera_matrix(), point)
         ray = point - data.get_camera_xpos("agentview")
-        assert (column + 0.5) / 128 - 1 == pytest.approx(ray @ right / -(ray @ back) / half)
-        assert (row + 0.5) / 128 - 1 == pytest.approx(ray @ up / -(ray @ back) / half)
+        assert (column + 0.5) / 128 - 1 == pytest.approx(-ray @ right / -(ray @ back) / half)
+        assert (row + 0.5) / 128 - 1 == pytest.approx(-ray @ up / -(ray @ back) / half)
 
 
 @pytest.mark.slow
-def test_projected_objects_are_where_the_image_shows_them(task: Task) -> None:
+def test_projected_objects_are_where_the_image_shows_them(task: LiberoTask) -> None:
     """Moving one object away changes the image around its projected centre."""
     with LiberoEnv(task, render="full") as env:
-        before = env.reset(0)
+        env.reset(0)
+        before = env.observe()
         index = env.scene.names.index("milk_1")
         centre = before.privileged.rotation("milk_1") @ env.scene.centres()[index] + before.privileged.position("milk_1")
         joint = int(env._model.body_jntadr[env._bodies[index]])
@@ -195,13 +208,13 @@ def test_projected_objects_are_where_the_image_shows_them(task: Task) -> None:
 def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:
     expert = Expert()
     expert.reset(env.task.instruction)
-    observation, dropped = env.reset(31), 0
+    env.reset(31)
+    dropped = 0
     while not env.success and env.steps < env.task.max_steps:
-        action = expert.predict(observation).actions[0].copy()
-        if env.lifted("alphabet_soup_1") > 0.05 and dropped < 12:
+        action = expert.predict(env.observe()).actions[0].copy()
+        if env.lifted()["alphabet_soup_1"] > 0.05 and dropped < 12:
             action[6], dropped = -1.0, dropped + 1
         env.step(action)
-        observation = env.observe()
     assert dropped == 12 and env.success
 
 
@@ -216,22 +229,32 @@ def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:
 
 
 @pytest.mark.slow
-def test_rendering_is_robosuites_and_fast_rendering_nearly_so(task: Task) -> None:
+def test_rendering_is_robosuites_and_fast_rendering_nearly_so(task: LiberoTask) -> None:
     from libero.libero.envs.env_wrapper import ControlEnv
 
     with LiberoEnv(task, render="full", image_size=128, wrist_camera=True) as full:
-        observation = full.reset(0)
+        full.reset(0)
+        observation = full.observe()
         image = observation.require_image()
         assert image.shape == (128, 128, 3) and 20 < image.std() < 70 and observation.wrist_image is not None
     # A second environment after closing the first: robosuite's own renders noise here.
     with LiberoEnv(task, render="fast", image_size=128) as fast:
-        assert (np.abs(fast.reset(0).require_image().astype(int) - image).max(-1) > 8).mean() < 0.02
+        fast.reset(0)
+        assert (np.abs(fast.observe().require_image().astype(int) - image).max(-1) > 8).mean() < 0.02
     control = ControlEnv(bddl_file_name=str(task.bddl_file), camera_heights=128, camera_widths=128)
     control.seed(0)
     control.reset()
-    control.set_init_state(task.init_states()[0])
+    control.set_init_state(task.read_init_states()[0])
     for _ in range(10):
         control.step([0.0] * 6 + [-1.0])
     reference = control.sim.render(camera_name="agentview", width=128, height=128)
-    np.testing.assert_allclose(reference.astype(int), image, atol=1)
+    np.testing.assert_allclose(reference[::-1, ::-1].astype(int), image, atol=1)
     control.close()
+
+
+def test_libero_is_one_simulator_among_others(env: LiberoEnv) -> None:
+    assert isinstance(Libero(), Annotator)
+    assert all(isinstance(env, ability) for ability in (Perturbable, Instructable, Privileged))
+    with pytest.raises(InputError) as error:
+        load_tasks("no_such_suite")
+    assert (error.value.code, error.value.field) == ("unknown-suite", "suite")

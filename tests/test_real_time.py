@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.rollout import Nudge, RealTime, rollout
+from data.envs.perturb import Nudge, RealTime
+from data.rollout import rollout
 from spvla.actions import LIBERO
 from spvla.episodes import read_episodes
 from spvla.errors import InputError
@@ -71,9 +72,9 @@ def test_steps_that_nobody_decided_are_in_the_history(tmp_path):
 def env():
     if importlib.util.find_spec("libero") is None:
         pytest.skip("LIBERO is not installed: pip install -e .[libero]")
-    from data.libero import LiberoEnv, load_tasks
+    from data.envs import load_tasks, make_env
 
-    with LiberoEnv(load_tasks("libero_object", [0])[0]) as env:
+    with make_env(load_tasks("libero_object", [0])[0]) as env:
         yield env
 
 

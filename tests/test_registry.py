@@ -32,7 +32,7 @@ def test_options_are_keyword_arguments_of_the_factory():
     assert load_vla(f"{HERE}:prunable", None, {"anything": 1}).options == {"anything": 1}
     with pytest.raises(InputError, match=r"policy '.*:scripted' takes no option 'lenght'; it takes: length"):
         load_vla(f"{HERE}:scripted", None, {"lenght": 5})
-    with pytest.raises(InputError, match=r"policy 'expert' takes no option 'unnorm_key'; it takes: none"):
+    with pytest.raises(InputError, match=r"policy 'expert' takes no option 'unnorm_key'; it takes: suite"):
         load_vla("expert", None, {"unnorm_key": "x"})
     with pytest.raises(InputError, match=r"policy 'tests.test_registry:handing_on': .* 'lenght'"):
         load_vla(f"{HERE}:handing_on", None, {"lenght": 5})

@@ -35,7 +35,7 @@ def helped(monkeypatch, action, moves: bool = True, steps: int = 60) -> list[boo
     out = []
     for step in range(steps):
         position = np.array([0.01 * step if moves else 0.0, 0.0, 0.0])
-        seen = SimpleNamespace(privileged=SimpleNamespace(eef_position=position))
+        seen = SimpleNamespace(state=position.astype(np.float32))
         out.append(bool(student.drive(lambda seen=seen: seen, LABEL, step) is LABEL))
     assert student.helped == sum(out)
     return out

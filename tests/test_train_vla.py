@@ -83,7 +83,7 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
         model.reset(text)
         output = model.predict(Observation(image=image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
-    assert load_vla("nano_vla", str(tmp_path / "model")).conventions.rotate_180, "LIBERO's conventions by default"
+    assert load_vla("nano_vla", str(tmp_path / "model")).conventions.jpeg, "LIBERO's conventions by default"
 
 
 def test_tokens_are_the_labels_in_the_models_units(tmp_path):

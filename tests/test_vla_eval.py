@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("vla_eval")
 pytest.importorskip("libero")
-from eval.vla_eval_libero import ExpertFromPoses, compare
+from examples.agreement_with_vla_eval import ExpertFromPoses, compare
 from spvla import InputError
 from spvla.serve import Interface
 from spvla.vlas.registry import load_vla
@@ -35,7 +35,7 @@ def test_the_outside_harness_and_our_loop(serving, tmp_path, benchmark):  # noqa
     one = serving("tests.test_vla_eval:untrained", Interface(**interface), generator="ridge")
     command = [str(Path(sys.executable).with_name("vla-eval")), "run", "--no-docker", "--server-url", one.url]
     command += ["--config", "configs/serve/vla_eval_libero.yaml", "--output-dir", str(tmp_path)]
-    fields = {"benchmark": f"eval.vla_eval_libero:{benchmark}", "episodes_per_task": 1, "max_steps": 6}
+    fields = {"benchmark": f"examples.agreement_with_vla_eval:{benchmark}", "episodes_per_task": 1, "max_steps": 6}
     for name, value in fields.items():
         command += ["--benchmark-field", f"{name}={value}"]
     command += ["--param", "tasks=[4]"]

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.frames import POINTS, Frame, Frames, Question
+from data.envs.base import POINTS
+from data.frames import Frame, Frames, Question
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
 from spvla.vlas.conventions import Conventions, conventions_by_name

@@ -30,7 +30,7 @@ class Conventions:
     """How an environment's images and actions differ from the training data's.
 
     Args:
-        rotate_180: turn the image upside down (LIBERO renders it so).
+        rotate_180: turn the image upside down, for cameras that are mounted so.
         jpeg: JPEG round trip, as the training images went through.
         lanczos: resize to the encoder's size with lanczos3 before anything else does.
         center_crop: share of the image's area to keep, resized back; for checkpoints trained with random crops. 1: off.
@@ -86,7 +86,6 @@ class Conventions:
 IDENTITY = Conventions()
 CONVENTIONS = {
     "libero": Conventions(
-        rotate_180=True,
         jpeg=True,
         lanczos=True,
         center_crop=0.9,

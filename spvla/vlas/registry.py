@@ -19,7 +19,7 @@ from spvla.fields import check_options, naming
 from spvla.vlas.base import VLA, PrunableVLA
 
 BUILT_IN = {
-    "expert": "data.expert:load",
+    "expert": "data.envs:expert",
     "openvla": "spvla.vlas.openvla:load",
     "nano_vla": "spvla.vlas.nano:load",
     "lerobot": "spvla.vlas.foreign:load_lerobot",

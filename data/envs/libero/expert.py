@@ -8,13 +8,14 @@ between modes). Shapes come from the simulator's collision geometry, the goal fr
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.libero import LiberoObservation, PrivilegedState, Scene, axis_angle, quaternion, rotation_matrix, yaw_matrix
+from data.envs.libero.goals import Goal, object_words, parse_goal
+from data.envs.libero.rotations import axis_angle, quaternion, rotation_matrix, yaw_matrix
+from data.envs.libero.scene import LiberoObservation, PrivilegedState
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.observation import Observation
@@ -78,47 +79,6 @@ RETREAT = 0.10  # height above the place after release
 LET_GO = (0.055, 0.075)  # finger gap between which the retreat starts: not with the object still in hand
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What to do: bring ``item`` into or onto ``place``, a region's or a body's name; ``inside`` tells which."""
-
-    item: str
-    place: str
-    inside: bool
-
-
-def parse_goal(instruction: str, scene: Scene) -> Goal:
-    """The goal that an instruction means in a scene.
-
-    The task's own instruction means the task's own goal; any other must name an object and a place of the scene, as
-    in "pick up the milk and place it in the basket".
-
-    Raises:
-        InputError: if the expert cannot do it: another kind of task, or names that are not in the scene.
-    """
-    text = " ".join(instruction.lower().split())
-    if text == " ".join(scene.instruction.lower().split()):
-        if len(scene.goal) == 1 and len(scene.goal[0]) == 3:
-            predicate, item, place = scene.goal[0]
-            # Not into drawers (they would have to be opened) and not onto the bare table (that is pushing).
-            supports = scene.movable if predicate == "in" else scene.names
-            if predicate in ("in", "on") and item in scene.movable and scene.body_of(place) in supports:
-                return Goal(item, place, predicate == "in")
-        raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not one pick and place")
-    match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
-    if match is None:
-        raise InputError(f"the expert cannot do {instruction!r}: it knows 'pick up the X and place it in the Y'")
-    item, preposition, place = match[1], match[2], match[3]
-    found = Goal(_named(item, scene, instruction), _named(place, scene, instruction), preposition.startswith("in"))
-    insides = [name for name, region in scene.regions.items() if region.parent == found.place and "contain" in name]
-    return Goal(found.item, insides[0], True) if found.inside and insides else found
-
-
-def predicates(goal: Goal) -> tuple[tuple[str, ...], ...]:
-    """``goal`` in the form of :attr:`data.libero.Scene.goal`, for :meth:`data.libero.LiberoEnv.reset`."""
-    return (("in" if goal.inside else "on", goal.item, goal.place),)
-
-
 def scene_instructions(state: PrivilegedState) -> list[str]:
     """What one may ask for in a scene: the task's own instruction, then the same for each other thing that fits the hand.
 
@@ -126,33 +86,19 @@ def scene_instructions(state: PrivilegedState) -> list[str]:
         InputError: the task is not of the form "pick up the X and place it in the Y".
     """
     own = parse_goal(state.scene.instruction, state.scene)
-    words = _words(own.item)
+    words = object_words(own.item)
     if words not in state.scene.instruction:
         raise InputError(f"{state.scene.instruction!r} does not name {words!r}, so that no other object can be asked for")
     place = state.scene.body_of(own.place)
     out = [state.scene.instruction]
     for name in state.scene.movable:
-        alike = [other for other in state.scene.movable if _words(other) == _words(name)]
+        alike = [other for other in state.scene.movable if object_words(other) == object_words(name)]
         if name in (own.item, place) or len(alike) > 1:
             continue
         goal = Goal(name, own.place, own.inside)
         if _plan_grasp(state, goal, _plan_place(state, goal, _extent(state, name))).width <= WIDEST:
-            out.append(state.scene.instruction.replace(words, _words(name)))
+            out.append(state.scene.instruction.replace(words, object_words(name)))
     return out
-
-
-def _words(name: str) -> str:
-    """What an object is called: ``alphabet_soup_1`` is "alphabet soup"."""
-    return re.sub(r"_\d+$", "", name).replace("_", " ")
-
-
-def _named(words: str, scene: Scene, instruction: str) -> str:
-    """The one movable object called ``words`` (``alphabet_soup_1`` is "alphabet soup")."""
-    names = [name for name in scene.movable if _words(name) == words]
-    if len(names) != 1:
-        known = ", ".join(scene.movable)
-        raise InputError(f"the expert cannot do {instruction!r}: {words!r} is not one of the scene's objects ({known})")
-    return names[0]
 
 
 class Expert:
@@ -171,7 +117,7 @@ class Expert:
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
         """One action (1, 7). Raises :class:`InputError` without poses or for an instruction it cannot do."""
         if not isinstance(observation, LiberoObservation):
-            raise InputError("the expert reads object poses: it needs a LiberoObservation from data.libero.LiberoEnv")
+            raise InputError("the expert reads object poses: it needs a LiberoObservation, which LIBERO's environment gives")
         state = observation.privileged
         action = expert_action(state, parse_goal(self._instruction, state.scene))
         return VLAOutput(actions=action[None].astype(np.float32))
@@ -438,10 +384,3 @@ def _carry(state: PrivilegedState, goal: Goal, item: Float64Array, place: _Place
     early = RELEASE_EARLY if goal.inside else CLOSE_LATERAL - RELEASE_ON
     release = off == 0.0 and bottom < lowest + early
     return np.array([*lateral, _speed(rise, VERTICAL_TAPER)]), release
-
-
-def load(checkpoint: str | None = None) -> Expert:
-    """The expert by its built-in name ``expert``; it has no checkpoint."""
-    if checkpoint is not None:
-        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
-    return Expert()

@@ -1,4 +1,4 @@
-"""vla-eval's LIBERO benchmark beside our own closed loop, episode by episode: ``python -m eval.vla_eval_libero``.
+"""vla-eval's LIBERO benchmark beside our own closed loop, episode by episode: ``python examples/agreement_with_vla_eval.py``.
 
 The harness drives the served policy and records what was executed; this command runs the same policy in our own loop from
 the same initial states and compares every action. results/vla_eval has the commands and what came of them.
@@ -22,16 +22,11 @@ from vla_eval.benchmarks.base import StepResult
 from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 
 from data.collect import episode_seed
-from data.libero import (
-    CAMERA,
-    WRIST_CAMERA,
-    LiberoEnv,
-    LiberoObservation,
-    Poses,
-    PrivilegedState,
-    Scene,
-    load_tasks,
-)
+from data.envs import load_tasks, make_env
+from data.envs.libero.env import LiberoEnv
+from data.envs.libero.render import CAMERA, WRIST_CAMERA
+from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState, Scene
+from data.envs.libero.tasks import LiberoTask
 from data.rollout import rollout
 from spvla.actions import LIBERO
 from spvla.errors import InputError
@@ -107,7 +102,7 @@ class ExpertFromPoses:
     needs_images = False
 
     def __init__(self, suite: str) -> None:
-        self.expert, self.tasks = load_vla("expert"), {task.instruction: task for task in load_tasks(suite)}
+        self.expert, self.tasks = load_vla("expert", suite=suite), {task.instruction: task for task in load_tasks(suite)}
         self.scenes: dict[str, Scene] = {}
 
     def reset(self, instruction: str) -> None:
@@ -115,7 +110,9 @@ class ExpertFromPoses:
         if instruction not in self.tasks:
             raise InputError(f"instruction {instruction!r} belongs to no task of the suite")
         if instruction not in self.scenes:
-            with LiberoEnv(self.tasks[instruction]) as env:
+            task = self.tasks[instruction]
+            assert isinstance(task, LiberoTask)
+            with LiberoEnv(task) as env:
                 self.scenes[instruction] = env.scene
         self.scene = self.scenes[instruction]
         self.expert.reset(instruction)
@@ -129,7 +126,7 @@ class ExpertFromPoses:
 
 
 def expert_from_poses(checkpoint: str | None = None, *, suite: str | None = None) -> ExpertFromPoses:
-    """The policy ``eval.vla_eval_libero:expert_from_poses``."""
+    """The policy ``examples.agreement_with_vla_eval:expert_from_poses``."""
     if suite is None:
         raise InputError("expert_from_poses: say which suite")
     return ExpertFromPoses(suite)
@@ -180,7 +177,7 @@ def compare(
     for episode in episodes:
         (task,) = load_tasks(suite, [episode["task_id"]], run["config"]["max_steps"])
         init_state = episode["episode_idx"] + first
-        with LiberoEnv(task, render=needs_images(vla), wrist_camera=needs_wrist_image(vla)) as env:
+        with make_env(task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
             own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
         theirs = episode["actions"]
         count = min(len(own), len(theirs))

@@ -1,0 +1,1 @@
+"""LIBERO and LIBERO-PRO: tasks, scenes, the simulation, images, and a scripted expert."""

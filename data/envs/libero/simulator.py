@@ -1,0 +1,47 @@
+"""LIBERO as a :class:`~data.envs.base.Simulator`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.envs.base import RenderMode, Task
+from data.envs.libero import labels
+from data.envs.libero.env import LiberoEnv
+from data.envs.libero.expert import Expert
+from data.envs.libero.tasks import LiberoTask, load_tasks
+from spvla.actions import LIBERO, FloatArray
+
+
+class Libero:
+    """Every suite of LIBERO and LIBERO-PRO that the installed package holds."""
+
+    action_space = LIBERO
+    conventions = "libero"
+
+    def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> Sequence[LiberoTask]:
+        """See :func:`data.envs.libero.tasks.load_tasks`."""
+        return load_tasks(suite, tasks, max_steps)
+
+    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> LiberoEnv:
+        """See :class:`data.envs.libero.env.LiberoEnv`."""
+        assert isinstance(task, LiberoTask), "tasks and environments are of one simulator"
+        return LiberoEnv(task, render=render, wrist_camera=wrist_camera)
+
+    def image_points(self, states: FloatArray, facts: Mapping[str, Any]) -> FloatArray:
+        """See :func:`data.envs.libero.labels.image_points`."""
+        return labels.image_points(states, facts.get("scene"))
+
+    def positions(self, states: FloatArray, facts: Mapping[str, Any]) -> FloatArray:
+        """See :func:`data.envs.libero.labels.positions`."""
+        return labels.positions(states, facts.get("scene"))
+
+    def other_questions(
+        self, states: FloatArray, actions: FloatArray, facts: Mapping[str, Any], instruction: str
+    ) -> dict[str, tuple[FloatArray, FloatArray, FloatArray]]:
+        """See :func:`data.envs.libero.labels.other_questions`."""
+        return labels.other_questions(states, actions, facts, instruction)
+
+    def expert(self) -> Expert:
+        """See :class:`data.envs.libero.expert.Expert`."""
+        return Expert()
