@@ -39,7 +39,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) torch
-	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
+	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,dev]"
+	$(BIN)/pip install -q --no-deps $(PIP_ARGS) metaworld==3.1.1  # it asks for another MuJoCo than LIBERO, and runs with LIBERO's
 	@touch $(READY)
 
 demo: setup

@@ -16,7 +16,7 @@ from spvla.errors import InputError
 from spvla.vlas.base import VLA
 
 GROUP = "spvla.envs"
-SIMULATORS = {"libero": "data.envs.libero.simulator:Libero"}
+SIMULATORS = {"libero": "data.envs.libero.simulator:Libero", "metaworld": "data.envs.metaworld:MetaWorld"}
 
 
 @functools.cache

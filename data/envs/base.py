@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from numpy.typing import ArrayLike
 
 from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.base import VLA
 
@@ -44,6 +45,20 @@ class Task:
     def init_states(self) -> int:
         """How many fixed initial states the suite defines for this task; 0 where only seeds tell episodes apart."""
         return 0
+
+
+def task_index(suite: str, names: Sequence[str], task: int | str) -> int:
+    """Position of a task that is given by its name or its position.
+
+    Raises:
+        InputError: there is none (code ``unknown-task``); the message lists them.
+    """
+    if isinstance(task, str) and task in names:
+        return list(names).index(task)
+    if str(task).isdecimal() and int(task) < len(names):
+        return int(task)
+    listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    raise InputError(f"unknown task {task!r} of suite {suite}; known: {listing}", code="unknown-task", field="tasks")
 
 
 class Env(Protocol):

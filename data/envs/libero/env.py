@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from data.envs.base import RenderMode
 from data.envs.libero.expert import scene_instructions
 from data.envs.libero.goals import parse_goal, predicates
-from data.envs.libero.render import CAMERA, Renderer
+from data.envs.libero.render import CAMERA, LiberoRenderer
 from data.envs.libero.rotations import axis_angle, scalar_last
 from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState
 from data.envs.libero.tasks import LiberoTask, quiet
@@ -94,9 +94,9 @@ class LiberoEnv:
         self._goal: Sequence[tuple[str, ...]] = self.scene.goal
         self._instruction = task.instruction
         self._rest_heights = np.zeros(len(self.scene.names))
-        self._renderer: Renderer | None = None
+        self._renderer: LiberoRenderer | None = None
         if render:
-            self._renderer = Renderer(self._model, self._data, image_size, wrist_camera, render == "fast")
+            self._renderer = LiberoRenderer(self._model, self._data, image_size, wrist_camera, render == "fast")
 
     def reset(
         self, init_state: int | None = None, seed: int = 0, instruction: str | None = None, shuffle: bool = False

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.envs.base import Task
+from data.envs.base import Task, task_index
 from spvla.errors import InputError
 
 Float64Array = NDArray[np.float64]
@@ -84,17 +84,9 @@ def load_tasks(suite: str, tasks: Sequence[int | str] | None = None, max_steps: 
     if not names:
         raise InputError(f"LIBERO suite {suite!r} has no tasks in this version of the package")
 
-    def resolve(task: int | str) -> int:
-        if isinstance(task, str) and task in names:
-            return names.index(task)
-        if str(task).isdecimal() and int(task) < len(names):
-            return int(task)
-        listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise InputError(f"unknown task {task!r} of suite {suite}; known: {listing}")
-
     base = max((s for s in STEP_LIMITS if suite == s or suite.startswith(f"{s}_")), key=len, default=None)
     loaded = []
-    for index in range(len(names)) if tasks is None else map(resolve, tasks):
+    for index in range(len(names)) if tasks is None else [task_index(suite, names, task) for task in tasks]:
         entry = entries[index]
         bddl_file = (scenes / entry.problem_folder / entry.bddl_file).resolve()
         if not bddl_file.is_file():
