@@ -82,3 +82,15 @@ def test_the_commands_run_on_it_by_the_name_of_the_suite(tmp_path):
     options = {"tasks": ["reach-v3"], "init_states": "30-31", "cells": ["ridge+release"], "timing_episodes": 0, "workers": 1}
     closed_loop(SUITE, tmp_path / "results", **options)
     assert (tmp_path / "results" / "summary.json").exists()
+
+
+def test_a_simulator_of_ones_own_comes_in_by_an_entry_point(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    import data.envs
+
+    point = EntryPoint("my_sim", "data.envs.metaworld:MetaWorld", data.envs.GROUP)
+    monkeypatch.setattr(data.envs, "entry_points", lambda group: [point])
+    data.envs.simulator.cache_clear()
+    assert type(data.envs.simulator("my_sim_tasks")).__name__ == "MetaWorld"
+    data.envs.simulator.cache_clear()
