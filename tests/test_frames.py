@@ -238,3 +238,20 @@ def test_mistakes_weigh_more():
         1.0,
     )  # a half, too much, a rotation, the gripper
     np.testing.assert_allclose(mistakes(actions, labels, LIBERO), [0, 0.5, 1, 0, 1])
+
+
+def test_recordings_from_before_images_were_upright_are_turned(tmp_path):
+    """LIBERO stores of earlier versions hold OpenGL's rows; image, points and labels of both kinds are the same frames."""
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((SIZE // 4, SIZE // 4, 1))).astype(np.uint8)
+    old, new = pictured_episode(0), pictured_episode(1)
+    del old.metadata["images"]
+    old.environment_states = new.environment_states
+    for episode, image in ((old, picture[::-1, ::-1]), (new, picture)):
+        episode.images = {"agentview": [encode_jpeg(np.ascontiguousarray(image))] * len(episode)}
+    write(tmp_path / "old", a=old)
+    write(tmp_path / "new", a=new)
+    first, second = Frames([tmp_path / "old"]), Frames([tmp_path / "new"])
+    assert first.scan() == second.scan() == 4
+    assert np.abs(first[1].image.astype(int) - second[1].image).mean() < 3
+    np.testing.assert_allclose(first[1].points, SIZE - 1 - second[1].points, atol=1e-4)
