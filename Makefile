@@ -21,7 +21,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo distill-demo check test test-lerobot lint clean
+.PHONY: setup system demo distill-demo check unit test test-lerobot lint clean
 
 setup: system $(READY)
 
@@ -63,7 +63,10 @@ distill-demo: setup
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -v -n $(WORKERS) --dist worksteal
 
-check: setup lint
+check: setup
+	@$(MAKE) --no-print-directory -j 2 lint unit
+
+unit: $(READY)
 	$(PYTEST)
 
 test: setup lint

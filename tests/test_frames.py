@@ -207,6 +207,7 @@ def test_other_questions_are_drawn_and_too_few_are_filled_up():
     assert np.isfinite(filled[0].label).all() and filled[0].item.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_other_questions_have_the_experts_answers(tmp_path):
     """A demonstration's frames also say what to do for each other object, while the hand is empty."""
     pytest.importorskip("libero", reason="the libero extra is not installed")

@@ -42,6 +42,7 @@ def test_rates():
     assert "rate" not in nothing and nothing["lifted_another"] == 1
 
 
+@pytest.mark.slow
 def test_what_a_policy_lifts_first():
     with make_env(load_tasks("libero_object", [0], 120)[0]) as env:
         env.reset(30)

@@ -98,6 +98,7 @@ def test_state_layout(env: LiberoEnv) -> None:
     np.testing.assert_allclose(low[2], 0.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_episode_depends_on_nothing_before_it(task: LiberoTask, env: LiberoEnv) -> None:
     rng = np.random.default_rng(0)
     first, other = rng.uniform(-1, 1, (2, 25, 7))
@@ -128,6 +129,7 @@ def test_expert_succeeds(env: LiberoEnv, init_state: int) -> None:
     assert np.abs(np.diff(actions[:, :3], axis=0)).mean() < 0.07, "labels change slowly"
 
 
+@pytest.mark.slow
 def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
     actions = rollout(env, "pick up the milk and place it in the basket", 30)
     milk, soup = (env.privileged().position(name) for name in ("milk_1", "alphabet_soup_1"))
@@ -136,6 +138,7 @@ def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
     assert (np.abs(milk - centre) < half).all() and not (np.abs(soup - centre) < half).all()
 
 
+@pytest.mark.slow
 def test_success_is_judged_for_what_was_asked(env: LiberoEnv) -> None:
     asked = "pick up the butter and place it in the basket"
     goal = predicates(parse_goal(asked, env.scene))
@@ -205,6 +208,7 @@ def test_projected_objects_are_where_the_image_shows_them(task: LiberoTask) -> N
         np.testing.assert_allclose(project(env.camera_matrix(), centre), middle, atol=4)
 
 
+@pytest.mark.slow
 def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:
     expert = Expert()
     expert.reset(env.task.instruction)

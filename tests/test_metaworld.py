@@ -63,6 +63,7 @@ def test_what_it_cannot_do_is_said():
         load_vla("expert", suite=SUITE).predict(Observation())
 
 
+@pytest.mark.slow
 def test_pictures_of_two_simulators_in_one_process():
     pytest.importorskip("libero", reason="LIBERO is not installed")
     with make_env(load_tasks(SUITE, ["drawer-open-v3"])[0], render="full") as env:

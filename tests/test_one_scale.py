@@ -119,6 +119,7 @@ def rows(folder):
     return json.loads((folder / "summary.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_offline_figures_do_not_depend_on_the_scale_of_the_held_out_store(export_folder, tmp_path):
     for name, space in (("same", ARM), ("wider", WIDER)):
         store(tmp_path / name, space, range(60, 66))
@@ -130,6 +131,7 @@ def test_offline_figures_do_not_depend_on_the_scale_of_the_held_out_store(export
             assert b[name] == pytest.approx(a[name], abs=2e-3), name
 
 
+@pytest.mark.slow
 def test_calibration_does_not_depend_on_the_scale_of_the_store_that_calibrates(export_folder, tmp_path):
     rollouts, curves = export_folder.parent / "rollouts", []
     for name, space in (("same", ARM), ("wider", WIDER)):
@@ -149,12 +151,14 @@ def run(export, space: ActionSpace) -> list[np.ndarray]:
     return [policy.select_action(spvla.Observation(None, state)) for state in episode.states]
 
 
+@pytest.mark.slow
 def test_a_policy_acts_the_same_whatever_the_scale_of_its_vla(export_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         np.testing.assert_allclose(run(export_folder, WIDER), run(export_folder, ARM), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_unit_is_said(export_folder):
     millimetres = replace(ARM, q01=tuple(1000 * v for v in ARM.q01), q99=tuple(1000 * v for v in ARM.q99))
     with pytest.warns(UserWarning, match="another scale"):
@@ -164,6 +168,7 @@ def test_another_unit_is_said(export_folder):
         spvla.accelerate(ScriptedVLA(np.zeros((5, 7)), ARM), export_folder)
 
 
+@pytest.mark.slow
 def test_a_robot_that_is_elsewhere_is_told_so_once(export_folder):
     class Still(ScriptedVLA):
         def predict(self, observation, keep_mass=1.0):

@@ -16,11 +16,11 @@ from spvla import InputError
 from spvla.export import save_export
 from spvla.history import Source
 from spvla.policy import StepInfo
+from tests.conftest import BROWSER
 from tests.test_export import make_export
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def page(tmp_path_factory):
     return folder / "page.html"
 
 
+@pytest.mark.slow
 def test_every_result_is_on_the_page(page):
     text = page.read_text()
     for path in RESULTS.rglob("summary.json"):
@@ -69,6 +70,7 @@ def test_a_recording_is_judged_by_an_export(store_folder, tmp_path):
         report(RESULTS, tmp_path / "page.html", export=export_folder)
 
 
+@pytest.mark.slow
 def test_pictures_are_sound_and_nothing_comes_from_outside(page):
     text = page.read_text()
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
@@ -79,7 +81,8 @@ def test_pictures_are_sound_and_nothing_comes_from_outside(page):
     assert sources and all(source.startswith("data:") for source in sources)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.browser
+@pytest.mark.slow
 def test_a_browser_shows_every_picture_and_has_nothing_to_say(page, tmp_path):
     check = (
         "<script>addEventListener('load', () => { document.title = 'pictures ' + [...document.images].filter(i => "

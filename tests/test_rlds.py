@@ -80,6 +80,7 @@ def test_equals_tfds_byte_for_byte(bridge):
         assert rows == reference[split][: len(rows)] and len(rows) == {"train": 10, "val": 1}[split]
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(bridge):
     code = (
         "import sys; from data.sources import open_source\n"

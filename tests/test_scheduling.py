@@ -62,6 +62,7 @@ def curve_by_hand(p, bad, threshold):
 
 
 @given(st.integers(1, 8), st.integers(0, 10**6))
+@pytest.mark.slow
 def test_calibration_agrees_with_the_definition(n, seed):
     g = np.random.default_rng(seed)
     p = [g.random(g.integers(1, 9)) for _ in range(n)]
@@ -76,6 +77,7 @@ def test_calibration_agrees_with_the_definition(n, seed):
 
 @settings(max_examples=5)
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.1, 0.2]))
+@pytest.mark.slow
 def test_the_risk_of_new_episodes_stays_below_the_allowed_one(seed, risk):
     """Conformal risk control: on average over calibration sets, a fresh episode's loss is at most the allowed risk."""
     g = np.random.default_rng(seed)

@@ -332,6 +332,7 @@ def test_an_intuitive_step_waits_for_no_other_sessions_vla(serving):
     assert time.monotonic() - start > 0.25
 
 
+@pytest.mark.slow
 def test_fifty_sessions_at_once(serving):
     one = serving()
     wrong, threads = [], []

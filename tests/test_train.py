@@ -41,6 +41,7 @@ def export_folder(store_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_learned_generator_beats_the_linear_one(export_folder, store_folder):
     data = RolloutData([store_folder], history=8)
     batch = data.windows.batch(frames_of(data.split.calibration))
@@ -54,6 +55,7 @@ def test_the_learned_generator_beats_the_linear_one(export_folder, store_folder)
     assert learned < 0.6 * error(RidgeGenerator(data.space)) and learned < 0.6 * error(LastActionGenerator(data.space))
 
 
+@pytest.mark.slow
 def test_the_export_holds_a_calibrated_gate_per_generator(export_folder):
     export = load_export(export_folder)
     assert set(export.gates) == {"mlp", "transformer", "ridge"} and set(export.generators) == {"mlp", "transformer"}
@@ -63,6 +65,7 @@ def test_the_export_holds_a_calibrated_gate_per_generator(export_folder):
     assert max(export.space.max_jump[:3]) < 2.1 and export.space.max_jump[3] == 0
 
 
+@pytest.mark.slow
 def test_distilling_again_redoes_nothing(export_folder, store_folder, capsys):
     before = {p: p.stat().st_mtime_ns for p in (export_folder / ".stages").iterdir()}
     weights = (export_folder / "generators" / "mlp.safetensors").read_bytes()
@@ -142,6 +145,7 @@ def test_side_by_side_or_one_after_the_other_gives_the_same_weights(store_folder
     assert one == two and len(one) == 5  # two folds, the generator, two gates
 
 
+@pytest.mark.slow
 def test_a_store_that_only_calibrates_trains_nothing_anew(export_folder, store_folder, tmp_path):
     copy = shutil.copytree(export_folder, tmp_path / "export")
     stages = {p.name: p.read_bytes() for p in (copy / ".stages").iterdir()}
@@ -157,6 +161,7 @@ def test_a_store_that_only_calibrates_trains_nothing_anew(export_folder, store_f
     assert error.value.code == "calibration-leak"
 
 
+@pytest.mark.slow
 def test_offline_evaluation_of_the_export(export_folder, store_folder, tmp_path):
     offline(store_folder, export_folder, tmp_path / "o")
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
