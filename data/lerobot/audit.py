@@ -67,7 +67,8 @@ def _other_videos(layout: Layout) -> str:
     """Which videos there are, for whoever named a camera that has none."""
     unlisted = {path.parent.name for path in layout.video_files} | {path.parent.parent.name for path in layout.video_files}
     unlisted = {name for name in unlisted if name not in ("", "videos", *layout.features) and not name.startswith("chunk")}
-    told = f"; there are pictures of {', '.join(layout.recorded_cameras)}" if layout.recorded_cameras else ""
+    there = [camera for camera in layout.cameras() if layout.has_images(camera)]
+    told = f"; there are pictures of {', '.join(there)}" if there else ""
     folders = ", ".join(sorted(unlisted))
     return f"{told}; the folders {folders} hold videos of cameras that {layout.about.name} does not list" if folders else told
 

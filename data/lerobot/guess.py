@@ -26,7 +26,7 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
     """
     if own_space:
         state = (Field(key="observation.state"),) if "observation.state" in layout.widths else ()
-        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, next(iter(layout.recorded_cameras), None), None)
+        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, _first_camera(layout), None)
     robot = str(layout.info.get("robot_type"))
     if wanted is None:
         return conventions_from_names(layout)
@@ -37,6 +37,11 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
         layout.told.append(f"{layout.path}: {told}; the conventions are taken")
     tell_other_names(layout, found, wanted)
     return found
+
+
+def _first_camera(layout: Layout) -> str | None:
+    """The first camera that the metadata lists and the folder has pictures of."""
+    return next(filter(layout.has_images, layout.cameras()), None)
 
 
 def _rate_known(layout: Layout) -> bool:
@@ -104,7 +109,7 @@ def conventions_from_names(layout: Layout) -> Conventions:
     told = f"gripper {', '.join(values)}, {'binary' if binary else 'continuous'}" if values else "no gripper"
     told = f"{kind} at {rate:g} Hz, {told}"
     layout.told.append(f"{layout.path}: no conventions given; from the names in {layout.about.name}: {told}")
-    return Conventions(kind, rate, parts, state, next(iter(layout.recorded_cameras), None), None, binary)
+    return Conventions(kind, rate, parts, state, _first_camera(layout), None, binary)
 
 
 def _look_at_all(layout: Layout, named: ActionNames, rate: float) -> tuple[list[GripperValues], Evidence | None]:

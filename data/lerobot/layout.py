@@ -188,18 +188,12 @@ class Layout:
     def cameras(self) -> list[str]:
         return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
 
-    @cached_property
-    def recorded_cameras(self) -> list[str]:
-        """The cameras of which there is any picture: a column, or at least one video."""
-        return [
-            camera
-            for camera in self.cameras()
-            if (
-                any(isinstance(self.video_file(row, camera), Path) for row in self.rows)
-                if self.features[camera]["dtype"] == "video"
-                else camera in self.columns
-            )
-        ]
+    def has_images(self, camera: str) -> bool:
+        """Whether any episode has images of a camera, in a video file or in its Parquet file."""
+        rows = [row for row in self.rows if row.problem is None]
+        if self.features[camera].get("dtype") == "video":
+            return any(isinstance(self.video_file(row, camera), Path) for row in rows)
+        return any(camera in self._schema(file).names for file in dict.fromkeys(row.file for row in rows))
 
     def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
         """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.

@@ -74,8 +74,9 @@ class LerobotSource:
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images from Parquet are encoded, those from video :class:`VideoFrames`."""
         if images and self.camera is None:
-            listed, there = (", ".join(names) or "none" for names in (self.layout.cameras(), self.layout.recorded_cameras))
-            told = f"no camera, or its conventions name none; listed are: {listed}; with pictures: {there}"
+            listed = self.layout.cameras()
+            there = [camera for camera in listed if self.layout.has_images(camera)]
+            told = f"no camera with pictures, or the conventions name none; listed are {listed}, pictures are there of {there}"
             raise InputError(f"{self.path}: {told}", code="no-camera", field="camera")
         for row in self.layout.rows[part.first : part.first + part.count]:
             yield self.read(row, images)
@@ -155,7 +156,7 @@ class LerobotSource:
             return found if isinstance(found, Problem) else VideoFrames(*found, row.length)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
-        return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
+        return [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
 
     def _image_shape(self) -> tuple[int, ...] | None:
         """(H, W, 3), whatever order the metadata lists them in, or None where it does not say."""
