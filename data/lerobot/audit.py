@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def notes(source: LerobotSource) -> list[str]:
             out.append(f"{layout.about}: split {split} claims {span}, there are {len(layout.rows)} episodes")
     for name, width in layout.widths.items():
         shape = (layout.features.get(name) or {}).get("shape")
-        if shape and list(shape) != [width]:
+        if shape and prod(shape) != width:
             out.append(f"{layout.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
     for camera, of_camera in videos.items():
         if missing := sum(isinstance(video, Problem) for video in of_camera):

@@ -91,6 +91,8 @@ def conventions_from_names(layout: Layout) -> Conventions:
                 "the state follows them in every episode"
             )
     except InputError as error:
+        if error.code == "control-rate":
+            raise
         how = (
             "; write a YAML file with kind, control_rate, action and state (see configs/openx) and name it with --conventions "
             f"(robot: {layout.info.get('robot_type')})"
