@@ -108,7 +108,7 @@ class Layout:
             for name in part.column_names:
                 try:
                     column = in_one_form(name, part[name])
-                except ValueError:
+                except (ValueError, pa.ArrowException):
                     continue
                 if column is not None and pa.types.is_fixed_size_list(column.type):
                     widths[name] = column.type.list_size
