@@ -67,9 +67,15 @@ class Setting:
         """The shard that a part becomes."""
         return f"{part.id}-{self.tag}"
 
-    def keeps(self, episode: Episode) -> bool:
-        """Whether the store takes this episode."""
-        return self.episodes is None or episode.metadata.get("number") in self.episodes
+    def read(self, source: Source, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
+        """The episodes of a part that the store takes, and the problems of those; a problem of a whole file counts for all."""
+        for found in source.episodes(part, images):
+            if isinstance(found, Episode):
+                number = found.metadata.get("number")
+            else:
+                number = None if found.record is None else part.start + found.record - part.first
+            if self.episodes is None or number in self.episodes or (number is None and isinstance(found, Problem)):
+                yield found
 
 
 class Shards:
@@ -264,20 +270,17 @@ def _convert_group(group: Group) -> Iterator[tuple[int, int]]:
     shards = Shards(Path(group.output), group.setting, group.space, measured=group.measured)
     for part in group.parts:
         episodes, problems = [], []
-        for found in source.episodes(part, group.setting.images):
-            problem: Problem | None = None
+        for found in group.setting.read(source, part, group.setting.images):
             if isinstance(found, Problem):
                 problem = found
-            elif group.setting.keeps(found):
-                wrong = encode_images(found, source.image_shape)
-                if wrong is None:
-                    episodes.append(found)
-                else:
-                    problem = Problem(part.file, wrong, record_of(found), source.camera)
-            if problem is not None:
-                if group.on_error == "stop":
-                    raise DataError(problem)
-                problems.append(problem)
+            elif (wrong := encode_images(found, source.image_shape)) is not None:
+                problem = Problem(part.file, wrong, record_of(found), source.camera)
+            else:
+                episodes.append(found)
+                continue
+            if group.on_error == "stop":
+                raise DataError(problem)
+            problems.append(problem)
         shards.write(part, episodes, problems)
         yield part.count, sum(len(e) for e in episodes)
 
@@ -347,7 +350,7 @@ def published_space(space: ActionSpace, file: Path, name: str | None = None) -> 
         InputError: no such file or entry, or one of another number of dimensions.
     """
     try:
-        table = json.loads(file.read_text())
+        table = json.loads(file.read_bytes())
         name = name if name in table else space.name
         entry = table[name]["action"]
         q01, q99, low, high = (list(map(float, entry[k])) for k in ("q01", "q99", "min", "max"))

@@ -25,6 +25,7 @@ from spvla.errors import InputError
 
 TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
 ROLES = ("translation", "rotation", "gripper", "joint")
+SLOWEST, FASTEST = 0.2, 1000.0  # Hz: what robots are controlled at; beyond, it is another unit or a mistake
 
 
 Steps = Mapping[str, NDArray[Any]]
@@ -136,6 +137,7 @@ class Conventions:
             raise InputError(f"{where}: action has no fields")
         if out["kind"] not in KINDS:
             raise InputError(f"{where}: kind {out['kind']!r} is not one of {', '.join(KINDS)}")
+        out["control_rate"] = require_rate(out["control_rate"], f"{where}: control_rate")
         return cls(**out)
 
     @property
@@ -192,6 +194,19 @@ class Conventions:
         return space if motions == space.moving else replace(space, motions=motions)
 
 
+def require_rate(rate: Any, where: str) -> float:
+    """``rate`` (Hz), if robots are controlled at such a one.
+
+    Raises:
+        InputError: naming ``where`` it is from.
+    """
+    if isinstance(rate, int | float) and SLOWEST <= rate <= FASTEST:
+        return float(rate)
+    shown = f"{rate:.4g}" if isinstance(rate, float) else rate
+    told = f"{where} is {shown} Hz, control rates lie between {SLOWEST:g} and {FASTEST:g} Hz"
+    raise InputError(told, code="control-rate", field=where)
+
+
 def load_table(path: Path = TABLE) -> dict[str, Conventions]:
     """All entries of a table of conventions, by name."""
     return {name: Conventions.read(entry, f"{path}: {name}") for name, entry in _read_yaml(path).items()}
@@ -219,10 +234,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping")

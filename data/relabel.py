@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
-from data.images import ImageCheck, encode_images, is_upside_down
+from data.images import ImageCheck, encode_images, is_upside_down, read_rgb
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
 from spvla.episodes import Episode
@@ -34,7 +34,6 @@ from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.observation import Observation
 from spvla.vlas.base import VLA, VLAOutput
-from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
 
 
@@ -86,26 +85,25 @@ class FrameStream(torch.utils.data.IterableDataset[Any]):
         episodes: dict[int, Episode] = {}
         problems: list[Problem] = []
         waiting: list[tuple[NDArray[np.uint8], Any, str, int]] = []
-        for number, found in enumerate(source.episodes(part, images=True)):
+        for number, found in enumerate(self.setting.read(source, part, images=True)):
             if isinstance(found, Problem):
                 problems.append(found)
-                continue
-            if not self.setting.keeps(found):
                 continue
             (images,) = found.images.values()
             check = ImageCheck(source.image_shape)
             reason = None if found.instruction.strip() else "has no instruction: a VLA cannot be asked"
             for t in range(len(found)) if reason is None else ():
+                image = None
                 try:
                     image = images[t]
-                    frame = decode_image(image) if isinstance(image, bytes) else image
-                    frame = frame[::-1, ::-1] if is_upside_down(found.metadata) else frame
-                except (InputError, OSError) as error:
-                    reason = f"the image of step {t} cannot be read ({error})"
+                    frame = read_rgb(image) if isinstance(image, bytes) else image
+                except InputError as error:
+                    reason = f"the image of step {t} {error}" if isinstance(image, bytes) else str(error)
                     break
                 reason = check.add(frame)
                 if reason is not None:
                     break
+                frame = frame[::-1, ::-1] if is_upside_down(found.metadata) else frame
                 if waiting and (len(waiting) == self.batch_size or waiting[0][0].shape != frame.shape):
                     yield _batch(waiting)
                     waiting = []

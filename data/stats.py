@@ -58,12 +58,12 @@ def measure(setting: Setting, parts: Sequence[Part], on_error: OnError) -> Itera
     source = setting.open()
     for part in parts:
         out = Measured.nothing()
-        for episode in source.episodes(part):
+        for episode in setting.read(source, part):
             if isinstance(episode, Problem):
                 if on_error == "stop":
                     raise DataError(episode)
                 out.problems.append(episode)
-            elif setting.keeps(episode):
+            else:
                 out.actions.add(episode.actions)
                 out.lengths.append(len(episode))
                 if episode.states is not None:

@@ -74,7 +74,7 @@ def _whole_rows(raw: Path) -> list[dict[str, Any]]:
     text = raw.read_bytes()
     whole = text.rfind(b"\n") + 1
     try:
-        rows = [json.loads(line) for line in text[:whole].splitlines()]
+        rows = [json.loads(line) for line in text[:whole].split(b"\n")[:-1]]
     except ValueError as error:
         raise InputError(f"{raw}: not JSON lines ({error}); delete it to begin anew") from None
     if whole < len(text):

@@ -1,7 +1,9 @@
-"""What the data of a LeRobot folder says of its ``meta/``: which claims are wrong, and how fast the robot went."""
+"""Which claims of a LeRobot folder's ``meta/`` its data contradicts."""
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.lerobot.layout import Layout, recorded_times
+from data.lerobot.columns import INDEX, is_regular, recorded_times
+from data.lerobot.layout import Layout
+from data.lerobot.times import EPISODES_TIMED
 from data.openx import first_action_note
 from data.parts import Problem
 from data.video import count_frames
@@ -19,16 +23,21 @@ from spvla.errors import InputError
 if TYPE_CHECKING:
     from data.lerobot.reader import LerobotSource
 
-EPISODES_TIMED = 16  # whose recorded times say how fast the robot was
 EPISODES_CHECKED = 256  # that are compared with what meta/ says of them
-RATE_SLACK = 0.1  # the claimed control rate may be off the recorded times by so much
+STATED = ("action", "observation.state")  # whose extremes meta/ states
 JITTER = 0.25  # of a control step: larger deviations of the recorded times are noted
 
 
 def notes(source: LerobotSource) -> list[str]:
     """See :class:`~data.sources.Source`; times, statistics and first actions are those of the first episodes."""
     layout = source.layout
+    filmed = [camera for camera in layout.cameras() if layout.features[camera]["dtype"] == "video"]
+    videos = {camera: [layout.video_file(row, camera) for row in layout.rows] for camera in filmed}
     found = {"total_episodes": len(layout.rows), "total_frames": sum(r.length for r in layout.rows)}
+    if layout.version != "v3.0":
+        there = sum(isinstance(video, Path) for of_camera in videos.values() for video in of_camera)
+        more = {"total_videos": there, "total_chunks": len({row.file.parent for row in layout.rows})}
+        found |= {name: count for name, count in more.items() if name in layout.info}
     out = [
         f"{layout.about}: {name} claims {layout.info.get(name)}, the data holds {count}"
         for name, count in found.items()
@@ -40,19 +49,29 @@ def notes(source: LerobotSource) -> list[str]:
             out.append(f"{layout.about}: split {split} claims {span}, there are {len(layout.rows)} episodes")
     for name, width in layout.widths.items():
         shape = (layout.features.get(name) or {}).get("shape")
-        if shape and list(shape) != [width]:
+        if shape and prod(shape) != width:
             out.append(f"{layout.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
-    for camera in layout.cameras():
-        if layout.features[camera].get("dtype") == "video":
-            videos = [(row, layout.video(row, camera, source.space.control_rate)) for row in layout.rows]
-            if missing := sum(isinstance(video, Problem) for _, video in videos):
-                out.append(f"{layout.path}: {missing} of {len(layout.rows)} videos of {camera} are not there")
-            for row, video in videos[:EPISODES_TIMED] if layout.version != "v3.0" else ():
-                frames = None if isinstance(video, Problem) else count_frames(video[0])
-                if frames and row.length and frames != row.length:
-                    out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
+    for camera, of_camera in videos.items():
+        if missing := sum(isinstance(video, Problem) for video in of_camera):
+            told = f"{layout.path}: {missing} of {len(layout.rows)} videos of {camera} are not there"
+            out.append(told if missing < len(layout.rows) else f"{told}{_other_videos(layout)}")
+        pairs = list(zip(layout.rows, of_camera, strict=True))[:EPISODES_TIMED]
+        for row, video in pairs if layout.version != "v3.0" else ():
+            frames = count_frames(video) if isinstance(video, Path) else None
+            if frames and row.length and frames != row.length:
+                out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
     episodes = [e for e in (source.read(row, False) for row in layout.rows[:EPISODES_TIMED]) if isinstance(e, Episode)]
     return [*out, *layout.told, *_check_rows(source), *first_action_note(str(layout.path), episodes, source.space)]
+
+
+def _other_videos(layout: Layout) -> str:
+    """Which videos there are, for whoever named a camera that has none."""
+    unlisted = {path.parent.name for path in layout.video_files} | {path.parent.parent.name for path in layout.video_files}
+    unlisted = {name for name in unlisted if name not in ("", "videos", *layout.features) and not name.startswith("chunk")}
+    there = [camera for camera in layout.cameras() if layout.has_images(camera)]
+    told = f"; there are pictures of {', '.join(there)}" if there else ""
+    folders = ", ".join(sorted(unlisted))
+    return f"{told}; the folders {folders} hold videos of cameras that {layout.about.name} does not list" if folders else told
 
 
 def _check_rows(source: LerobotSource) -> list[str]:
@@ -63,20 +82,21 @@ def _check_rows(source: LerobotSource) -> list[str]:
     stated = _stated_extremes(layout)
     for row in layout.rows[:EPISODES_CHECKED]:
         try:
-            table = layout.table(row) if row.problem is None else None
+            table = layout.table(row, (*INDEX, *STATED)) if row.problem is None else None
         except InputError:
             table = None
         if table is None or not table.num_rows:
             continue
         silent += not source.instruction(row, table).strip()
-        times = recorded_times(table)
+        times = recorded_times(table, source.time_unit)
         untimed += times is None
         numbers = table["episode_index"].unique().to_pylist() if "episode_index" in table.column_names else [row.number]
         if numbers != [row.number]:
             out.append(f"{row.file}: its rows say episode {numbers}, its name says {row.number}; the name counts")
         gaps += [] if times is None else [np.diff(times)]
         for key, (low, high) in stated.get(row.number, {}).items():
-            values = vectors(table[key]) if key in layout.widths and key in table.column_names else np.zeros((0, 1))
+            regular = key in table.column_names and is_regular(table[key].type)
+            values = vectors(table[key]) if regular else np.zeros((0, 1))
             if len(values) and not (_close(values.min(0), low) and _close(values.max(0), high)):
                 told = f"{key} of episode {row.number} has other extremes than meta/ states: one of them is damaged"
                 out.append(f"{row.file}: {told}")
@@ -98,19 +118,18 @@ def _check_rows(source: LerobotSource) -> list[str]:
 
 def _stated_extremes(layout: Layout) -> dict[int | None, dict[str, tuple[Any, Any]]]:
     """Smallest and largest values (D,) of action and state by episode, as ``meta/`` states them."""
-    keys = ("action", "observation.state")
     lines = layout.path / "meta" / "episodes_stats.jsonl"
     out: dict[int | None, dict[str, tuple[Any, Any]]] = {}
     if lines.is_file() and layout.version != "v3.0":
         for entry in layout.read_lines(lines):
             stats = entry.get("stats") or {}
             out[entry.get("episode_index")] = {
-                key: (stats[key]["min"], stats[key]["max"]) for key in keys if {"min", "max"} <= (stats.get(key) or {}).keys()
+                key: (stats[key]["min"], stats[key]["max"]) for key in STATED if {"min", "max"} <= (stats.get(key) or {}).keys()
             }
     for file in sorted((layout.path / "meta" / "episodes").glob("*/*.parquet"))[:1]:
         try:
             names = set(pq.read_schema(file).names)
-            there = [key for key in keys if {f"stats/{key}/min", f"stats/{key}/max"} <= names]
+            there = [key for key in STATED if {f"stats/{key}/min", f"stats/{key}/max"} <= names]
             columns = ["episode_index", *(f"stats/{key}/{end}" for key in there for end in ("min", "max"))]
             stats = pq.read_table(file, columns=columns, page_checksum_verification=True)
             for e in stats.slice(0, EPISODES_CHECKED).to_pylist():
@@ -118,36 +137,6 @@ def _stated_extremes(layout: Layout) -> dict[int | None, dict[str, tuple[Any, An
         except (pa.ArrowException, OSError, KeyError):
             break  # told when the episodes were looked up
     return out
-
-
-def find_rate(layout: Layout) -> float:
-    """Control steps per second: as claimed, unless the recorded times say otherwise throughout.
-
-    Raises:
-        InputError: neither is there.
-    """
-    claimed = layout.info.get("fps")
-    valid = float(claimed) if isinstance(claimed, int | float) and claimed > 0 else None
-    gaps = []
-    for row in layout.rows[:EPISODES_TIMED]:
-        try:
-            times = recorded_times(layout.table(row)) if row.problem is None else None
-        except InputError:
-            continue
-        gaps += [] if times is None else [np.diff(times)]
-    steps = np.concatenate(gaps) if gaps else np.zeros(0)
-    if not len(steps):
-        if valid is None:
-            raise InputError(f"{layout.about}: fps is {claimed}, and no recorded times tell the control rate; name conventions")
-        return valid
-    measured = 1 / float(np.median(steps))
-    if valid is not None and abs(measured / valid - 1) <= RATE_SLACK:
-        return valid
-    rate = float(round(measured)) if abs(round(measured) / measured - 1) < 0.02 else float(f"{measured:.3g}")
-    layout.told.append(
-        f"{layout.about}: fps claims {claimed}, by the recorded times it is {measured:.3g} Hz; {rate:g} is taken"
-    )
-    return rate
 
 
 def _close(found: NDArray[np.float32], stated: Any) -> bool:

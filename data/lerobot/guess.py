@@ -9,8 +9,8 @@ import numpy as np
 
 from data.action_names import ActionNames, read_name, read_names
 from data.evidence import Evidence
-from data.lerobot.audit import RATE_SLACK, find_rate
 from data.lerobot.layout import Layout
+from data.lerobot.times import RATE_SLACK, find_rate
 from data.openx import Conventions, Field, find_conventions
 from spvla.actions import FloatArray
 from spvla.episodes import read_vectors
@@ -26,12 +26,12 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
     """
     if own_space:
         state = (Field(key="observation.state"),) if "observation.state" in layout.widths else ()
-        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, next(iter(layout.cameras()), None), None)
+        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, _first_camera(layout), None)
     robot = str(layout.info.get("robot_type"))
     if wanted is None:
         return conventions_from_names(layout)
     found = find_conventions(wanted, robot)
-    rate = find_rate(layout) if _rate_known(layout) else found.control_rate
+    rate = find_rate(layout, found.control_rate) if _rate_known(layout) else found.control_rate
     if abs(rate / found.control_rate - 1) > RATE_SLACK:
         told = f"the control rate is {rate:g} Hz by the data set, {found.control_rate:g} by the conventions"
         layout.told.append(f"{layout.path}: {told}; the conventions are taken")
@@ -39,8 +39,13 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
     return found
 
 
+def _first_camera(layout: Layout) -> str | None:
+    """The first camera that the metadata lists and the folder has pictures of."""
+    return next(filter(layout.has_images, layout.cameras()), None)
+
+
 def _rate_known(layout: Layout) -> bool:
-    return "timestamp" in layout.first_table.column_names or bool(layout.info.get("fps"))
+    return "timestamp" in layout.columns or bool(layout.info.get("fps"))
 
 
 def action_names(layout: Layout) -> list[str] | None:
@@ -86,6 +91,8 @@ def conventions_from_names(layout: Layout) -> Conventions:
                 "the state follows them in every episode"
             )
     except InputError as error:
+        if error.code == "control-rate":
+            raise
         how = (
             "; write a YAML file with kind, control_rate, action and state (see configs/openx) and name it with --conventions "
             f"(robot: {layout.info.get('robot_type')})"
@@ -98,13 +105,13 @@ def conventions_from_names(layout: Layout) -> Conventions:
     parts = tuple(
         Field(role, "action", (i,), stop="zero" if i in named.motions else "hold") for i, role in enumerate(named.roles)
     )
-    state = (Field(key="observation.state"),) if "observation.state" in layout.first_table.column_names else ()
+    state = (Field(key="observation.state"),) if "observation.state" in layout.columns else ()
     binary = bool(grippers) and all(g.binary and g.codes and not g.passing for g in grippers)
     values = [f"{i} ({g})" for i, g in zip((i for i, r in enumerate(named.roles) if r == "gripper"), grippers, strict=False)]
     told = f"gripper {', '.join(values)}, {'binary' if binary else 'continuous'}" if values else "no gripper"
     told = f"{kind} at {rate:g} Hz, {told}"
     layout.told.append(f"{layout.path}: no conventions given; from the names in {layout.about.name}: {told}")
-    return Conventions(kind, rate, parts, state, next(iter(layout.cameras()), None), None, binary)
+    return Conventions(kind, rate, parts, state, _first_camera(layout), None, binary)
 
 
 def _look_at_all(layout: Layout, named: ActionNames, rate: float) -> tuple[list[GripperValues], Evidence | None]:
@@ -117,7 +124,7 @@ def _look_at_all(layout: Layout, named: ActionNames, rate: float) -> tuple[list[
     for row in layout.rows if gripper or evidence is not None else ():
         values.append(np.zeros((0, len(gripper)), np.float32))
         try:
-            table = layout.table(row) if row.problem is None else None
+            table = layout.table(row, ("action", "observation.state")) if row.problem is None else None
             if table is None or not table.num_rows:
                 continue
             actions = read_vectors(table, "action", str(row.file))

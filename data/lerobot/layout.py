@@ -6,9 +6,9 @@ v2.x keeps one Parquet file and one video per episode, v3.0 puts many episodes i
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.lerobot.columns import in_one_form, is_vector
+from data.lerobot.metadata import by_episode, read_episode_tables, read_json, read_json_lines, read_tasks, whole_number
 from data.parts import Problem
-from spvla.episodes import read_parquet
 from spvla.errors import InputError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+EPISODES_MEASURED = 16  # in which the sizes of all vectors must show
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Layout:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = path / "meta" / "info.json"
-        self.info = _read_json(self.about)
+        self.info = read_json(self.about)
         self.features: dict[str, Any] = self.info.get("features") or {}
         self.told: list[str] = []  # what came up while opening
         self.version = self._find_version()
@@ -71,92 +72,170 @@ class Layout:
             raise InputError(f"{path}: holds no episodes")
 
     @cached_property
-    def widths(self) -> dict[str, int]:
-        """How many numbers each vector has, by feature."""
-        first = self.first_table
-        return {n: first[n].type.list_size for n in first.column_names if pa.types.is_fixed_size_list(first[n].type)}
+    def columns(self) -> list[str]:
+        """The columns of the first episode that has every feature that the metadata names, else of the first one.
+
+        Raises:
+            InputError: no episode has rows.
+        """
+        wanted = {name for name, f in self.features.items() if f.get("dtype") not in ("video", "image")}
+        first: list[str] | None = None
+        for row in self._usable():
+            names = list(self._schema(row.file).names)
+            if wanted <= set(names):
+                return names
+            first = first or names
+        if first is None:
+            raise InputError(f"{self.path}: {self.rows[0].problem or 'no episode has any rows'}")
+        return first
 
     @cached_property
-    def tasks(self) -> dict[Any, str]:
+    def widths(self) -> dict[str, int]:
+        """How many numbers each vector has, by feature; those whose rows differ in length are left out.
+
+        Raises:
+            InputError: no episode can be read.
+        """
+        widths: dict[str, int] = {}
+        error, read = None, 0
+        for row in self._usable():
+            left = {f.name for f in self._schema(row.file) if is_vector(f.type)} & set(self.columns) - widths.keys()
+            try:
+                part = self._read_file(row.file, left).slice(row.first, row.length)
+            except InputError as damaged:
+                error = error or damaged
+                continue
+            for name in part.column_names:
+                try:
+                    column = in_one_form(name, part[name])
+                except (ValueError, pa.ArrowException):
+                    continue
+                if column is not None and pa.types.is_fixed_size_list(column.type):
+                    widths[name] = column.type.list_size
+            read += 1
+            if left <= widths.keys() or read == EPISODES_MEASURED:
+                break
+        if error is not None and not read:
+            raise error
+        return widths
+
+    def _usable(self) -> Iterator[EpisodeRows]:
+        """The episodes that have rows and no known problem."""
+        return (row for row in self.rows if row.problem is None and row.length)
+
+    @cached_property
+    def tasks(self) -> dict[int, str]:
         """Instruction by task index, as far as ``meta/`` has them."""
-        lines, table = self.path / "meta" / "tasks.jsonl", self.path / "meta" / "tasks.parquet"
-        if lines.is_file():
-            return {e["task_index"]: str(e["task"]) for e in self.read_lines(lines) if {"task_index", "task"} <= e.keys()}
-        try:
-            rows = pq.read_table(table, page_checksum_verification=True).to_pylist()
-        except (pa.ArrowException, OSError):
-            return {}
-        return {r["task_index"]: next((v for v in r.values() if isinstance(v, str)), "") for r in rows if "task_index" in r}
+        tasks, notes = read_tasks(self.path)
+        self.told += notes
+        return tasks
+
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether the data set puts any of its tasks in words."""
+        listed = [row.meta.get("tasks") or [] for row in self.rows]
+        texts = [*self.tasks.values(), *(t for tasks in listed for t in ([tasks] if isinstance(tasks, str) else tasks))]
+        return any(str(text or "").strip() for text in texts)
 
     def video(self, row: EpisodeRows, camera: str, control_rate: float) -> tuple[Path, int] | Problem:
         """The file with an episode's video, and its first frame there."""
-        template, prefix, first = str(self.info.get("video_path") or ""), f"videos/{camera}/", 0
+        path = self.video_file(row, camera)
+        if isinstance(path, Problem) or self.version != "v3.0":
+            return path if isinstance(path, Problem) else (path, 0)
+        rate = (self.features[camera].get("info") or {}).get("video.fps") or control_rate
+        return path, round((row.meta.get(f"videos/{camera}/from_timestamp") or 0.0) * float(rate))
+
+    def video_file(self, row: EpisodeRows, camera: str) -> Path | Problem:
+        """The file with an episode's video: where the metadata says, else wherever in the folder it lies."""
         if self.version == "v3.0":
-            chunk, number = row.meta.get(f"{prefix}chunk_index"), row.meta.get(f"{prefix}file_index")
-            if chunk is None:
+            place = {key: whole_number(row.meta.get(f"videos/{camera}/{key}")) for key in ("chunk_index", "file_index")}
+            numbers = tuple(place.values())
+            if None in numbers:
                 return Problem(str(row.file), "meta/episodes names no video for it", row.number, camera)
-            place = {"video_key": camera, "chunk_index": chunk, "file_index": number}
-            rate = (self.features[camera].get("info") or {}).get("video.fps") or control_rate
-            first = round((row.meta.get(f"{prefix}from_timestamp") or 0.0) * float(rate))
         else:
-            chunk = (row.number or 0) // self._chunk_size
-            place = {"video_key": camera, "episode_chunk": chunk, "episode_index": row.number}
-        path = self._fill(template, place)
-        return (path, first) if path.is_file() else Problem(str(path), "the video is not there", row.number, camera)
+            numbers = (row.number,)
+            place = {"episode_chunk": (row.number or 0) // self._chunk_size, "episode_index": row.number}
+        template = str(self.info.get("video_path") or "")
+        path = self._fill(template, {"video_key": camera, **place})
+        if path.is_file():
+            return path
+        found = self._videos.get((camera, *numbers), [])
+        if len(found) == 1:
+            self._tell_once(f"{self.about}: video_path is {template!r}, some videos lie elsewhere in the folder and were found")
+            return found[0]
+        told = f"the video is not there, and {len(found)} others could be meant: {found[0]}, {found[1]}" if found else ""
+        return Problem(str(path), told or "the video is not there", row.number, camera)
+
+    @cached_property
+    def _videos(self) -> dict[tuple[str | int | None, ...], list[Path]]:
+        """All videos in the folder by camera (one of the folders above has its name) and the episode's number; in v3.0, by
+        camera and the numbers of chunk and file."""
+        found: dict[tuple[str | int | None, ...], list[Path]] = {}
+        for path in self.video_files:
+            camera = next((name for name in path.parts if name in self.features), None)
+            chunk = next((name for name in path.parts if name.startswith("chunk")), "")
+            names = (chunk, path.stem) if self.version == "v3.0" else (path.stem,)
+            numbers = [re.search(r"\d+$", name) for name in names]
+            found.setdefault((camera, *(int(n[0]) if n else None for n in numbers)), []).append(self.path / path)
+        return found
+
+    @cached_property
+    def video_files(self) -> list[Path]:
+        """All video files, seen from the folder."""
+        suffix = Path(str(self.info.get("video_path") or "")).suffix or ".mp4"
+        return sorted(path.relative_to(self.path) for path in self.path.rglob(f"*{suffix}"))
 
     def cameras(self) -> list[str]:
         return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
 
-    def table(self, row: EpisodeRows, camera: str | None = None) -> pa.Table:
-        """The rows of an episode; images only of the ``camera`` that is asked for.
+    def has_images(self, camera: str) -> bool:
+        """Whether any episode has images of a camera, in a video file or in its Parquet file."""
+        rows = [row for row in self.rows if row.problem is None]
+        if self.features[camera].get("dtype") == "video":
+            return any(isinstance(self.video_file(row, camera), Path) for row in rows)
+        return any(camera in self._schema(file).names for file in dict.fromkeys(row.file for row in rows))
+
+    def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
+        """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.
 
         Raises:
-            InputError: a damaged file, or rows of different lengths.
+            InputError: a damaged file, or a column that has no such form.
         """
-        part = self._read_file(row.file, camera).slice(row.first, row.length)
+        part = self._read_file(row.file, columns).slice(row.first, row.length)
+        out: dict[str, pa.ChunkedArray] = {}
         for name in part.column_names:
-            column = part[name]
-            if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):  # they must turn out to be equally long
-                lengths = set(pc.fill_null(pc.list_value_length(column), 0).unique().to_pylist())
-                if len(lengths) > 1:
-                    raise InputError(f"{row.file}: {name} has rows of different lengths in episode {row.number}")
-                fixed = pa.list_(column.type.value_type, lengths.pop() if lengths else 0)
-                part = part.set_column(part.column_names.index(name), name, column.cast(fixed))
-        return part
+            try:
+                column = in_one_form(name, part[name])
+            except (ValueError, pa.ArrowException) as error:
+                told = f"{name} {error} in episode {row.number}"
+                raise InputError(f"{row.file}: {told}", code="unusable-column", field=name) from None
+            if column is not None:
+                out[name] = column
+        return pa.table(out)
 
-    def _read_file(self, path: Path, camera: str | None) -> pa.Table:
-        """A data file; the last one stays in memory, since episodes of one file are read one after the other."""
-        key = (path, camera)
+    def _read_file(self, path: Path, columns: Iterable[str]) -> pa.Table:
+        """Some columns of a data file; what was read last stays in memory, since episodes of one file are read one after the
+        other."""
+        key = (path, frozenset(columns))
         cached = getattr(self, "_cached", None)
         if cached is None or cached[0] != key:
+            names = [n for n in self._schema(path).names if n in key[1]]
             try:
-                schema = pq.read_schema(path)
-                names = [f.name for f in schema if not _holds_bytes(f.type) or f.name == camera]
                 table = pq.read_table(path, columns=names, memory_map=True, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{path}: damaged Parquet file ({' '.join(str(error).split())})") from None
+                raise _damaged(path, error) from None
             cached = self._cached = (key, table)
         return cached[1]
 
-    @cached_property
-    def first_table(self) -> pa.Table:
-        """The first episode that can be read and has every feature that the metadata names (else, the first that can be
-        read): it tells columns and sizes."""
-        wanted = {name for name, f in self.features.items() if f.get("dtype") not in ("video", "image")}
-        error, found = None, None
-        for row in self.rows:
-            try:
-                table = self.table(row) if row.problem is None else None
-            except InputError as damaged:
-                error = error or damaged
-                continue
-            if table is not None and table.num_rows:
-                found = table if found is None else found
-                if wanted <= set(table.column_names):
-                    return table
-        if found is None:
-            raise error or InputError(f"{self.path}: {self.rows[0].problem or 'no episode has any rows'}")
-        return found
+    def _schema(self, path: Path) -> pa.Schema:
+        try:
+            return pq.read_schema(path)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from None
+
+    def _tell_once(self, note: str) -> None:
+        if note not in self.told:
+            self.told.append(note)
 
     def _fill(self, template: str, place: Mapping[str, Any]) -> Path:
         try:
@@ -173,8 +252,8 @@ class Layout:
         claimed = str(self.info.get("codebase_version"))
         if claimed not in VERSIONS:
             raise InputError(f"{self.about}: codebase_version {claimed} is not one of {', '.join(VERSIONS)}")
-        v2 = next((self.path / "data").glob("*/episode_*.parquet"), None) is not None
-        v3 = next((self.path / "data").glob("*/file-*.parquet"), None) is not None
+        v2 = next((self.path / "data").glob("**/episode_*.parquet"), None) is not None
+        v3 = next((self.path / "data").glob("**/file-*.parquet"), None) is not None
         if v2 != v3 and v2 == (claimed == "v3.0"):
             actual = "v2.1" if v2 else "v3.0"
             self.told.append(f"{self.about}: codebase_version claims {claimed}, the files are laid out as in {actual}")
@@ -183,14 +262,24 @@ class Layout:
 
     def _find_v2(self) -> Iterator[EpisodeRows]:
         lines = self.path / "meta" / "episodes.jsonl"
-        listed = {int(e["episode_index"]): e for e in self.read_lines(lines) if "episode_index" in e}
-        names = {p.stem.rpartition("_")[2]: p for p in (self.path / "data").glob("*/episode_*.parquet")}
-        there = {int(number): p for number, p in names.items() if number.isdecimal()}
+        listed = by_episode(self.read_lines(lines), lines, self.told)
+        there: dict[int, list[Path]] = {}
+        for path in sorted((self.path / "data").glob("**/episode_*.parquet")):
+            if (number := whole_number(path.stem.rpartition("_")[2])) is not None:
+                there.setdefault(number, []).append(path)
         template = str(self.info.get("data_path") or DATA_PATH_V2)
         for number in sorted(listed.keys() | there.keys()):
             meta = listed.get(number, {})
             file = self._fill(template, {"episode_chunk": number // self._chunk_size, "episode_index": number})
-            file = file if file.is_file() else there.get(number, file)
+            found = there.get(number, [])
+            if not file.is_file() and len(found) > 1:
+                problem = f"episode {number} is not there, and {len(found)} files could be meant: {found[0]}, {found[1]}"
+                yield EpisodeRows(number, file, 0, 0, meta, problem)
+                continue
+            if not file.is_file() and found:
+                file = found[0]
+                told = f"{self.about}: data_path is {template!r}, some data files lie elsewhere under data and were found"
+                self._tell_once(told)
             if number not in listed:
                 self.told.append(f"{file}: meta/episodes.jsonl does not list episode {number}; it is read all the same")
             try:
@@ -199,22 +288,19 @@ class Layout:
                 self.told.append(f"{file}: is not there, though meta/episodes.jsonl lists episode {number}")
                 continue
             except (pa.ArrowException, OSError) as error:
-                problem = f"damaged Parquet file ({' '.join(str(error).split())})"
-                yield EpisodeRows(number, file, 0, 0, meta, problem)
+                yield EpisodeRows(number, file, 0, 0, meta, str(_damaged(file, error)).removeprefix(f"{file}: "))
                 continue
-            if "length" in meta and length != int(meta["length"]):
+            if "length" in meta and length != whole_number(meta["length"]):
                 self.told.append(f"{file}: holds {length} steps, meta/episodes.jsonl claims {meta['length']}")
             yield EpisodeRows(number, file, 0, length, meta)
 
     def _find_v3(self) -> Iterator[EpisodeRows]:
-        meta = self._read_episode_table()
+        meta, notes = read_episode_tables(self.path)
+        self.told += notes
         found: list[EpisodeRows] = []
-        for file in sorted((self.path / "data").glob("*/*.parquet")):
+        for file in sorted((self.path / "data").glob("**/*.parquet")):
             try:
-                numbers = read_parquet(file, ["episode_index"])["episode_index"].to_numpy()
-            except KeyError:
-                found.append(EpisodeRows(None, file, problem="no column episode_index"))
-                continue
+                numbers = self._episode_numbers(file)
             except InputError as error:
                 found.append(EpisodeRows(None, file, problem=str(error).removeprefix(f"{file}: ")))
                 continue
@@ -232,64 +318,31 @@ class Layout:
             else:
                 if not row.meta:
                     self.told.append(f"{row.file}: meta/episodes does not list episode {row.number}")
-                elif int(row.meta.get("length", row.length)) != row.length:
+                elif whole_number(row.meta.get("length", row.length)) != row.length:
                     told = f"episode {row.number} has {row.length} steps, meta/episodes claims {row.meta['length']}"
                     self.told.append(f"{row.file}: {told}")
                 yield row
-        if lacking := len(meta.keys() - pieces.keys()):
-            self.told.append(f"{self.path}: meta/episodes lists {lacking} episodes that no data file holds")
+        if lacking := sorted(meta.keys() - pieces.keys()):
+            which = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+            self.told.append(f"{self.path}: meta/episodes lists {len(lacking)} episodes that no data file has rows of: {which}")
 
-    def _read_episode_table(self) -> dict[int, dict[str, Any]]:
-        """What v3.0's ``meta/episodes`` says of each episode, without the statistics."""
-        out: dict[int, dict[str, Any]] = {}
-        for file in sorted((self.path / "meta" / "episodes").glob("*/*.parquet")):
-            try:
-                names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
-                table = pq.read_table(file, columns=names, page_checksum_verification=True)
-                out |= {int(e["episode_index"]): e for e in table.to_pylist()}
-            except (pa.ArrowException, OSError, KeyError) as error:
-                self.told.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
-        return out
+    def _episode_numbers(self, file: Path) -> NDArray[np.int64]:
+        """The ``episode_index`` of every row of a data file."""
+        table = self._read_file(file, ["episode_index"])
+        try:
+            column = in_one_form("episode_index", table["episode_index"]) if table.column_names else None
+        except (ValueError, pa.ArrowException) as error:
+            raise InputError(f"{file}: episode_index {error}", code="unusable-column", field="episode_index") from None
+        if column is None:
+            raise InputError(f"{file}: no column episode_index", code="unusable-column", field="episode_index")
+        return np.asarray(column.to_numpy(), np.int64)
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
         """The objects of a file of JSON lines; what is not there or not readable is noted."""
-        out = []
-        try:
-            lines = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            self.told.append(f"{path}: cannot be read ({error}); the data files count")
-            return []
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError:
-                value = None
-            if isinstance(value, dict):
-                out.append(value)
-            else:
-                self.told.append(f"{path}, line {number}: not a JSON object; left out")
-        return out
+        entries, notes = read_json_lines(path)
+        self.told += notes
+        return entries
 
 
-def recorded_times(table: pa.Table) -> NDArray[np.float64] | None:
-    """Recorded times, seconds (T,), or None where there are none that are finite and only ever grow."""
-    if "timestamp" not in table.column_names:
-        return None
-    times = np.asarray(table["timestamp"].to_numpy(), np.float64)
-    return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None
-
-
-def _holds_bytes(column: pa.DataType) -> bool:
-    return bool(pa.types.is_struct(column) or pa.types.is_binary(column) or pa.types.is_large_binary(column))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is this a LeRobot data set?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected an object")
-    return values
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: damaged Parquet file ({' '.join(str(error).split())})", code="damaged-file", field=str(path))

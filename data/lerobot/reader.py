@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from data.lerobot import audit
+from data.lerobot.columns import INDEX, recorded_times, to_array
 from data.lerobot.guess import choose_conventions
-from data.lerobot.layout import EpisodeRows, Layout, recorded_times
+from data.lerobot.layout import EpisodeRows, Layout
+from data.lerobot.times import find_unit
 from data.openx import standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames
-from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors, vectors
+from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors
 from spvla.errors import InputError
 
 EPISODES_PER_PART = 16
 LABELS = tuple(name for name in VECTOR_COLUMNS if name not in ("actions", "states"))
+LABEL_COLUMNS = (*(VECTOR_COLUMNS[name] for name in LABELS), "action.source")
 
 
 class LerobotSource:
@@ -46,17 +48,18 @@ class LerobotSource:
         self.path = Path(path)
         self.layout = layout = Layout(self.path)
         self.name = self.path.resolve().name
-        first = layout.first_table
         self.own_space = (self.path / "meta" / "spvla.json").is_file() and conventions is None
         self.conventions = choose_conventions(layout, conventions, self.own_space)
         self.space = read_action_space(self.path) if self.own_space else self.conventions.space(self.name, layout.widths)
         for key in self.conventions.keys:
-            if key not in first.column_names:
-                raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(first.column_names)}")
+            if key not in layout.columns:
+                raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(layout.columns)}")
         self.camera = camera or self.conventions.camera
         if self.camera is not None and self.camera not in layout.features:
             raise InputError(f"{self.path}: no camera {self.camera!r}; there are: {', '.join(layout.cameras()) or 'none'}")
         self.image_shape = self._image_shape()
+        self.time_unit = 1.0 if self.own_space else find_unit(layout, self.conventions.control_rate)  # seconds
+        self.columns = (*INDEX, *self.conventions.keys, *(LABEL_COLUMNS if self.own_space else ()))
         self.parts = []
         for at in range(0, len(layout.rows), EPISODES_PER_PART):
             rows = layout.rows[at : at + EPISODES_PER_PART]
@@ -71,7 +74,10 @@ class LerobotSource:
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images from Parquet are encoded, those from video :class:`VideoFrames`."""
         if images and self.camera is None:
-            raise InputError(f"{self.path}: has no camera, or its conventions name none; there are: {self.layout.cameras()}")
+            listed = self.layout.cameras()
+            there = [camera for camera in listed if self.layout.has_images(camera)]
+            told = f"no camera with pictures, or the conventions name none; listed are {listed}, pictures are there of {there}"
+            raise InputError(f"{self.path}: {told}", code="no-camera", field="camera")
         for row in self.layout.rows[part.first : part.first + part.count]:
             yield self.read(row, images)
 
@@ -80,11 +86,14 @@ class LerobotSource:
         file = str(row.file)
         if row.problem is not None:
             return Problem(file, row.problem, row.number)
+        if not row.length:
+            return Problem(file, "the episode has no rows", row.number)
         try:
-            table = self.layout.table(row, self.camera if images else None)
+            table = self.layout.table(row, (*self.columns, self.camera) if images and self.camera else self.columns)
         except InputError as error:
-            return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
-        if table.num_rows != row.length:
+            field = error.field if error.code == "unusable-column" else None
+            return Problem(file, str(error).removeprefix(f"{file}: "), row.number, field)
+        if table.column_names and table.num_rows != row.length:
             return Problem(file, f"holds {table.num_rows} rows of an episode of {row.length}", row.number)
         if "frame_index" in table.column_names:
             frames = table["frame_index"].to_numpy()
@@ -97,7 +106,7 @@ class LerobotSource:
             if key not in table.column_names:
                 return Problem(file, "there is no such feature", row.number, key)
             try:
-                steps[key] = _array(table[key])
+                steps[key] = to_array(table[key])
             except (ValueError, TypeError, pa.ArrowException) as error:
                 return Problem(file, f"cannot be read ({error})", row.number, key)
         pictures: dict[str, Sequence[Any]] = {}
@@ -106,7 +115,7 @@ class LerobotSource:
             if isinstance(found, Problem):
                 return found
             pictures[self.camera.rpartition(".")[2]] = found
-        times = recorded_times(table)
+        times = recorded_times(table, self.time_unit)
         facts: dict[str, Any] = {"dataset": self.name, "file": row.file.name, "number": row.number}
         if "metadata" in row.meta:
             try:
@@ -115,6 +124,9 @@ class LerobotSource:
                 return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
         number = -1 if row.number is None else row.number
         instruction = self.instruction(row, table)
+        if not instruction.strip() and not self.own_space and self.conventions.instruction is None and self.layout.has_words:
+            told = "its task has no words in meta/, as the tasks of other episodes have"
+            return Problem(file, told, row.number, "task_index")
         out = standardize(steps, self.conventions, file, number, facts, {}, instruction, times, pictures)
         if isinstance(out, Episode):
             out.success = row.meta.get("success")
@@ -135,7 +147,7 @@ class LerobotSource:
         if told is not None and len(told):
             return str(told if isinstance(told, str) else told[0])
         index = table["task_index"][0].as_py() if "task_index" in table.column_names and table.num_rows else None
-        return self.layout.tasks.get(index, "")
+        return "" if index is None else self.layout.tasks.get(index, "")
 
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
@@ -144,7 +156,7 @@ class LerobotSource:
             return found if isinstance(found, Problem) else VideoFrames(*found, row.length)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
-        return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
+        return [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
 
     def _image_shape(self) -> tuple[int, ...] | None:
         """(H, W, 3), whatever order the metadata lists them in, or None where it does not say."""
@@ -155,16 +167,3 @@ class LerobotSource:
         sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
         wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
         return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
-
-
-def _array(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column as (T, D) or (T,); missing values are NaN."""
-    if pa.types.is_fixed_size_list(column.type):
-        if column.null_count:
-            rows = [[np.nan] * column.type.list_size if v is None else v for v in column.to_pylist()]
-            return np.array(rows, np.float32).reshape(len(rows), column.type.list_size)
-        flat = column.combine_chunks()
-        if not pa.types.is_floating(column.type.value_type) and not pa.types.is_integer(column.type.value_type):
-            raise TypeError(f"its values are {column.type.value_type}, not numbers")
-        return vectors(pa.chunked_array([flat]) if not isinstance(flat, pa.ChunkedArray) else flat)
-    return np.asarray(column.to_numpy())

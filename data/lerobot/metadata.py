@@ -1,0 +1,116 @@
+"""The files under ``meta/`` of a LeRobot folder, as their writers and other people's editors leave them.
+
+JSON may begin with a byte order mark, and only a line feed ends one of its lines: U+2028, U+0085 and the like stand inside
+instructions. Numbers may be text or lists of one entry.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spvla.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: no such file, or not an object.
+    """
+    try:
+        values = json.loads(path.read_bytes(), strict=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is this a LeRobot data set?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected an object")
+    return values
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The objects of a file of JSON lines, and a note on whatever is not there or not readable."""
+    try:
+        content = path.read_bytes()
+        lines = content.decode(json.detect_encoding(content)).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        return [], [f"{path}: cannot be read ({error}); the data files count"]
+    out, notes = [], []
+    for number, line in enumerate(lines, 1):
+        text = line.strip().removeprefix("\ufeff")  # files that were joined have such a mark in their middle
+        try:
+            value = json.loads(text, strict=False) if text else {}
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            notes.append(f"{path}, line {number}: not a JSON object; left out")
+        elif value:
+            out.append(value)
+    return out, notes
+
+
+def read_tasks(folder: Path) -> tuple[dict[int, str], list[str]]:
+    """Instruction by task index, as far as ``meta/`` has them, and notes on what is not readable."""
+    lines, table = folder / "meta" / "tasks.jsonl", folder / "meta" / "tasks.parquet"
+    notes: list[str] = []
+    if lines.is_file():
+        rows, notes = read_json_lines(lines)
+        found = [(row.get("task_index"), row.get("task")) for row in rows]
+    else:
+        try:
+            rows = pq.read_table(table, page_checksum_verification=True).to_pylist()
+        except FileNotFoundError:
+            return {}, []
+        except (pa.ArrowException, OSError) as error:
+            return {}, [f"{table}: damaged Parquet file ({' '.join(str(error).split())}); there are no instructions"]
+        found = [(row.get("task_index"), next((v for v in row.values() if isinstance(v, str)), None)) for row in rows]
+    numbered = [(whole_number(index), words) for index, words in found]
+    return {index: str(words) for index, words in numbered if index is not None and words is not None}, notes
+
+
+def read_episode_tables(folder: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """What v3.0's ``meta/episodes`` says of each episode, without the statistics, and notes on what is not readable."""
+    out: dict[int, dict[str, Any]] = {}
+    notes = []
+    for file in sorted((folder / "meta" / "episodes").glob("**/*.parquet")):
+        try:
+            names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
+            table = pq.read_table(file, columns=names, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            notes.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
+            continue
+        out |= by_episode(table.to_pylist(), file, notes)
+    return out, notes
+
+
+def by_episode(entries: list[dict[str, Any]], file: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+    """Entries by their ``episode_index``; those without one are noted."""
+    out = {}
+    for entry in entries:
+        number = whole_number(entry.get("episode_index"))
+        if number is None:
+            notes.append(f"{file}: an entry has the episode_index {entry.get('episode_index')!r}; left out")
+        else:
+            out[number] = {key: value if key == "tasks" else _unwrapped(value) for key, value in entry.items()}
+    return out
+
+
+def whole_number(value: Any) -> int | None:
+    """A value as a whole number, be it stored as one, as text or as a list of one; else None."""
+    value = _unwrapped(value)
+    try:
+        number = int(value)
+        return number if float(value) == number else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _unwrapped(value: Any) -> Any:
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
