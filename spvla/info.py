@@ -30,10 +30,11 @@ def describe(export: Export) -> dict[str, Any]:
             "coverage_at_default_risk": None if curve is None else curve.coverage_at(risk),
             "calibration_error": export.provenance.get("calibration_error", {}).get(name),
         }
-    parts = [*export.generators.values(), *export.gates.values()]
+    inputs = [g.config.features for g in export.generators.values()] + [g.config.features for g in export.gates.values()]
     return {
         "action_space": space.to_dict(),
-        "state_entries": sorted({i for part in parts for i in part.features.config.state_dims}),
+        "state_size": max((f.state_size for f in inputs if f.state_size is not None), default=None),
+        "state_entries": sorted({i for f in inputs for i in f.state_dims}),
         "tolerance": export.tolerance,
         "defaults": dict(export.defaults),
         "generators": generators,
@@ -57,7 +58,8 @@ def print_info(export: str, json: bool = False) -> None:
     space = loaded.space
     print(f"{export}: {space.name}, {space.dim} action dimensions at {space.control_rate:g} Hz")
     used = found["state_entries"]
-    print(f"state         {'entries ' + ', '.join(map(str, used)) if used else 'not used'}")
+    size = "" if found["state_size"] is None else f" of {found['state_size']}"
+    print(f"state         {'entries ' + ', '.join(map(str, used)) + size if used else 'not used'}")
     print(f"tolerance     {loaded.tolerance:g} (normalised units)")
     print(f"defaults      {', '.join(f'{k} {v}' for k, v in loaded.defaults.items())}")
     for key, value in loaded.provenance.items():

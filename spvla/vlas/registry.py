@@ -31,8 +31,15 @@ GROUP = "spvla.vlas"
 
 def known_names() -> list[str]:
     """Every policy name that works in this installation."""
-    checkout = REPOSITORY if find_spec("data.envs") is not None else {}
+    checkout = REPOSITORY if _in_repository() else {}
     return sorted({*BUILT_IN, *checkout, *(e.name for e in entry_points(group=GROUP))})
+
+
+def _in_repository() -> bool:
+    try:
+        return find_spec("data.envs") is not None
+    except ModuleNotFoundError:  # there is no package `data` at all
+        return False
 
 
 def load_vla(
@@ -60,7 +67,7 @@ def load_vla(
     if target is None:
         known = ", ".join(known_names())
         raise InputError(f"policy {name!r} is unknown; there are: {known}, or name a 'package.module:factory'")
-    if name in REPOSITORY and name not in known_names():
+    if name in REPOSITORY and not _in_repository():
         raise InputError(
             f"policy {name!r} needs the project's repository: clone it and run there; an installed spvla has no simulators",
             code="needs-repository",
