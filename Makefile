@@ -87,3 +87,19 @@ lint: $(READY)
 
 clean:
 	rm -rf $(VENV)
+
+# The fast tests with the newest torch and transformers instead of the constrained ones, in an environment of their own.
+LATEST_VENV ?= .venv-latest
+test-latest: system
+	$(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install -q --upgrade --upgrade-strategy eager $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
+	$(LATEST_VENV)/bin/python -m pytest -v -n $(WORKERS) --dist worksteal
+
+# The fast tests under another Python: make test-py PYTHON=python3.13
+test-py: PY = $(notdir $(PYTHON))
+test-py: system
+	$(PYTHON) -m venv .venv-$(PY)
+	.venv-$(PY)/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
+	.venv-$(PY)/bin/python -m pytest -v -n $(WORKERS) --dist worksteal
+
+.PHONY: test-latest test-py

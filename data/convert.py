@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
 from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info, with_scale
 from spvla.errors import InputError
+from spvla.files import write_text
 
 OnError = Literal["skip", "stop"]
 BEYOND = 0.75  # of a dimension's bounds: actions further out are of another unit or sign
@@ -145,9 +145,7 @@ class Shards:
         note = self._note(part)
         told = [p.to_dict() for p in problems]
         values = {"size": part.size, "episodes": len(episodes), "problems": told, "changed": _changed(told)}
-        temporary = note.with_name(f".{note.stem}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(note)
+        write_text(note, json.dumps(values, indent=1) + "\n")
         if episodes:
             self.writer.write(self.setting.job(part), episodes)
         else:
@@ -223,7 +221,7 @@ def tell_end(output: Path, shards: Shards, parts: Sequence[Part]) -> None:
     about = json.loads((output / "meta" / "spvla.json").read_text())
     problems += [Problem(**p) for p in about.get("left_out", [])]  # what only all the episodes together show
     tell("left out", problems)
-    (output / "problems.json").write_text(json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
+    write_text(output / "problems.json", json.dumps([p.to_dict() for p in problems], indent=1) + "\n")
     info = json.loads((output / "meta" / "info.json").read_text())
     tell("note", contradictions(output))
     if not shards.writer.measured:

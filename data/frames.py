@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
 from spvla.actions import ActionSpace
 from spvla.episodes import read_parquet, read_vectors, shard_info
 from spvla.errors import InputError
+from spvla.files import writing
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
@@ -214,11 +214,12 @@ class Frames:
                 table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw))})
             turned = str(is_upside_down(episode["metadata"])).lower()
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), "upside_down": turned})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            building = path.with_suffix(f".{os.getpid()}")
-            with pa.OSFile(str(building), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            with (
+                writing(path) as temporary,
+                pa.OSFile(str(temporary), "wb") as sink,
+                pa.ipc.new_file(sink, table.schema) as writer,
+            ):
                 writer.write_table(table.combine_chunks())
-            building.replace(path)
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from spvla.errors import InputError
+from spvla.machine import machine_fault
 
 G = TypeVar("G")
 R = TypeVar("R")
@@ -43,8 +44,12 @@ def _work(function: Callable[[Any], Iterator[Any]], group: Any, index: int, resu
         results.put(("input", index, (str(error), error.code, error.field)))
     except KeyboardInterrupt:
         pass
-    except BaseException:
-        results.put(("crash", index, traceback.format_exc()))
+    except BaseException as error:
+        fault = machine_fault(error)
+        if fault is None:
+            results.put(("crash", index, traceback.format_exc()))
+        else:
+            results.put(("input", index, (str(fault), fault.code, fault.field)))
 
 
 def run_groups(function: Callable[[G], Iterator[R]], groups: Sequence[G], workers: int) -> Iterator[R]:

@@ -15,6 +15,7 @@ from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import SourceName
 from spvla.actions import ActionSpace
+from spvla.files import write_text
 from spvla.statistics import Statistics
 
 
@@ -142,5 +143,5 @@ def stats(
                 )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({found.name: entry}, indent=1) + "\n")
+        write_text(output, json.dumps({found.name: entry}, indent=1) + "\n")
         print(f"written: {output}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace
 from spvla.episodes import read_action_space, read_episode_table, read_parquet, read_sources, read_steps, read_vectors
 from spvla.errors import InputError
+from spvla.files import building, open_array
 from spvla.history import Source
 
 CACHE_VERSION = 1
@@ -128,19 +128,15 @@ class RolloutStore:
 
     def _derive(self, cache: Path) -> None:
         """Write the arrays into ``cache``, whole or not at all."""
-        building = cache.with_name(f".{cache.name}.{os.getpid()}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        try:
-            self._write_arrays(building)
-            building.rename(cache)
-        except OSError:
-            if not (cache / "done").exists():  # else another process derived the same store first
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        with building(cache) as temporary:
+            self._write_arrays(temporary)
+            try:
+                temporary.rename(cache)
+            except OSError:
+                if not (cache / "done").exists():  # else another process derived the same store first
+                    raise
 
-    def _write_arrays(self, building: Path) -> None:
+    def _write_arrays(self, folder: Path) -> None:
         """Write the arrays, one data file of the store in memory at a time."""
         starts = np.array([e.start for e in self.episodes], np.int64)
         lengths = np.array([e.length for e in self.episodes], np.int64)
@@ -151,7 +147,7 @@ class RolloutStore:
             """The array ``name`` on disk, and in it the frames of the file at hand."""
             if name not in arrays:
                 shape = (total, *like.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(building / f"{name}.npy", mode="w+", dtype=like.dtype, shape=shape)
+                arrays[name] = open_array(folder / f"{name}.npy", like.dtype, shape)
             return arrays[name][first : first + len(like)]
 
         first, labelled = 0, False
@@ -198,8 +194,8 @@ class RolloutStore:
             raise InputError(f"{self.folder}: data holds {first} frames, meta/episodes claims {total}")
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
-        np.save(building / "labelled.npy", np.array([labelled]))
-        (building / "done").touch()
+        np.save(folder / "labelled.npy", np.array([labelled]))
+        (folder / "done").touch()
 
     def _require_finite(self, values: NDArray[np.float32], column: str, first: int, allow_missing: bool) -> None:
         bad = ~np.isfinite(values).all(1)

@@ -30,6 +30,7 @@ from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import SCHEDULERS, Export, accelerate, fingerprint, load_export
+from spvla.files import write_text
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
@@ -517,7 +518,7 @@ def closed_loop(
     extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     text = table(rows, [*COLUMNS, *extra])
-    (output / "table.txt").write_text(text + "\n")
+    write_text(output / "table.txt", text + "\n")
     print(text)
     print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
 

@@ -29,6 +29,7 @@ from spvla.actions import LIBERO
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
+from spvla.files import write_text
 
 EPISODE = 200  # steps of a made-up one
 BATCHES = 50  # per pass
@@ -205,6 +206,6 @@ def bench_data(
             lines.append(
                 f"{row['reader']}: RssAnon {row['rss_anon_mib']:.0f} MiB, growth by pass {row['rss_anon_growth_mib']} MiB"
             )
-    (output / "table.txt").write_text("\n".join(lines) + "\n")
+    write_text(output / "table.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"{store.frames} steps of windows; written: {path}")

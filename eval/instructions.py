@@ -22,6 +22,7 @@ from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
+from spvla.files import write_text
 from spvla.vlas.base import VLA
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, weights_stamp
 
@@ -180,6 +181,6 @@ def instructions(
     steps = float(np.mean([t["steps"] for t in mine]))
     path = write_summary(output, "instructions", rows, tasks=sorted(asked), init_states=init_states, steps_mean=steps, **fixed)
     text = table(rows, COLUMNS)
-    (output / "table.txt").write_text(text + "\n")
+    write_text(output / "table.txt", text + "\n")
     print(text)
     print(f"written: {path} and, beside it, trials.csv.gz, table.txt")

@@ -20,6 +20,7 @@ from eval.statistics import mean_and_error
 from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
+from spvla.files import write_text
 from spvla.scheduling.learned import Verdicts, judge
 
 QUANTILES = 101
@@ -225,6 +226,6 @@ def offline(
         "within_risk",
     ]
     text = table(rows, [*columns, "measured_risk_standard_error", "deviating_among_skipped"])
-    (output / "table.txt").write_text(text + "\n")
+    write_text(output / "table.txt", text + "\n")
     print(text)
     print(f"written: {path} and, beside it, errors.csv.gz, coverage.csv.gz, roc.csv.gz, table.txt")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.files import explained, write_text
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
@@ -41,7 +42,7 @@ def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **fac
     machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     versions = {name: version(name) for name in ("spvla", "torch", "numpy")}
     summary = {"kind": kind, "rows": list(rows), **facts, "machine": machine, "versions": versions}
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(path, json.dumps(summary, indent=1) + "\n")
     return path
 
 
@@ -63,9 +64,7 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
             raise InputError(
                 f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output"
             )
-    building = setting_path.with_suffix(".tmp")
-    building.write_text(json.dumps(fixed, indent=1) + "\n")
-    building.replace(setting_path)
+    write_text(setting_path, json.dumps(fixed, indent=1) + "\n")
     return rows
 
 
@@ -84,7 +83,7 @@ def _whole_rows(raw: Path) -> list[dict[str, Any]]:
 
 def append(raw: Path, row: dict[str, Any]) -> None:
     """Add a row for :func:`continued`: a killed run loses at most the last line."""
-    with raw.open("a") as stream:
+    with explained(raw), raw.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from spvla.errors import InputError
 from spvla.fields import naming
+from spvla.files import write_text
 
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d")
 MARKERS = "osD^vP"
@@ -581,7 +582,7 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
     if output.suffix == ".md":
         with drawing(results):
             text = markdown(found, results, title)
-        output.write_text(text)
+        write_text(output, text)
         print(f"written: {output}")
         return
     sources = [(folder / "summary.json").relative_to(results).as_posix() for folder, _ in found]
@@ -598,5 +599,5 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
         f"{machine.get('processor')}.</p>"
         "</body></html>\n"
     )
-    output.write_text(page)
+    write_text(output, page)
     print(f"written: {output}")

@@ -31,6 +31,7 @@ from data.rollout import rollout
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.export import accelerate
+from spvla.files import write_text
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.registry import load_vla, needs_images, needs_wrist_image
@@ -211,7 +212,7 @@ def compare(
         "rows": rows,
     }
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(output, json.dumps(summary, indent=1) + "\n")
     print(f"{len(rows)} episodes: the same success in {same}, steps in {steps}, actions in {identical}; written: {output}")
 
 

@@ -5,12 +5,19 @@ policy.reset("pick up the milk and place it in the basket")
 action = policy.select_action(observation)
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from spvla.actions import LIBERO, ActionSpace
 from spvla.errors import InputError
 from spvla.export import Export, accelerate, load_export, save_export
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy, StepInfo
 from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
+
+try:
+    __version__ = version("spvla")
+except PackageNotFoundError:  # a checkout on the path that nobody has installed
+    __version__ = "unknown"
 
 __all__ = [
     "LIBERO",
@@ -23,6 +30,7 @@ __all__ = [
     "StepInfo",
     "VLAOutput",
     "VLAUnavailable",
+    "__version__",
     "accelerate",
     "load_export",
     "save_export",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from spvla.errors import InputError
+from spvla.machine import machine_fault
 
 if TYPE_CHECKING:
     PositiveInt: TypeAlias = int
@@ -57,19 +58,33 @@ def spell_out_flags(arguments: list[str], names: set[str]) -> list[str]:
     return out
 
 
-def run(commands: Mapping[str, Callable[..., Any]], description: str, arguments: list[str] | None = None) -> int:
-    """Parse ``arguments`` (default: the process's), call the command and return the exit code."""
+def run(
+    commands: Mapping[str, Callable[..., Any]] | Callable[..., Any],
+    description: str,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> int:
+    """Parse ``arguments`` (default: the process's), call the command and return the exit code.
+
+    Args:
+        commands: functions by the name that is the first argument, or the only one.
+        description: for ``--help``.
+        arguments: without the program's name.
+        prog: the program's name in ``--help``; None: how Python was called.
+    """
     from jsonargparse import auto_cli
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = commands.get(arguments[0]) if arguments else None
+    command = commands if not isinstance(commands, Mapping) else commands.get(arguments[0]) if arguments else None
     if command is not None:
         hints = get_type_hints(command)
         arguments = join_list_options(arguments, {name for name, hint in hints.items() if _is_list(hint)})
         arguments = spell_out_flags(arguments, {name for name, hint in hints.items() if hint is bool})
+    parts: Any = dict(commands) if isinstance(commands, Mapping) else commands
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    prog = None if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
-    return guard(lambda: auto_cli(dict(commands), args=arguments, as_positional=False, description=description, prog=prog))
+    if prog is None and spec is not None:
+        prog = f"python -m {spec.name.removesuffix('.__main__')}"
+    return guard(lambda: auto_cli(parts, args=arguments, as_positional=False, description=description, prog=prog))
 
 
 def guard(call: Callable[[], Any]) -> int:
@@ -84,9 +99,10 @@ def guard(call: Callable[[], Any]) -> int:
         return 130
     except BrokenPipeError:  # whoever reads the output has enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a folder where a file should be, no permission, ...
-        if error.filename is None:
+    except Exception as error:
+        fault = machine_fault(error)
+        if fault is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
         return 2
     return 0

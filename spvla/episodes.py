@@ -29,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.files import write_text, writing
 from spvla.gripper import GripperValues, judge_grippers
 from spvla.history import Source
 from spvla.statistics import Statistics
@@ -155,8 +156,7 @@ def _to_table(episode: Episode) -> pa.Table:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 class RolloutWriter:
@@ -228,17 +228,8 @@ class RolloutWriter:
         except (TypeError, ValueError) as error:
             raise InputError(f"job {job}: metadata or success cannot be written as JSON ({error})") from None
         table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: text.encode()})
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-        with temporary.open("wb") as stream:
-            pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        directory = os.open(self.shards, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with writing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     def finalize(self) -> Path:
         """See :func:`finalize`."""
@@ -462,7 +453,7 @@ def finalize(folder: str | Path) -> Path:
     building.rmdir()
     readme = folder / "README.md"
     if not readme.exists() or README_TITLE in readme.read_text(errors="replace"):  # another one is somebody's own
-        readme.write_text(_readme(space, rows, frames))
+        write_text(readme, _readme(space, rows, frames))
     return folder
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """A user's input cannot be used. Command lines print the message and exit with code 2.
@@ -16,3 +19,15 @@ class InputError(ValueError):
     def __init__(self, message: str, *, code: str = "invalid", field: str | None = None) -> None:
         super().__init__(message)
         self.code, self.field = code, field
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """A package that cannot be imported inside is an :class:`InputError` that names the optional ``extra`` it comes with."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "spvla":
+            raise
+        message = f'{error.name} is not installed: pip install "spvla[{extra}]"'
+        raise InputError(message, code="missing-extra", field=extra) from None

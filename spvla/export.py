@@ -26,6 +26,7 @@ from torch import nn
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
+from spvla.files import explained
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
@@ -258,6 +259,12 @@ def save_export(export: Export, folder: str | Path) -> Path:
         InputError: ``folder`` holds something else, see :func:`require_export_folder`.
     """
     folder = require_export_folder(folder)
+    with explained(folder):
+        _replace(export, folder)
+    return folder
+
+
+def _replace(export: Export, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = ("generators", "gates", "README.md", "config.json")
     with TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
@@ -269,7 +276,6 @@ def save_export(export: Export, folder: str | Path) -> Path:
                 (folder / part).rename(old / part)
         for part in parts:
             (new / part).rename(folder / part)
-    return folder
 
 
 def require_export_folder(folder: str | Path) -> Path:

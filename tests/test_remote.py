@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 
-import msgpack
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from spvla.history import Source
 from spvla.pruning import TokenPruner
 
 pytest.importorskip("vla_eval")
+import msgpack
 from websockets.sync.server import serve
 
 from spvla.serve import Interface

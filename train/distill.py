@@ -32,6 +32,7 @@ from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.export import BUILT_IN_GENERATORS, built_in_generator, check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
+from spvla.files import writing
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
@@ -139,11 +140,8 @@ class Plan:
             batch = options.pop("batch_size", None)
             spans = [span for span in data.split.train if self.fold[span[0]] != stage.without]
             network = fit_generator(data, spans, options, self.steps, str(stage), batch, position)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(stage)
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, temporary)
-        temporary.replace(path)
+        with writing(self.path(stage)) as temporary:
+            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, temporary)
 
     def generator(self, name: str, without: int | None = None) -> LearnedGenerator:
         """A generator as its stage left it."""

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 from spvla.errors import InputError
@@ -19,13 +20,26 @@ from spvla.fields import check_options, naming
 from spvla.vlas.base import VLA, PrunableVLA
 
 BUILT_IN = {
-    "expert": "data.envs:expert",
     "openvla": "spvla.vlas.openvla:load",
     "nano_vla": "spvla.vlas.nano:load",
     "lerobot": "spvla.vlas.foreign:load_lerobot",
     "remote": "spvla.vlas.remote:load",
 }
+REPOSITORY = {"expert": "data.envs:expert"}  # the package `data` comes with a checkout, not with an installed spvla
 GROUP = "spvla.vlas"
+
+
+def known_names() -> list[str]:
+    """Every policy name that works in this installation."""
+    checkout = REPOSITORY if _in_repository() else {}
+    return sorted({*BUILT_IN, *checkout, *(e.name for e in entry_points(group=GROUP))})
+
+
+def _in_repository() -> bool:
+    try:
+        return find_spec("data.envs") is not None
+    except ModuleNotFoundError:  # there is no package `data` at all
+        return False
 
 
 def load_vla(
@@ -45,14 +59,20 @@ def load_vla(
     Raises:
         InputError: an unknown name or option; the message lists the known ones.
     """
-    target = BUILT_IN.get(name)
+    target = {**BUILT_IN, **REPOSITORY}.get(name)
     if target is None:
         target = next((e.value for e in entry_points(group=GROUP) if e.name == name), None)
     if target is None and ":" in name:
         target = name
     if target is None:
-        known = sorted({*BUILT_IN, *(e.name for e in entry_points(group=GROUP))})
-        raise InputError(f"policy {name!r} is unknown; there are: {', '.join(known)}, or name a 'package.module:factory'")
+        known = ", ".join(known_names())
+        raise InputError(f"policy {name!r} is unknown; there are: {known}, or name a 'package.module:factory'")
+    if name in REPOSITORY and not _in_repository():
+        raise InputError(
+            f"policy {name!r} needs the project's repository: clone it and run there; an installed spvla has no simulators",
+            code="needs-repository",
+            field="policy",
+        )
     module, _, attribute = target.partition(":")
     try:
         factory = getattr(import_module(module), attribute)

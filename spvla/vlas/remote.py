@@ -14,17 +14,19 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from spvla.actions import ActionSpace, read_space
-from spvla.errors import InputError
+from spvla.errors import InputError, needs_extra
 from spvla.observation import Observation
 from spvla.pruning.pruner import TokenPruner
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
+from spvla.wire import decode_array, encode_array
 
 KEYS: dict[str, dict[str, str]] = {
     "vla-eval": {"image": "agentview", "wrist_image": "wrist", "state": "states", "instruction": "task_description"},
@@ -273,11 +275,9 @@ class _ProtocolError(Exception):
 
 
 def _websockets() -> Any:
-    try:
+    with needs_extra("remote"):
         import msgpack  # noqa: F401
         import websockets.exceptions
-    except ImportError as error:
-        raise InputError(f"remote: needs {error.name}: pip install 'spvla[remote]'") from None
     return websockets
 
 
@@ -289,13 +289,7 @@ def _pack(content: Any, openpi: bool = False) -> bytes:
     """msgpack with arrays as maps; openpi's keys are bytes."""
     import msgpack
 
-    def array(value: Any) -> Any:
-        if not isinstance(value, np.ndarray):
-            return value
-        fields = {"__ndarray__": True, "data": value.tobytes(), "dtype": value.dtype.str, "shape": list(value.shape)}
-        return {k.encode(): v for k, v in fields.items()} if openpi else fields
-
-    packed: bytes = msgpack.packb(content, default=array)
+    packed: bytes = msgpack.packb(content, default=partial(encode_array, bytes_keys=openpi))
     return packed
 
 
@@ -303,18 +297,11 @@ def _unpack(frame: bytes | str) -> dict[str, Any]:
     """The map in a frame, arrays of numbers in it as numpy's. Raises :class:`_ProtocolError` for anything else."""
     import msgpack
 
-    def array(value: dict[Any, Any]) -> Any:
-        for key in (str, str.encode):
-            if key("__ndarray__") in value:
-                dtype = np.dtype(value[key("dtype")])
-                if dtype.kind not in "biuf":
-                    raise ValueError(f"dtype {dtype}")
-                return np.frombuffer(value[key("data")], dtype).reshape(value[key("shape")]).copy()
-        return value[b"data"] if b"__npgeneric__" in value else value
-
     try:
-        content = msgpack.unpackb(frame, object_hook=array, strict_map_key=False)
-    except Exception as error:  # msgpack and numpy raise many types for damaged content
+        content = msgpack.unpackb(frame, object_hook=decode_array, strict_map_key=False)
+    except InputError as error:
+        raise _ProtocolError(str(error)) from None
+    except Exception as error:  # msgpack raises many types for damaged content
         raise _ProtocolError(f"an answer that is no msgpack map ({_short(error)})") from None
     if not isinstance(content, dict):
         raise _ProtocolError(f"an answer that is no map but {type(content).__name__}")

@@ -17,48 +17,38 @@ import contextlib
 import io
 import json
 import logging
-import signal
 import socket
-import sys
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import anyio.to_thread
+import msgpack
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+from vla_eval import specs
+from vla_eval.model_servers.base import ModelServer, SessionContext
+from vla_eval.protocol.image_codec import is_encoded_image
+from vla_eval.protocol.messages import Message, MessageType, make_hello_payload, pack_message
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
-from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.export import accelerate, load_export
-from spvla.fields import check_fields, naming
+from spvla.fields import naming
 from spvla.history import ActionHistory
-from spvla.observation import Observation, check_image
+from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import make_pruner
+from spvla.serve.interface import Interface
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
 from spvla.vlas.registry import load_vla, second_vla
-
-try:
-    import anyio.to_thread
-    import msgpack
-    from vla_eval import specs
-    from vla_eval.model_servers.base import ModelServer, SessionContext
-    from vla_eval.protocol.image_codec import is_encoded_image
-    from vla_eval.protocol.messages import Message, MessageType, make_hello_payload, pack_message
-    from vla_eval.protocol.numpy_codec import decode_ndarray
-    from websockets.asyncio.server import Server, ServerConnection, serve
-    from websockets.exceptions import ConnectionClosed
-except ImportError as missing:
-    if __name__ != "__main__":
-        raise ImportError(f"spvla.serve needs {missing.name}: pip install 'spvla[serve]'") from None
-    print(f"error: spvla.serve needs {missing.name}: pip install 'spvla[serve]'", file=sys.stderr)
-    sys.exit(2)
+from spvla.wire import decode_array
 
 logger = logging.getLogger("spvla.serve")
 
@@ -66,96 +56,6 @@ MAX_FRAME = 16 * 2**20  # bytes; two uncompressed 1080p images
 MAX_PIXELS = 2**23  # of one image, decoded
 HELD_FRAMES = 2  # that a session may have waiting
 STOPPING = (1001, "the server stops")
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a benchmark sends and expects, where it differs from the policy's own environment. Specs are vla-eval's.
-
-    Args:
-        image: key of the main camera in an observation's ``images``.
-        wrist_image: key of the second camera, or None.
-        state: key of the proprioception in an observation, or None where none is used.
-        image_size: height and width that images must have, or None for any.
-        rotate_180: turn images upside down, for a benchmark whose images the policy knows the other way up.
-        euler_to_axis_angle: the policy's rotations are extrinsic xyz Euler angles, the benchmark reads rotation vectors.
-        gripper_from, gripper_to: the policy's and the benchmark's values for closed and open; None: the same.
-        action_spec: names of constants in ``vla_eval.specs`` by component, declared to the benchmark.
-        observation_spec: likewise.
-        benchmark: parameters that vla-eval hands to the benchmark's constructor, for example ``{send_state: true}``.
-    """
-
-    image: str = "agentview"
-    wrist_image: str | None = None
-    state: str | None = None
-    image_size: tuple[int, int] | None = None
-    rotate_180: bool = False
-    euler_to_axis_angle: bool = False
-    gripper_from: tuple[float, float] | None = None
-    gripper_to: tuple[float, float] | None = None
-    action_spec: dict[str, str] = field(default_factory=dict)
-    observation_spec: dict[str, str] = field(default_factory=dict)
-    benchmark: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        with naming("interface"):
-            check_fields(self, at_least={"image_size": 1})
-        known = [name for name, value in vars(specs).items() if isinstance(value, specs.DimSpec)]
-        for name in (*self.action_spec.values(), *self.observation_spec.values()):
-            if name not in known:
-                raise InputError(f"interface: vla-eval has no spec {name!r}; it has: {', '.join(known)}")
-        if (self.gripper_from is None) != (self.gripper_to is None):
-            raise InputError("interface: gripper_from and gripper_to belong together")
-        if self.gripper_from is not None and self.gripper_from[0] == self.gripper_from[1]:
-            raise InputError("interface: gripper_from has the same value for closed and open")
-
-    def observation(self, payload: Mapping[str, Any]) -> Observation:
-        """A benchmark's observation as the policy takes it. Raises :class:`InputError` that names the field."""
-        images = payload.get("images")
-        if not isinstance(images, dict):
-            raise InputError(f"images: expected a dict of arrays by camera, got {type(images).__name__}")
-        state = None
-        if self.state is not None:
-            try:
-                state = np.asarray(payload[self.state], np.float32)
-            except KeyError:
-                raise InputError(f"{self.state}: missing; the observation has: {', '.join(map(str, payload))}") from None
-            except (TypeError, ValueError):
-                raise InputError(f"{self.state}: expected numbers, got {type(payload[self.state]).__name__}") from None
-        wrist = None if self.wrist_image is None else self._image(images, self.wrist_image)
-        return Observation(self._image(images, self.image), state, wrist)
-
-    def _image(self, images: Mapping[Any, Any], key: str) -> NDArray[np.uint8]:
-        if key not in images:
-            raise InputError(f"images[{key!r}]: missing; the observation has: {', '.join(map(str, images)) or 'none'}")
-        image = check_image(images[key], f"images[{key!r}]")
-        if self.image_size is not None and image.shape[:2] != tuple(self.image_size):
-            raise InputError(f"images[{key!r}]: is {image.shape[:2]}, this server was set up for {tuple(self.image_size)}")
-        return np.ascontiguousarray(image[::-1, ::-1]) if self.rotate_180 else image
-
-    def action(self, action: FloatArray, space: ActionSpace) -> FloatArray:
-        """An action (..., D) of the policy as the benchmark takes it."""
-        out = np.array(action, np.float32)
-        if self.euler_to_axis_angle and space.rotation:
-            dims = list(space.rotation)
-            out[..., dims] = euler_to_axis_angle(out[..., dims])
-        if self.gripper_from is not None and self.gripper_to is not None:
-            (closed, opened), (to_closed, to_opened) = self.gripper_from, self.gripper_to
-            g = list(space.gripper)
-            out[..., g] = to_closed + (out[..., g] - closed) / (opened - closed) * (to_opened - to_closed)
-        return out
-
-
-def euler_to_axis_angle(euler: FloatArray) -> FloatArray:
-    """Extrinsic xyz Euler angles (..., 3) as rotation vectors (..., 3), angles up to pi."""
-    half = np.asarray(euler, np.float64) / 2
-    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(half), -1, 0), np.moveaxis(np.sin(half), -1, 0)
-    w = cx * cy * cz + sx * sy * sz
-    xyz = [sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz]
-    vector = np.stack(xyz, -1) * np.where(w < 0, -1.0, 1.0)[..., None]
-    sine = np.linalg.norm(vector, axis=-1, keepdims=True)
-    angle = 2 * np.arctan2(sine, np.abs(w)[..., None])
-    return (vector * np.where(sine > 1e-12, angle / np.maximum(sine, 1e-12), 2.0)).astype(np.float32)
 
 
 class InTurn:
@@ -313,9 +213,9 @@ class PolicyServer(ModelServer):
                     session.plain.reset(instruction)
                     session.instruction = instruction
                 keep_mass = obs.get("keep_mass", 1.0)
-                if not isinstance(keep_mass, float):
+                if not isinstance(keep_mass, float | np.floating):
                     raise InputError(f"keep_mass: expected a number, got {type(keep_mass).__name__}")
-                output = session.plain.predict(observation, keep_mass=keep_mass)
+                output = session.plain.predict(observation, keep_mass=float(keep_mass))
                 return dict(vars(output))
             if instruction != session.instruction or obs.get("episode_restart"):
                 session.policy.reset(instruction)
@@ -346,7 +246,7 @@ def decode(frame: bytes | str) -> dict[str, Any]:
     if isinstance(frame, str):
         raise InputError("message: expected a binary frame (msgpack), got text")
     try:
-        content = msgpack.unpackb(frame, object_hook=_decode_array, raw=False)
+        content = msgpack.unpackb(frame, object_hook=_decode_array, raw=False, strict_map_key=False)
     except InputError:
         raise
     except Exception as error:  # msgpack, numpy and Pillow raise many types for damaged content
@@ -362,7 +262,7 @@ def _decode_array(content: Any) -> Any:
             if image.width * image.height > MAX_PIXELS:  # known before anything is decompressed
                 raise InputError(f"image: {image.height} x {image.width} pixels are more than {MAX_PIXELS}")
             return np.array(image)
-    return decode_ndarray(content)
+    return decode_array({"__ndarray__": True, **content} if is_encoded_image(content) else content)
 
 
 def parse(content: Mapping[str, Any]) -> tuple[MessageType, dict[str, Any]]:
@@ -502,81 +402,3 @@ def _keep_alive(ws: ServerConnection) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3)):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def serve_policy(
-    policy: str,
-    checkpoint: str | None = None,
-    export: str | None = None,
-    risk: float | None = None,
-    generator: str | None = None,
-    scheduler: str | None = None,
-    pruning: str | dict[str, Any] | None = None,
-    policy_options: dict[str, Any] | None = None,
-    suite: str | None = None,
-    interface: Interface = Interface(),
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_sessions: int = 64,
-) -> None:
-    """Serve the accelerated policy to vla-eval, until Ctrl-C or SIGTERM.
-
-    Args:
-        policy: a built-in name, an entry point of ``spvla.vlas``, or ``package.module:factory``.
-        checkpoint: path or hub id, for the policy.
-        export: folder or hub id of the generators and gates; without one the built-in parts.
-        risk: allowed share of generated, deviating steps; the export's default if left out.
-        generator: exported or built-in; the export's default if left out, ``none``: the VLA acts on every step.
-        scheduler: ``learned``, ``release`` or ``paper``; the export's default if left out.
-        pruning: ``none``, ``release``, ``readme`` or a pruner's fields; the export's default if left out.
-        policy_options: keyword arguments for the policy, such as ``device`` and ``unnorm_key``.
-        suite: LIBERO suite that it will act in, for policies that ask for it.
-        interface: the benchmark's conventions; see configs/serve.
-        host: address to bind; 0.0.0.0 serves everyone who reaches this machine, without asking who they are.
-        port: port to bind; 0 for any free one.
-        max_sessions: connections at once; further ones are refused.
-    """
-    if max_sessions < 1:
-        raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("websockets").setLevel(logging.WARNING)
-    server = PolicyServer(
-        policy,
-        checkpoint,
-        export,
-        risk,
-        policy_options=policy_options,
-        suite=suite,
-        generator=generator,
-        scheduler=scheduler,
-        pruning=pruning,
-        interface=interface,
-    )
-
-    async def main() -> None:
-        endpoint = Endpoint(server, max_sessions)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, endpoint.stop)
-        try:
-            await endpoint.run(host, port)
-        except (OSError, OverflowError) as error:
-            raise InputError(f"cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
-
-    asyncio.run(main())
-
-
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    from spvla.cli import guard
-
-    sys.exit(
-        guard(
-            lambda: auto_cli(
-                serve_policy,
-                as_positional=False,
-                prog="python -m spvla.serve",
-                description="The accelerated policy, served to vla-eval.",
-            )
-        )
-    )

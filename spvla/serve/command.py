@@ -1,0 +1,76 @@
+"""The command that serves a policy. Its help needs no extra; the server itself is imported when it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from typing import Any
+
+from spvla.errors import InputError, needs_extra
+from spvla.serve.interface import Interface
+
+PLAIN = Interface()
+
+
+def serve_policy(
+    policy: str,
+    checkpoint: str | None = None,
+    export: str | None = None,
+    risk: float | None = None,
+    generator: str | None = None,
+    scheduler: str | None = None,
+    pruning: str | dict[str, Any] | None = None,
+    policy_options: dict[str, Any] | None = None,
+    suite: str | None = None,
+    interface: Interface = PLAIN,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_sessions: int = 64,
+) -> None:
+    """Serve the accelerated policy to vla-eval, until Ctrl-C or SIGTERM.
+
+    Args:
+        policy: a built-in name, an entry point of ``spvla.vlas``, or ``package.module:factory``.
+        checkpoint: path or hub id, for the policy.
+        export: folder or hub id of the generators and gates; without one the built-in parts.
+        risk: allowed share of generated, deviating steps; the export's default if left out.
+        generator: exported or built-in; the export's default if left out, ``none``: the VLA acts on every step.
+        scheduler: ``learned``, ``release`` or ``paper``; the export's default if left out.
+        pruning: ``none``, ``release``, ``readme`` or a pruner's fields; the export's default if left out.
+        policy_options: keyword arguments for the policy, such as ``device`` and ``unnorm_key``.
+        suite: LIBERO suite that it will act in, for policies that ask for it.
+        interface: the benchmark's conventions; see configs/serve.
+        host: address to bind; 0.0.0.0 serves everyone who reaches this machine, without asking who they are.
+        port: port to bind; 0 for any free one.
+        max_sessions: connections at once; further ones are refused.
+    """
+    if max_sessions < 1:
+        raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
+    with needs_extra("serve"):
+        from spvla.serve.server import Endpoint, PolicyServer
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    server = PolicyServer(
+        policy,
+        checkpoint,
+        export,
+        risk,
+        policy_options=policy_options,
+        suite=suite,
+        generator=generator,
+        scheduler=scheduler,
+        pruning=pruning,
+        interface=interface,
+    )
+
+    async def main() -> None:
+        endpoint = Endpoint(server, max_sessions)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, endpoint.stop)
+        try:
+            await endpoint.run(host, port)
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot serve at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
+
+    asyncio.run(main())
