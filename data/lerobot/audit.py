@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from data.lerobot.layout import Layout, recorded_times
 from data.openx import first_action_note
 from data.parts import Problem
-from data.video import count_frames
+from data.video import frame_clock
 from spvla.episodes import Episode, vectors
 from spvla.errors import InputError
 
@@ -44,15 +45,23 @@ def notes(source: LerobotSource) -> list[str]:
             out.append(f"{layout.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
     for camera in layout.cameras():
         if layout.features[camera].get("dtype") == "video":
-            videos = [(row, layout.video(row, camera, source.space.control_rate)) for row in layout.rows]
+            videos = [(row, layout.video(row, camera)) for row in layout.rows]
             if missing := sum(isinstance(video, Problem) for _, video in videos):
                 out.append(f"{layout.path}: {missing} of {len(layout.rows)} videos of {camera} are not there")
             for row, video in videos[:EPISODES_TIMED] if layout.version != "v3.0" else ():
-                frames = None if isinstance(video, Problem) else count_frames(video[0])
+                frames = None if isinstance(video, Problem) else _count_frames(video.path)
                 if frames and row.length and frames != row.length:
                     out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
     episodes = [e for e in (source.read(row, False) for row in layout.rows[:EPISODES_TIMED]) if isinstance(e, Episode)]
     return [*out, *layout.told, *_check_rows(source), *first_action_note(str(layout.path), episodes, source.space)]
+
+
+def _count_frames(path: Path) -> int | None:
+    """How many frames a video has; None where it cannot be read."""
+    try:
+        return len(frame_clock(path))
+    except InputError:
+        return None
 
 
 def _check_rows(source: LerobotSource) -> list[str]:

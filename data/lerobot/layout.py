@@ -49,6 +49,27 @@ class EpisodeRows:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class EpisodeVideo:
+    """Where an episode's video is.
+
+    Args:
+        path: the file.
+        camera: the feature that it belongs to.
+        start: seconds in the file at which the episode's time 0 is.
+        end: seconds at which the episode ends, as ``meta/`` states it; infinite where it does not.
+        following: seconds at which the next episode of the file begins; infinite where there is none.
+        before: the episode before it in the file, if there is one.
+    """
+
+    path: Path
+    camera: str
+    start: float
+    end: float
+    following: float
+    before: EpisodeRows | None
+
+
 class Layout:
     """The files of a LeRobot folder.
 
@@ -65,6 +86,7 @@ class Layout:
         self.info = _read_json(self.about)
         self.features: dict[str, Any] = self.info.get("features") or {}
         self.told: list[str] = []  # what came up while opening
+        self._shared_videos: dict[str, dict[Any, list[tuple[float, EpisodeRows]]]] = {}
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
@@ -88,21 +110,48 @@ class Layout:
             return {}
         return {r["task_index"]: next((v for v in r.values() if isinstance(v, str)), "") for r in rows if "task_index" in r}
 
-    def video(self, row: EpisodeRows, camera: str, control_rate: float) -> tuple[Path, int] | Problem:
-        """The file with an episode's video, and its first frame there."""
-        template, prefix, first = str(self.info.get("video_path") or ""), f"videos/{camera}/", 0
+    def video(self, row: EpisodeRows, camera: str) -> EpisodeVideo | Problem:
+        """The file with an episode's video, and where the episode lies in it."""
         if self.version == "v3.0":
-            chunk, number = row.meta.get(f"{prefix}chunk_index"), row.meta.get(f"{prefix}file_index")
-            if chunk is None:
+            where = self._place_v3(row, camera)
+            if where is None:
                 return Problem(str(row.file), "meta/episodes names no video for it", row.number, camera)
-            place = {"video_key": camera, "chunk_index": chunk, "file_index": number}
-            rate = (self.features[camera].get("info") or {}).get("video.fps") or control_rate
-            first = round((row.meta.get(f"{prefix}from_timestamp") or 0.0) * float(rate))
+            place = {"video_key": camera, "chunk_index": where[0], "file_index": where[1]}
+            shared = self._sharing(camera)[where]
         else:
             chunk = (row.number or 0) // self._chunk_size
             place = {"video_key": camera, "episode_chunk": chunk, "episode_index": row.number}
-        path = self._fill(template, place)
-        return (path, first) if path.is_file() else Problem(str(path), "the video is not there", row.number, camera)
+            shared = [(0.0, row)]
+        path = self._fill(str(self.info.get("video_path") or ""), place)
+        if not path.is_file():
+            return Problem(str(path), "the video is not there", row.number, camera)
+        at = next(k for k, (_, other) in enumerate(shared) if other is row)
+        start = shared[at][0]
+        if len(shared) > 1 and not np.isfinite(start):
+            reason = "meta/episodes does not say where in the video it begins"
+            return Problem(str(row.file), reason, row.number, f"videos/{camera}/from_timestamp")
+        end = row.meta.get(f"videos/{camera}/to_timestamp") if self.version == "v3.0" else None
+        before = shared[at - 1][1] if at else None
+        following = shared[at + 1][0] if at + 1 < len(shared) else np.inf
+        following = following if np.isfinite(following) else np.inf
+        start, end = start if np.isfinite(start) else 0.0, np.inf if end is None else float(end)
+        return EpisodeVideo(path, camera, start, end, following, before)
+
+    def _place_v3(self, row: EpisodeRows, camera: str) -> tuple[Any, Any] | None:
+        chunk, number = (row.meta.get(f"videos/{camera}/{name}_index") for name in ("chunk", "file"))
+        return None if chunk is None else (chunk, number)
+
+    def _sharing(self, camera: str) -> dict[Any, list[tuple[float, EpisodeRows]]]:
+        """The episodes in each video file of v3.0 by where they begin (seconds; NaN, last, where ``meta/`` does not say)."""
+        if camera not in self._shared_videos:
+            files = self._shared_videos[camera] = {}
+            for row in self.rows:
+                if (where := self._place_v3(row, camera)) is not None:
+                    start = row.meta.get(f"videos/{camera}/from_timestamp")
+                    files.setdefault(where, []).append((np.nan if start is None else float(start), row))
+            for rows in files.values():
+                rows.sort(key=lambda r: (not np.isfinite(r[0]), r[0]))
+        return self._shared_videos[camera]
 
     def cameras(self) -> list[str]:
         return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.lerobot import audit
+from data.lerobot.clock import find_frames
 from data.lerobot.guess import choose_conventions
 from data.lerobot.layout import EpisodeRows, Layout, recorded_times
 from data.openx import standardize
@@ -140,8 +141,8 @@ class LerobotSource:
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
         if self.layout.features[self.camera].get("dtype") == "video":
-            found = self.layout.video(row, self.camera, self.space.control_rate)
-            return found if isinstance(found, Problem) else VideoFrames(*found, row.length)
+            found = find_frames(self.layout, row, table, self.camera)
+            return found if isinstance(found, Problem) else VideoFrames(found.path, found.numbers)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
         return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
