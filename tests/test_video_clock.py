@@ -1,4 +1,4 @@
-"""Each step of an episode sees the frame of its own time, or the episode is refused: whatever the rates, offsets, drifts, gaps."""
+"""Each step of an episode sees the frame of its own time, or the episode is refused: at any rates, offsets, drifts and gaps."""
 
 from __future__ import annotations
 

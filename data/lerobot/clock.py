@@ -84,8 +84,8 @@ def _stray(video: EpisodeVideo, clock: FrameClock, times: NDArray[np.float64], f
         k = int((off > half).argmax())
         span = f"{clock.seconds[first]:.3f} to {clock.seconds[end - 1]:.3f} s"
         return (
-            f"step {k} is at {wanted[k]:.3f} s of the video, {off[k]:.3f} s from the nearest frame of the episode; at most half "
-            f"a frame, {half[k]:.3f} s, would be right (its frames lie at {span})"
+            f"step {k} is at {wanted[k]:.3f} s of the video, {off[k]:.3f} s from the nearest frame of the episode; at most "
+            f"half a frame, {half[k]:.3f} s, would be right (its frames lie at {span})"
         )
     if wanted[-1] > video.end + half[-1]:
         return (
