@@ -87,6 +87,7 @@ def _read_clock(path: Path, _size: int, _changed: int) -> FrameClock:
     try:
         with av.open(str(path)) as container:
             stream = _picture_track(container, path)
+            tick = float(stream.time_base)  # not to be read once the file is closed
             packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
     except (av.FFmpegError, OSError) as error:
         raise _unreadable(path, str(error)) from None
@@ -94,7 +95,7 @@ def _read_clock(path: Path, _size: int, _changed: int) -> FrameClock:
         raise _unreadable(path, "its frames have no presentation times" if packets else "it has no frames")
     pts, first = np.unique(np.array([pts for pts, _ in packets], np.int64), return_index=True)
     keys = np.flatnonzero(np.array([key for _, key in packets])[first])
-    return FrameClock(pts, np.asarray(pts * float(stream.time_base), np.float64), keys)
+    return FrameClock(pts, np.asarray(pts * tick, np.float64), keys)
 
 
 class VideoFrames(Sequence[NDArray[np.uint8]]):
