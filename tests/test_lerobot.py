@@ -82,7 +82,7 @@ def test_missing_videos_are_problems_only_where_images_are_wanted(cr5):
 def test_video_frames_in_any_order(tmp_path):
     path = tmp_path / "x.mp4"
     write_video(path, 30)
-    frames = VideoFrames(path, 3, 20)
+    frames = VideoFrames(path, np.arange(3, 23))
 
     def level(image: np.ndarray) -> float:
         return float(image.mean())
@@ -94,11 +94,9 @@ def test_video_frames_in_any_order(tmp_path):
     assert [level(f) for f in frames[5:8]] == in_order[5:8]
     with pytest.raises(IndexError):
         frames[20]
-    with pytest.raises(InputError, match="ends before frame 30"):
-        list(VideoFrames(path, 25, 10))
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(InputError, match="not a readable video"):
-        VideoFrames(tmp_path / "bad.mp4", 0, 1)[0]
+        VideoFrames(tmp_path / "bad.mp4", np.arange(1))
 
 
 def test_lying_metadata_is_told_and_the_data_wins(apple):
@@ -267,7 +265,7 @@ def test_a_video_that_ends_early_costs_its_episode_alone(five, tmp_path):
     told = "\n".join(source.notes)
     assert "9 steps, but its video of observation.images.top has 4 frames" in told
     assert "9 steps, but its video of observation.images.top has 12 frames" in told
-    with pytest.raises(InputError, match=r"record 1, field observation\.images\.top: .*ends before frame 4"):
+    with pytest.raises(InputError, match=r"record 1, field observation\.images\.top: step . .* from the nearest frame"):
         convert("lerobot", five, tmp_path / "store", images=True, episodes="1")
 
 

@@ -16,7 +16,7 @@ from data.lerobot.layout import Layout
 from data.lerobot.times import EPISODES_TIMED
 from data.openx import first_action_note
 from data.parts import Problem
-from data.video import count_frames
+from data.video import frame_clock
 from spvla.episodes import Episode, vectors
 from spvla.errors import InputError
 
@@ -57,7 +57,7 @@ def notes(source: LerobotSource) -> list[str]:
             out.append(told if missing < len(layout.rows) else f"{told}{_other_videos(layout)}")
         pairs = list(zip(layout.rows, of_camera, strict=True))[:EPISODES_TIMED]
         for row, video in pairs if layout.version != "v3.0" else ():
-            frames = count_frames(video) if isinstance(video, Path) else None
+            frames = _count_frames(video) if isinstance(video, Path) else None
             if frames and row.length and frames != row.length:
                 out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
     episodes = [e for e in (source.read(row, False) for row in layout.rows[:EPISODES_TIMED]) if isinstance(e, Episode)]
@@ -72,6 +72,14 @@ def _other_videos(layout: Layout) -> str:
     told = f"; there are pictures of {', '.join(there)}" if there else ""
     folders = ", ".join(sorted(unlisted))
     return f"{told}; the folders {folders} hold videos of cameras that {layout.about.name} does not list" if folders else told
+
+
+def _count_frames(path: Path) -> int | None:
+    """How many frames a video has; None where it cannot be read."""
+    try:
+        return len(frame_clock(path))
+    except InputError:
+        return None
 
 
 def _check_rows(source: LerobotSource) -> list[str]:

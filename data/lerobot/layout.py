@@ -50,6 +50,27 @@ class EpisodeRows:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class EpisodeVideo:
+    """Where an episode's video is.
+
+    Args:
+        path: the file.
+        camera: the feature that it belongs to.
+        start: seconds in the file at which the episode's time 0 is.
+        end: seconds at which the episode ends, as ``meta/`` states it; infinite where it does not.
+        following: seconds at which the next episode of the file begins; infinite where there is none.
+        before: the episode before it in the file, if there is one.
+    """
+
+    path: Path
+    camera: str
+    start: float
+    end: float
+    following: float
+    before: EpisodeRows | None
+
+
 class Layout:
     """The files of a LeRobot folder.
 
@@ -66,6 +87,7 @@ class Layout:
         self.info = read_json(self.about)
         self.features: dict[str, Any] = self.info.get("features") or {}
         self.told: list[str] = []  # what came up while opening
+        self._shared_videos: dict[str, dict[Any, list[tuple[float, EpisodeRows]]]] = {}
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
@@ -137,19 +159,45 @@ class Layout:
         texts = [*self.tasks.values(), *(t for tasks in listed for t in ([tasks] if isinstance(tasks, str) else tasks))]
         return any(str(text or "").strip() for text in texts)
 
-    def video(self, row: EpisodeRows, camera: str, control_rate: float) -> tuple[Path, int] | Problem:
-        """The file with an episode's video, and its first frame there."""
+    def video(self, row: EpisodeRows, camera: str) -> EpisodeVideo | Problem:
+        """The file with an episode's video, and where the episode lies in it."""
         path = self.video_file(row, camera)
-        if isinstance(path, Problem) or self.version != "v3.0":
-            return path if isinstance(path, Problem) else (path, 0)
-        rate = (self.features[camera].get("info") or {}).get("video.fps") or control_rate
-        return path, round((row.meta.get(f"videos/{camera}/from_timestamp") or 0.0) * float(rate))
+        if isinstance(path, Problem):
+            return path
+        shared = self._sharing(camera)[self._place_v3(row, camera)] if self.version == "v3.0" else [(0.0, row)]
+        at = next(k for k, (_, other) in enumerate(shared) if other is row)
+        start = shared[at][0]
+        if len(shared) > 1 and not np.isfinite(start):
+            reason = "meta/episodes does not say where in the video it begins"
+            return Problem(str(row.file), reason, row.number, f"videos/{camera}/from_timestamp")
+        end = row.meta.get(f"videos/{camera}/to_timestamp") if self.version == "v3.0" else None
+        before = shared[at - 1][1] if at else None
+        following = shared[at + 1][0] if at + 1 < len(shared) else np.inf
+        following = following if np.isfinite(following) else np.inf
+        start, end = start if np.isfinite(start) else 0.0, np.inf if end is None else float(end)
+        return EpisodeVideo(path, camera, start, end, following, before)
+
+    def _place_v3(self, row: EpisodeRows, camera: str) -> tuple[int | None, ...]:
+        """Numbers of chunk and file of an episode's video, None where ``meta/`` does not say."""
+        return tuple(whole_number(row.meta.get(f"videos/{camera}/{name}_index")) for name in ("chunk", "file"))
+
+    def _sharing(self, camera: str) -> dict[Any, list[tuple[float, EpisodeRows]]]:
+        """The episodes in each video file of v3.0 by where they begin (seconds; NaN, last, where ``meta/`` does not say)."""
+        if camera not in self._shared_videos:
+            files = self._shared_videos[camera] = {}
+            for row in self.rows:
+                if None not in (where := self._place_v3(row, camera)):
+                    start = row.meta.get(f"videos/{camera}/from_timestamp")
+                    files.setdefault(where, []).append((np.nan if start is None else float(start), row))
+            for rows in files.values():
+                rows.sort(key=lambda r: (not np.isfinite(r[0]), r[0]))
+        return self._shared_videos[camera]
 
     def video_file(self, row: EpisodeRows, camera: str) -> Path | Problem:
         """The file with an episode's video: where the metadata says, else wherever in the folder it lies."""
         if self.version == "v3.0":
-            place = {key: whole_number(row.meta.get(f"videos/{camera}/{key}")) for key in ("chunk_index", "file_index")}
-            numbers = tuple(place.values())
+            numbers = self._place_v3(row, camera)
+            place = dict(zip(("chunk_index", "file_index"), numbers, strict=True))
             if None in numbers:
                 return Problem(str(row.file), "meta/episodes names no video for it", row.number, camera)
         else:

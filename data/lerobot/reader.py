@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.lerobot import audit
+from data.lerobot.clock import find_frames
 from data.lerobot.columns import INDEX, recorded_times, to_array
 from data.lerobot.guess import choose_conventions
 from data.lerobot.layout import EpisodeRows, Layout
@@ -152,8 +153,8 @@ class LerobotSource:
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
         if self.layout.features[self.camera].get("dtype") == "video":
-            found = self.layout.video(row, self.camera, self.space.control_rate)
-            return found if isinstance(found, Problem) else VideoFrames(*found, row.length)
+            found = find_frames(self.layout, row, table, self.camera, self.time_unit)
+            return found if isinstance(found, Problem) else VideoFrames(found.path, found.numbers)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
         return [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
