@@ -69,7 +69,7 @@ class Setting:
 
     def keeps(self, episode: Episode) -> bool:
         """Whether the store takes this episode."""
-        return self.episodes is None or episode.metadata.get("number") in self.episodes
+        return self.episodes is None or number_of(episode.metadata) in self.episodes
 
 
 class Shards:
@@ -98,7 +98,7 @@ class Shards:
         for shard in sorted(self.writer.shards.glob("*.parquet")):
             if shard.stem in mine or shard.stem.rpartition("-")[0] not in wanted:
                 continue
-            there = {e["metadata"].get("number") for e in shard_info(shard)["episodes"]}
+            there = {number_of(e["metadata"]) for e in shard_info(shard)["episodes"]}
             twice = there if self.setting.episodes is None else there & set(self.setting.episodes)
             if twice:
                 raise InputError(
@@ -242,6 +242,12 @@ def beyond_scale(store: Path) -> list[str]:
     return out
 
 
+def number_of(metadata: Mapping[str, Any]) -> int | None:
+    """The number of an episode in the data set that it was read from: for one that came from a rollout store its row there,
+    while ``number`` remains that of the original recording."""
+    return metadata.get("row", metadata.get("number"))
+
+
 def record_of(episode: Episode) -> int | None:
     """The number by which the source's file knows an episode."""
     return episode.metadata.get("record", episode.metadata.get("number"))
@@ -317,6 +323,8 @@ def convert(
     require_apart(path, output)
     setting = make_setting(source, path, conventions, split, camera, images, episodes)
     found = setting.open()
+    if images:
+        found.cameras.require()
     tell("note", found.notes)
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
     measured = statistics is None

@@ -287,8 +287,7 @@ def relabel(
         raise InputError(f"relabel: batch_size must be at least 1, got {batch_size}")
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
     found = setting.open()
-    if found.camera is None:
-        raise InputError(f"{where}: has no images, or its conventions name no camera; a VLA cannot be asked")
+    found.cameras.require()
     tell("note", found.notes)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1

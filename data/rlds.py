@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.cameras import Cameras
 from data.images import ImageCheck
-from data.openx import Conventions, Steps, find_conventions, first_action_note, standardize
+from data.openx import Conventions, Steps, as_text, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
+from data.words import Words, several_words_note, split_at_words
 from spvla.episodes import Episode
 from spvla.errors import InputError
 
@@ -158,6 +160,19 @@ class RldsFolder:
         shape = tuple(self.leaf(key).shape)
         return None if any(n is None for n in shape) else shape
 
+    def find_cameras(self, named: str | None) -> Cameras:
+        """The image features of a step by kind, and which of them is ``named``. Raises :class:`InputError`: see
+        :class:`~data.cameras.Cameras`."""
+        import tensorflow_datasets as tfds
+
+        images = {key: f for key, f in _leaves(self.steps).items() if isinstance(f, tfds.features.Image)}
+        depth = [key for key, f in images.items() if np.dtype(f.np_dtype) != np.uint8]  # 16 bits, or metres
+        colour = [key for key, f in images.items() if key not in depth and f.shape[-1] == 3]
+        others = [key for key in images if key not in depth and key not in colour]
+        if named is not None and named not in images:
+            others.append(named)  # a feature in a form of its own, which is told when it cannot be read
+        return Cameras(str(self.path), colour, depth, others, named)
+
     def reader(self, keys: Sequence[str]) -> RldsReader:
         """A parser for the features ``keys`` of a step and for the episode's metadata."""
         return RldsReader(self, tuple(dict.fromkeys(keys)))
@@ -213,7 +228,7 @@ class RldsReader:
                 return Problem(file, "the record lacks this feature", number, key)
             steps[key] = value
         lengths = {key: len(value) for key, value in steps.items()}
-        usual = Counter(lengths.values()).most_common(1)[0][0]
+        usual = Counter(lengths.values()).most_common(1)[0][0] if lengths else 0
         for key, length in lengths.items():
             if length != usual:
                 return Problem(file, f"has {length} steps where others have {usual}", number, key)
@@ -259,9 +274,10 @@ class RldsSource:
         self.name = self.folder.name
         self.conventions: Conventions = find_conventions(conventions, self.name)
         self.space = self.conventions.space(self.name)
-        self.camera = camera or self.conventions.camera
         if camera is not None:
             self.folder.leaf(camera)
+        self.cameras = self.folder.find_cameras(camera or self.conventions.camera)
+        self.camera = self.cameras.chosen
         splits = self.folder.splits
         if split != "all" and split not in splits:
             raise InputError(f"{self.folder.path}: no split {split!r}; there are: {', '.join(splits)}, or all")
@@ -355,15 +371,15 @@ class RldsSource:
             elif has_image and not any(has_image):
                 out.append(f"{where}: episode_metadata/{name} is false, yet {self.camera} shows something; its images count")
         episodes = [e for e in self.episodes(part) if isinstance(e, Episode)]
-        return [*out, *first_action_note(str(where), episodes, self.space)]
+        out += [*self.cameras.note, *several_words_note(str(where), episodes)]
+        return [*out, *first_action_note(str(where), [e for e in episodes if not e.metadata.get("part")], self.space)]
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images are encoded, as the shard holds them."""
         reader = self.reader
         if images:
-            if self.camera is None:
-                raise InputError(f"{self.folder.path}: its conventions name no camera; name one with --camera")
-            self._with_images = self._with_images or self.folder.reader([*self.conventions.keys, self.camera])
+            camera = self.cameras.require()
+            self._with_images = self._with_images or self.folder.reader([*self.conventions.keys, camera])
             reader = self._with_images
         index, repeats = self.indexes[part.file], self.repeats[part.file]
         for i, record in read_records(index, part.first, part.count):
@@ -375,9 +391,17 @@ class RldsSource:
             else:
                 facts = {"dataset": self.name, "file": Path(part.file).name, "record": i, "number": part.start + i - part.first}
                 cameras = {self.camera.rpartition("/")[2]: self.camera} if images and self.camera else {}
-                yield standardize(steps, self.conventions, part.file, i, facts, cameras)
+                found = standardize(steps, self.conventions, part.file, i, facts, cameras)
+                yield from [found] if isinstance(found, Problem) else split_at_words(found, self._words(steps, found))
         if index.problem is not None and part.first <= len(index) < part.first + part.count:
             yield index.problem
+
+    def _words(self, steps: Steps, episode: Episode) -> Words:
+        """The words of each step that ``episode`` keeps."""
+        if self.conventions.instruction is None:
+            return Words([episode.instruction], np.zeros(len(episode), np.int64))
+        values = steps[self.conventions.instruction]
+        return Words.of(values[self.conventions.kept(len(values))], as_text)
 
 
 def _missing(file: Path) -> Index:

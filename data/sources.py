@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
+from data.cameras import Cameras
 from data.parts import Part, Problem
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode
@@ -22,13 +23,15 @@ class Source(Protocol):
         parts: all its parts.
         notes: what its metadata claims and its data contradicts, and what is done about it, one line each; looked up when
             asked for.
-        camera: the camera that :meth:`episodes` gives images of when asked to, or None.
+        cameras: its cameras; ``cameras.require()`` is the one that :meth:`episodes` gives images of.
+        camera: that one, or None where it has to be named first.
         image_shape: (H, W, 3) of its images as the metadata says, or None.
     """
 
     name: str
     space: ActionSpace
     parts: list[Part]
+    cameras: Cameras
     camera: str | None
     image_shape: tuple[int, ...] | None
 
@@ -36,7 +39,8 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
-        """The episodes of a part, in order, each as it is or as the problem that it has."""
+        """The episodes of a part, in order, each as it is or as the problem that it has; one per instruction where a recording
+        has several (:func:`data.words.split_at_words`)."""
 
 
 def open_source(

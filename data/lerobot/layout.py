@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.cameras import Cameras, is_depth
 from data.parts import Problem
 from spvla.episodes import read_parquet
 from spvla.errors import InputError
@@ -47,6 +48,12 @@ class EpisodeRows:
     length: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The words that ``meta/`` has for the episode as a whole."""
+        told = self.meta.get("tasks")
+        return [told] if isinstance(told, str) else [] if told is None else [str(text) for text in told]
 
 
 class Layout:
@@ -106,6 +113,31 @@ class Layout:
 
     def cameras(self) -> list[str]:
         return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
+
+    def has_images(self, camera: str, control_rate: float) -> bool:
+        """Whether any episode has images of a camera, in a video file or in its Parquet file."""
+        rows = [row for row in self.rows if row.problem is None]
+        if self.features[camera].get("dtype") == "video":
+            return any(not isinstance(self.video(row, camera, control_rate), Problem) for row in rows)
+        return any(camera in pq.read_schema(file).names for file in dict.fromkeys(row.file for row in rows))
+
+    def image_shape(self, camera: str) -> tuple[int, ...] | None:
+        """(H, W, C), whatever order the metadata lists them in, or None where it does not say."""
+        feature = self.features[camera]
+        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
+        sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
+        wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
+        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
+
+    def find_cameras(self, named: str | None, control_rate: float) -> Cameras:
+        """The folder's cameras by kind, and which of them is ``named``. Raises :class:`InputError`: see
+        :class:`~data.cameras.Cameras`."""
+        every = self.cameras()
+        depth = [c for c in every if is_depth(self.features[c])]
+        plain = [c for c in every if c not in depth and (self.image_shape(c) or (0, 0, 3))[2] == 3]
+        colour = [c for c in plain if self.has_images(c, control_rate)]
+        others = [c for c in every if c not in colour and c not in depth]
+        return Cameras(str(self.path), colour, depth, others, named)
 
     def table(self, row: EpisodeRows, camera: str | None = None) -> pa.Table:
         """The rows of an episode; images only of the ``camera`` that is asked for.

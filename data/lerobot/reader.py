@@ -23,6 +23,7 @@ from data.lerobot.layout import EpisodeRows, Layout, recorded_times
 from data.openx import standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames
+from data.words import Words, split_at_words
 from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors, vectors
 from spvla.errors import InputError
 
@@ -53,10 +54,9 @@ class LerobotSource:
         for key in self.conventions.keys:
             if key not in first.column_names:
                 raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(first.column_names)}")
-        self.camera = camera or self.conventions.camera
-        if self.camera is not None and self.camera not in layout.features:
-            raise InputError(f"{self.path}: no camera {self.camera!r}; there are: {', '.join(layout.cameras()) or 'none'}")
-        self.image_shape = self._image_shape()
+        self.cameras = layout.find_cameras(camera or self.conventions.camera, self.space.control_rate)
+        self.camera = self.cameras.chosen
+        self.image_shape = None if self.camera is None else layout.image_shape(self.camera)
         self.parts = []
         for at in range(0, len(layout.rows), EPISODES_PER_PART):
             rows = layout.rows[at : at + EPISODES_PER_PART]
@@ -70,13 +70,14 @@ class LerobotSource:
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images from Parquet are encoded, those from video :class:`VideoFrames`."""
-        if images and self.camera is None:
-            raise InputError(f"{self.path}: has no camera, or its conventions name none; there are: {self.layout.cameras()}")
+        if images:
+            self.cameras.require()
         for row in self.layout.rows[part.first : part.first + part.count]:
-            yield self.read(row, images)
+            found = self.read(row, images)
+            yield from [found] if isinstance(found, Problem) else found
 
-    def read(self, row: EpisodeRows, images: bool) -> Episode | Problem:
-        """One episode, with images if they are asked for, or the problem that it has."""
+    def read(self, row: EpisodeRows, images: bool) -> list[Episode] | Problem:
+        """One recording as an episode per instruction, with images if they are asked for, or the problem that it has."""
         file = str(row.file)
         if row.problem is not None:
             return Problem(file, row.problem, row.number)
@@ -110,32 +111,42 @@ class LerobotSource:
         facts: dict[str, Any] = {"dataset": self.name, "file": row.file.name, "number": row.number}
         if "metadata" in row.meta:
             try:
-                facts = {**json.loads(row.meta["metadata"]), "number": row.number}
+                recorded = json.loads(row.meta["metadata"])
+                facts = {**recorded, "row" if "number" in recorded else "number": row.number}
             except (ValueError, TypeError):
                 return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
         number = -1 if row.number is None else row.number
-        instruction = self.instruction(row, table)
-        out = standardize(steps, self.conventions, file, number, facts, {}, instruction, times, pictures)
-        if isinstance(out, Episode):
-            out.success = row.meta.get("success")
-            if self.own_space:  # a rollout store: its labels come along
-                try:
-                    for name in LABELS:
-                        if VECTOR_COLUMNS[name] in table.column_names:
-                            setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
-                    out.sources = read_sources(table, file)
-                    out.check(self.space, file)
-                except InputError as error:
-                    return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
-        return out
+        words = self.words(row, table)
+        if isinstance(words, Problem):
+            return words
+        out = standardize(steps, self.conventions, file, number, facts, {}, None, times, pictures)
+        if isinstance(out, Problem):
+            return out
+        out.success = row.meta.get("success")
+        if self.own_space:  # a rollout store: its labels come along
+            try:
+                for name in LABELS:
+                    if VECTOR_COLUMNS[name] in table.column_names:
+                        setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
+                out.sources = read_sources(table, file)
+                out.check(self.space, file)
+            except InputError as error:
+                return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
+        return split_at_words(out, words[self.conventions.kept(table.num_rows)])
 
-    def instruction(self, row: EpisodeRows, table: pa.Table) -> str:
-        """The words of an episode, or nothing where there are none."""
-        told = row.meta.get("tasks")
-        if told is not None and len(told):
-            return str(told if isinstance(told, str) else told[0])
-        index = table["task_index"][0].as_py() if "task_index" in table.column_names and table.num_rows else None
-        return self.layout.tasks.get(index, "")
+    def words(self, row: EpisodeRows, table: pa.Table) -> Words | Problem:
+        """The words of each frame, '' where there are none: what the task table says of its ``task_index``; where it says
+        nothing, the only words that ``meta/`` has for the whole episode."""
+        told, tasks = row.tasks, self.layout.tasks
+        only = told[0] if len(told) == 1 else ""
+        if "task_index" in table.column_names:
+            indices = table["task_index"].to_numpy()
+            if len(told) < 2 or tasks.keys() & set(np.unique(indices).tolist()):
+                return Words.of(indices, lambda index: tasks.get(index, only))
+        if len(told) > 1:
+            reason = f"has {len(told)} tasks in meta/, and nothing says which step is part of which"
+            return Problem(str(row.file), reason, row.number, "task_index")
+        return Words([only], np.zeros(table.num_rows, np.int64))
 
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
@@ -145,16 +156,6 @@ class LerobotSource:
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
         return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
-
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """(H, W, 3), whatever order the metadata lists them in, or None where it does not say."""
-        if self.camera is None:
-            return None
-        feature = self.layout.features[self.camera]
-        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
-        sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
-        wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
-        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
 
 
 def _array(column: pa.ChunkedArray) -> NDArray[Any]:
