@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
+from data.identity import require_new, settle
 from data.images import ImageCheck, encode_images, is_upside_down
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
@@ -192,7 +193,7 @@ def _run(job: Job, fabric: Any) -> None:
     vla = load_vla(job.policy, job.checkpoint, job.options)
     source.space.require_compatible(vla.action_space, f"policy {job.policy!r}")
     shards = Shards(Path(job.output), job.setting, vla.action_space, job.policy)
-    shards.require_new(source.parts)
+    require_new(shards, source)
     left = fabric.broadcast([i for i, part in enumerate(source.parts) if not shards.finished(part)])
     waiting = [source.parts[i] for i in left]  # as the first process sees it: shards appear while others start
     mine = deal(waiting, fabric.global_rank, fabric.world_size)
@@ -289,6 +290,7 @@ def relabel(
     found = setting.open()
     found.cameras.require()
     tell("note", found.notes)
+    setting = settle(output, setting, found)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1
     strategy = (

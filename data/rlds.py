@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.cameras import Cameras
+from data.identity import digest
 from data.images import ImageCheck
 from data.openx import Conventions, Steps, as_text, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
@@ -67,6 +68,10 @@ class Index:
     def identities(self) -> Iterator[tuple[int, int]]:
         """Length and check sum of each record: equal for equal records."""
         return zip(self.lengths.tolist(), self.sums.tolist(), strict=True)
+
+    def contents(self) -> list[str]:
+        """The same as text."""
+        return [f"{length:x}-{check:08x}" for length, check in self.identities()]
 
 
 def scan(path: Path) -> Index:
@@ -271,7 +276,7 @@ class RldsSource:
 
     def __init__(self, path: Path, conventions: str | Path | None, split: str, camera: str | None) -> None:
         self.folder = RldsFolder(path)
-        self.name = self.folder.name
+        self.name, self.named = self.folder.name, True
         self.conventions: Conventions = find_conventions(conventions, self.name)
         self.space = self.conventions.space(self.name)
         if camera is not None:
@@ -287,6 +292,7 @@ class RldsSource:
         self.indexes: dict[str, Index] = {}
         self.repeats: dict[str, set[int]] = {}
         self.repeated: Counter[tuple[str, str]] = Counter()
+        self.contents: dict[int, tuple[Any, ...]] = {}
         seen: dict[tuple[int, int], str] = {}
         start = 0
         for name in self.chosen:
@@ -304,7 +310,9 @@ class RldsSource:
                 for first in range(0, records, EPISODES_PER_PART):
                     part = f"{self.name}-{name}-{number:05d}-{first:06d}"
                     count = min(EPISODES_PER_PART, records - first)
-                    self.parts.append(Part(part, str(file), first, count, start + first, size))
+                    content = digest(index.contents()[first : first + count])
+                    self.parts.append(Part(part, str(file), first, count, start + first, size, content))
+                self.contents |= {start + i: (content,) for i, content in enumerate(index.contents())}
                 start += records
         if not any(Path(file).is_file() for file in self.indexes):
             raise InputError(
@@ -389,7 +397,9 @@ class RldsSource:
             if isinstance(steps, Problem):
                 yield steps
             else:
-                facts = {"dataset": self.name, "file": Path(part.file).name, "record": i, "number": part.start + i - part.first}
+                number = part.start + i - part.first
+                facts = {"dataset": self.name, "named": True, "file": Path(part.file).name, "record": i, "number": number}
+                facts["content"] = self.contents[number][0]
                 cameras = {self.camera.rpartition("/")[2]: self.camera} if images and self.camera else {}
                 found = standardize(steps, self.conventions, part.file, i, facts, cameras)
                 yield from [found] if isinstance(found, Problem) else split_at_words(found, self._words(steps, found))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data.identity import digest, file_content, hub_name
 from data.lerobot import audit
 from data.lerobot.guess import choose_conventions
 from data.lerobot.layout import EpisodeRows, Layout, recorded_times
@@ -46,7 +47,8 @@ class LerobotSource:
     def __init__(self, path: Path, conventions: str | Path | None = None, camera: str | None = None) -> None:
         self.path = Path(path)
         self.layout = layout = Layout(self.path)
-        self.name = self.path.resolve().name
+        hub = hub_name(self.path)
+        self.name, self.named = hub or self.path.resolve().name, hub is not None
         first = layout.first_table
         self.own_space = (self.path / "meta" / "spvla.json").is_file() and conventions is None
         self.conventions = choose_conventions(layout, conventions, self.own_space)
@@ -57,11 +59,25 @@ class LerobotSource:
         self.cameras = layout.find_cameras(camera or self.conventions.camera, self.space.control_rate)
         self.camera = self.cameras.chosen
         self.image_shape = None if self.camera is None else layout.image_shape(self.camera)
+        files = {file: file_content(file) for file in dict.fromkeys(row.file for row in layout.rows)}
+        self._contents = [digest((files[row.file], row.first, row.length, row.number)) for row in layout.rows]
         self.parts = []
         for at in range(0, len(layout.rows), EPISODES_PER_PART):
             rows = layout.rows[at : at + EPISODES_PER_PART]
             size = sum(f.stat().st_size for f in dict.fromkeys(r.file for r in rows) if f.is_file())
-            self.parts.append(Part(f"{self.name}-{at:06d}", str(rows[0].file), at, len(rows), at, size))
+            content = digest(self._contents[at : at + EPISODES_PER_PART])
+            self.parts.append(Part(f"{self.name}-{at:06d}", str(rows[0].file), at, len(rows), at, size, content))
+
+    @cached_property
+    def contents(self) -> dict[int, tuple[Any, ...]]:
+        """See :class:`~data.sources.Source`; an episode of a rollout store is the recording that it was made from."""
+        out: dict[int, tuple[Any, ...]] = {}
+        for row, content in zip(self.layout.rows, self._contents, strict=True):
+            recorded = _recorded(row) or {}
+            if row.number is not None:
+                known = recorded.get("content")
+                out[row.number] = (content,) if known is None else (known, recorded.get("part"))
+        return out
 
     @cached_property
     def notes(self) -> list[str]:
@@ -108,13 +124,13 @@ class LerobotSource:
                 return found
             pictures[self.camera.rpartition(".")[2]] = found
         times = recorded_times(table)
-        facts: dict[str, Any] = {"dataset": self.name, "file": row.file.name, "number": row.number}
+        recorded = _recorded(row)
+        if recorded is None:
+            return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
+        facts: dict[str, Any] = {"dataset": self.name, "named": self.named, "file": row.file.name, "number": row.number}
+        facts["content"] = self.contents.get(row.number, ("",))[0] if row.number is not None else ""
         if "metadata" in row.meta:
-            try:
-                recorded = json.loads(row.meta["metadata"])
-                facts = {**recorded, "row" if "number" in recorded else "number": row.number}
-            except (ValueError, TypeError):
-                return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
+            facts = {**recorded, "row" if "number" in recorded else "number": row.number}
         number = -1 if row.number is None else row.number
         words = self.words(row, table)
         if isinstance(words, Problem):
@@ -156,6 +172,15 @@ class LerobotSource:
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
         return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
+
+
+def _recorded(row: EpisodeRows) -> dict[str, Any] | None:
+    """The metadata that a rollout store keeps of an episode, empty for any other data set; None if it cannot be read."""
+    try:
+        value = json.loads(row.meta.get("metadata", "{}"))
+    except (ValueError, TypeError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _array(column: pa.ChunkedArray) -> NDArray[Any]:
