@@ -61,7 +61,9 @@ class Cameras:
 
     @property
     def _reason(self) -> str:
-        return f"there are {len(self.colour)} colour cameras and none is named" if self.colour else "has no colour camera"
+        if self.colour:
+            return f"there are {len(self.colour)} colour cameras and none is named"
+        return "has no images of a colour camera" if self.depth or self.others else "has no images"
 
     def _refused(self, what: str, code: str, more: str = "") -> InputError:
         kinds = (("", self.colour), (" (a depth map)", self.depth), (" (no files, or not three channels)", self.others))

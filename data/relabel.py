@@ -38,6 +38,8 @@ from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
 
+SECONDS_SHOWN = 2.0  # between two states of the progress bar, however small a batch is
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -203,6 +205,7 @@ def _run(job: Job, fabric: Any) -> None:
     outputs: dict[int, list[VLAOutput]] = {}
     running: int | None = None  # episode of the part at hand
     steps, start = 0, perf_counter()
+    shown = start
     parent = multiprocessing.parent_process()
     total = sum(p.count for p in source.parts)
     from tqdm import tqdm
@@ -216,8 +219,10 @@ def _run(job: Job, fabric: Any) -> None:
                     outputs.setdefault(episode, []).append(output)
                 running = item.episodes[-1]
                 steps += len(item.episodes)
-                rate = steps / (perf_counter() - start) * fabric.world_size
-                bar.set_postfix(steps_per_second=f"{rate:.1f}")
+                now = perf_counter()
+                if now - shown >= SECONDS_SHOWN:
+                    bar.set_postfix(steps_per_second=f"{steps / (now - start) * fabric.world_size:.1f}")
+                    shown = now
                 continue
             if item.problems and job.on_error == "stop":
                 raise DataError(item.problems[0])
