@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
+from data.identity import hub_name, require_new, settle
 from data.identity import require_new, settle
 from data.images import ImageCheck, encode_images, is_upside_down
 from data.parts import DataError, Part, Problem, deal
@@ -331,7 +332,9 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
     values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
     where = Path(values.get("data") or values.get("path") or ".")
     text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)
-    name = where.resolve().name if not where.name.replace(".", "").isdecimal() else where.resolve().parent.name
+    name = (
+        hub_name(where) or where.resolve().name if not where.name.replace(".", "").isdecimal() else where.resolve().parent.name
+    )
     store = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     relabel(store, **values)
     return store

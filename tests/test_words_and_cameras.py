@@ -30,11 +30,12 @@ NAMES = [f"joint_{i}_vel" for i in range(3)]
 TEXTS = ["open the drawer", "take the cup", "close the drawer"]
 
 
-def picture(number: int, channels: int = 3) -> dict:
+def picture(number: int, channels: int = 3, deep: bool = False) -> dict:
     values = np.full((8, 10, channels), number % 250, np.uint8)
     values[0, 0] = 255 - values[0, 0]
     out = io.BytesIO()
-    Image.fromarray(values[..., 0] if channels == 1 else values).save(out, "PNG")
+    grey = values[..., 0].astype(np.uint16 if deep else np.uint8)
+    Image.fromarray(grey if channels == 1 or deep else values).save(out, "PNG")
     return {"bytes": out.getvalue(), "path": None}
 
 
@@ -71,7 +72,7 @@ def write_lerobot(
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         for name, feature in features.items():
             if feature["dtype"] == "image" and name not in lacking:
-                frames = [picture(10 * t + 1, feature["shape"][2]) for t in range(steps)]
+                frames = [picture(10 * t + 1, feature["shape"][2], feature.get("deep", False)) for t in range(steps)]
                 columns[name] = pa.array(frames, struct)
         path = folder / f"data/chunk-000/episode_{number:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +247,13 @@ def test_the_only_colour_camera_is_read_whatever_the_order(tmp_path, other, orde
         with pytest.raises(InputError) as error:
             LerobotSource(tmp_path / "set", camera="observation.images.a")
         assert (error.value.code, error.value.field) == ("camera-is-depth", "camera")
+
+
+@pytest.mark.parametrize("shape", [[8, 10, 3], [8, 10, 1]])
+def test_numbers_of_sixteen_bits_are_no_image_whatever_the_metadata_says(tmp_path, shape):
+    folder = write_lerobot(tmp_path / "set", [[0] * 3], {"observation.images.a": {"shape": shape, "deep": True}})
+    (found,) = outcomes(LerobotSource(folder, camera="observation.images.a"), images=True)
+    assert isinstance(found, Problem) and found.field == "observation.images.a" and found.record == 0
 
 
 def test_of_several_colour_cameras_one_has_to_be_named(tmp_path):

@@ -7,6 +7,7 @@ episodes. (The writer of v3.0 is ``spvla.episodes``.)
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
 from data.identity import digest, file_content, hub_name
 from data.lerobot import audit
@@ -171,7 +173,19 @@ class LerobotSource:
             return found if isinstance(found, Problem) else VideoFrames(*found, row.length)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
-        return [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
+        frames = [None if v is None else v["bytes"] for v in table[self.camera].to_pylist()]
+        if _is_deep(next((f for f in frames if f is not None), b"")):
+            return Problem(str(row.file), "is a depth map (more than 8 bits of grey), not an image", row.number, self.camera)
+        return frames
+
+
+def _is_deep(image: bytes) -> bool:
+    """Whether an encoded image has numbers of more than 8 bits."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.mode.startswith(("I", "F"))
+    except (OSError, SyntaxError, ValueError):
+        return False  # a damaged image, which is told when it is decoded
 
 
 def _recorded(row: EpisodeRows) -> dict[str, Any] | None:
