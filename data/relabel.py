@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
 from data.identity import hub_name, require_new, settle
-from data.identity import require_new, settle
 from data.images import ImageCheck, encode_images, is_upside_down
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
