@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.evidence import contradictions
+from data.identity import number_of, place_of, read_note, require_new, settle
 from data.images import encode_images
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, shard_info, with_scale
+from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, with_scale
 from spvla.errors import InputError
 from spvla.files import write_text
 
@@ -40,6 +41,8 @@ class Setting:
         images: keep the camera's images.
         episodes: keep only the episodes of these numbers.
         label: what else went into it: the policy that labelled it.
+        apart: tells the data set apart, in job ids, from another one whose folder has the same name (see
+            :func:`data.identity.settle`).
     """
 
     source: SourceName
@@ -50,6 +53,7 @@ class Setting:
     images: bool = False
     episodes: tuple[int, ...] | None = None
     label: str = ""
+    apart: str = ""
 
     def open(self) -> Source:
         """The data set."""
@@ -58,20 +62,20 @@ class Setting:
     @property
     def tag(self) -> str:
         """A short hash that tells settings apart in job ids; a conventions file counts by its content."""
-        values = {k: v for k, v in asdict(self).items() if k not in ("path", "split")}
+        values = {k: v for k, v in asdict(self).items() if k not in ("path", "split", "apart")}
         if self.conventions is not None and Path(self.conventions).is_file():
             values["conventions"] = Path(self.conventions).read_text()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     def job(self, part: Part) -> str:
         """The shard that a part becomes."""
-        return f"{part.id}-{self.tag}"
+        return f"{part.id}{self.apart}-{self.tag}"
 
     def read(self, source: Source, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """The episodes of a part that the store takes, and the problems of those; a problem of a whole file counts for all."""
         for found in source.episodes(part, images):
             if isinstance(found, Episode):
-                number = found.metadata.get("number")
+                number = number_of(found.metadata)
             else:
                 number = None if found.record is None else part.start + found.record - part.first
             if self.episodes is None or number in self.episodes or (number is None and isinstance(found, Problem)):
@@ -93,24 +97,9 @@ class Shards:
         self.setting = setting
         self.writer = RolloutWriter(output, space, policy, measured)
 
-    def _note(self, part: Part) -> Path:
+    def note(self, part: Part) -> Path:
+        """Where it is kept what a part was made from, and what was left out of it."""
         return self.writer.shard_path(self.setting.job(part)).with_suffix(".json")
-
-    def require_new(self, parts: Sequence[Part]) -> None:
-        """Raise :class:`InputError` if the store has episodes of these ``parts`` already that other options made: it would
-        hold them twice."""
-        mine = {self.setting.job(part) for part in parts}
-        wanted = {part.id for part in parts}
-        for shard in sorted(self.writer.shards.glob("*.parquet")):
-            if shard.stem in mine or shard.stem.rpartition("-")[0] not in wanted:
-                continue
-            there = {e["metadata"].get("number") for e in shard_info(shard)["episodes"]}
-            twice = there if self.setting.episodes is None else there & set(self.setting.episodes)
-            if twice:
-                raise InputError(
-                    f"{shard}: holds {len(twice)} of these episodes already, made with other options; name another --output "
-                    "or other --episodes"
-                )
 
     def finished(self, part: Part) -> bool:
         """Whether a part is done: its note is there, and its shard, or it is known to hold nothing of use.
@@ -118,13 +107,15 @@ class Shards:
         Raises:
             InputError: it was made from another file than the one that is there now.
         """
-        note, shard = self._note(part), self.writer.shard_path(self.setting.job(part))
+        note, shard = self.note(part), self.writer.shard_path(self.setting.job(part))
         if not note.exists():
             return False
-        values = self._read(note)
+        values = read_note(note)
         told = None
         if values["size"] != part.size:
             told = f"{part.file} (and what follows) had {values['size']} bytes, now it has {part.size}"
+        elif values["content"] not in (None, part.content):
+            told = f"{part.file} (or what follows) held something else"
         elif changed := [f for f, time in _changed(values["problems"]).items() if time not in (None, values["changed"].get(f))]:
             told = f"{changed[0]} had a problem, it was changed since"
         if told is not None:
@@ -133,18 +124,12 @@ class Shards:
             )
         return shard.exists() or values["episodes"] == 0
 
-    def _read(self, note: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(note.read_text())
-            return {"changed": {}} | {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{note}: not readable ({error!r}); delete it to make its shard anew") from None
-
     def write(self, part: Part, episodes: Sequence[Episode], problems: Sequence[Problem]) -> None:
         """Finish a part: first what was left out, then the shard."""
-        note = self._note(part)
+        note = self.note(part)
         told = [p.to_dict() for p in problems]
         values = {"size": part.size, "episodes": len(episodes), "problems": told, "changed": _changed(told)}
+        values |= {"path": place_of(self.setting.path), "part": part.id, "content": part.content, "apart": self.setting.apart}
         write_text(note, json.dumps(values, indent=1) + "\n")
         if episodes:
             self.writer.write(self.setting.job(part), episodes)
@@ -153,8 +138,8 @@ class Shards:
 
     def problems(self, parts: Sequence[Part]) -> list[Problem]:
         """What was left out of finished parts."""
-        notes = [self._note(part) for part in parts]
-        return [Problem(**p) for note in notes if note.exists() for p in self._read(note)["problems"]]
+        notes = [self.note(part) for part in parts]
+        return [Problem(**p) for note in notes if note.exists() for p in read_note(note)["problems"]]
 
 
 def _changed(problems: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
@@ -318,11 +303,14 @@ def convert(
     require_apart(path, output)
     setting = make_setting(source, path, conventions, split, camera, images, episodes)
     found = setting.open()
+    if images:
+        found.cameras.require()
     tell("note", found.notes)
+    setting = settle(output, setting, found)
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
     measured = statistics is None
     shards = Shards(output, setting, space, measured=measured)
-    shards.require_new(found.parts)
+    require_new(shards, found)
     waiting = [part for part in found.parts if not shards.finished(part)]
     groups = [Group(setting, tuple(p), str(output), space, measured, on_error) for p in chunks(waiting, workers)]
     from tqdm import tqdm

@@ -132,21 +132,25 @@ def _describe_store(store: RolloutStore) -> None:
     _lengths(lengths)
     print(f"success   {np.mean(known):.1%} of {len(known)}" if known else "success   unknown")
     labelled = ~np.isnan(a["targets"]).any(1)
-    kind = "teacher's actions" if store.labelled_by_teacher else "recorded actions (demonstrations, no teacher)"
+    kind = "the teacher's actions" if store.labelled_by_teacher else "the recorded actions (demonstrations, no teacher)"
     print(f"labels    {kind}, {labelled.mean():.1%} of the steps")
     print(f"generated {(a['sources'] == Actor.GENERATOR).mean():.1%} of the steps")
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")
-    _actions(space.denormalize(a["actions"][:: 1 + store.frames // MOST_STEPS]), space)
+    every = slice(None, None, 1 + store.frames // MOST_STEPS)
+    _actions(space.denormalize(a["actions"][every]), space)
+    if store.labelled_by_teacher and labelled[every].any():
+        _actions(space.denormalize(a["targets"][every][labelled[every]]), space, "label", "the teacher's actions")
 
 
 def _lengths(lengths: NDArray[Any]) -> None:
     print(f"lengths   median {np.median(lengths):g}, {lengths.min()} to {lengths.max()}   {histogram(lengths)}")
 
 
-def _actions(actions: NDArray[np.float32], space: ActionSpace) -> None:
-    print("action    " + "  ".join(f"{name:>7}" for name in ("q01", "q25", "q50", "q75", "q99")) + "   (environment units)")
+def _actions(actions: NDArray[np.float32], space: ActionSpace, name: str = "action", what: str = "as executed") -> None:
+    quantiles = "  ".join(f"{q:>7}" for q in ("q01", "q25", "q50", "q75", "q99"))
+    print(f"{name:10s}{quantiles}   ({what}, environment units)")
     idle = np.abs(np.delete(actions, list(space.gripper), axis=1)).max(1) < 1e-3
     for d, row in enumerate(np.quantile(actions, [0.01, 0.25, 0.5, 0.75, 0.99], axis=0).T):
         print(f"  {d:3d}     " + "  ".join(f"{v:7.3f}" for v in row) + f"   {histogram(actions[:, d])}   {space.role(d)}")

@@ -153,6 +153,11 @@ class Conventions:
         """Whether a part is the difference to the next step, which the last step lacks."""
         return any(f.takes_difference for f in (*self.action, *self.state))
 
+    def kept(self, length: int) -> slice:
+        """Which steps of an episode of this length are kept; none where it is too short."""
+        first = min(self.skip_first, length)
+        return slice(first, max(length - self.has_difference, first))
+
     @property
     def keys(self) -> list[str]:
         """The features that actions, states and the instruction need."""
@@ -271,7 +276,7 @@ def standardize(
         images: frames (T) by camera that ``steps`` does not hold.
     """
     length = len(next(iter(steps.values())))
-    kept = slice(min(conventions.skip_first, length), length - conventions.has_difference)
+    kept = conventions.kept(length)
     if kept.stop <= kept.start:
         return Problem(file, f"has {length} steps, of which none is left", number)
     values: dict[str, FloatArray] = {}
@@ -292,8 +297,7 @@ def standardize(
     if conventions.instruction is not None:
         if conventions.instruction not in steps:
             return Problem(file, "there is no such feature", number, conventions.instruction)
-        text = steps[conventions.instruction][kept.start]
-        instruction = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        instruction = as_text(steps[conventions.instruction][kept.start])
     pictures: dict[str, Sequence[Any]] = {name: list(steps[key][kept]) for name, key in cameras.items()}
     pictures |= {name: frames[kept] for name, frames in images.items()}
     if timestamps is None:
@@ -306,6 +310,11 @@ def standardize(
         images=pictures,
         metadata=dict(facts),
     )
+
+
+def as_text(value: Any) -> str:
+    """A text feature's value."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def first_action_note(where: str, episodes: Sequence[Episode], space: ActionSpace) -> list[str]:

@@ -59,7 +59,8 @@ class Part:
         first: first record (episode) in the file.
         count: how many.
         start: number of the first one in the whole data set.
-        size: bytes of the file (or files) that it is read from: by it, a part is known to be the one that was read before.
+        size: bytes of the file (or files) that it is read from.
+        content: a hash of what it holds: by both, a part is known to be the one that was read before.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Part:
     count: int
     start: int
     size: int
+    content: str
 
 
 def deal(parts: Sequence[Part], rank: int, world: int) -> list[Part]:

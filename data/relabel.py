@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
+from data.identity import hub_name, require_new, settle
 from data.images import ImageCheck, encode_images, is_upside_down, read_rgb
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
@@ -35,6 +36,8 @@ from spvla.fields import naming
 from spvla.observation import Observation
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.registry import load_vla
+
+SECONDS_SHOWN = 2.0  # between two states of the progress bar, however small a batch is
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _run(job: Job, fabric: Any) -> None:
     vla = load_vla(job.policy, job.checkpoint, job.options)
     source.space.require_compatible(vla.action_space, f"policy {job.policy!r}")
     shards = Shards(Path(job.output), job.setting, vla.action_space, job.policy)
-    shards.require_new(source.parts)
+    require_new(shards, source)
     left = fabric.broadcast([i for i, part in enumerate(source.parts) if not shards.finished(part)])
     waiting = [source.parts[i] for i in left]  # as the first process sees it: shards appear while others start
     mine = deal(waiting, fabric.global_rank, fabric.world_size)
@@ -200,6 +203,7 @@ def _run(job: Job, fabric: Any) -> None:
     outputs: dict[int, list[VLAOutput]] = {}
     running: int | None = None  # episode of the part at hand
     steps, start = 0, perf_counter()
+    shown = start
     parent = multiprocessing.parent_process()
     total = sum(p.count for p in source.parts)
     from tqdm import tqdm
@@ -213,8 +217,10 @@ def _run(job: Job, fabric: Any) -> None:
                     outputs.setdefault(episode, []).append(output)
                 running = item.episodes[-1]
                 steps += len(item.episodes)
-                rate = steps / (perf_counter() - start) * fabric.world_size
-                bar.set_postfix(steps_per_second=f"{rate:.1f}")
+                now = perf_counter()
+                if now - shown >= SECONDS_SHOWN:
+                    bar.set_postfix(steps_per_second=f"{steps / (now - start) * fabric.world_size:.1f}")
+                    shown = now
                 continue
             if item.problems and job.on_error == "stop":
                 raise DataError(item.problems[0])
@@ -285,9 +291,9 @@ def relabel(
         raise InputError(f"relabel: batch_size must be at least 1, got {batch_size}")
     setting = make_setting(source or "lerobot", where, conventions, split, camera, images, episodes, facts)
     found = setting.open()
-    if found.camera is None:
-        raise InputError(f"{where}: has no images, or its conventions name no camera; a VLA cannot be asked")
+    found.cameras.require()
     tell("note", found.notes)
+    setting = settle(output, setting, found)
     job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1
     strategy = (
@@ -323,7 +329,9 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
     values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
     where = Path(values.get("data") or values.get("path") or ".")
     text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)
-    name = where.resolve().name if not where.name.replace(".", "").isdecimal() else where.resolve().parent.name
+    name = (
+        hub_name(where) or where.resolve().name if not where.name.replace(".", "").isdecimal() else where.resolve().parent.name
+    )
     store = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     relabel(store, **values)
     return store

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.cameras import Cameras
+from data.identity import digest
 from data.images import ImageCheck
-from data.openx import Conventions, Steps, find_conventions, first_action_note, standardize
+from data.openx import Conventions, Steps, as_text, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
+from data.words import Words, several_words_note, split_at_words
 from spvla.episodes import Episode
 from spvla.errors import InputError
 
@@ -65,6 +68,10 @@ class Index:
     def identities(self) -> Iterator[tuple[int, int]]:
         """Length and check sum of each record: equal for equal records."""
         return zip(self.lengths.tolist(), self.sums.tolist(), strict=True)
+
+    def contents(self) -> list[str]:
+        """The same as text."""
+        return [f"{length:x}-{check:08x}" for length, check in self.identities()]
 
 
 def scan(path: Path) -> Index:
@@ -158,6 +165,19 @@ class RldsFolder:
         shape = tuple(self.leaf(key).shape)
         return None if any(n is None for n in shape) else shape
 
+    def find_cameras(self, named: str | None) -> Cameras:
+        """The image features of a step by kind, and which of them is ``named``. Raises :class:`InputError`: see
+        :class:`~data.cameras.Cameras`."""
+        import tensorflow_datasets as tfds
+
+        images = {key: f for key, f in _leaves(self.steps).items() if isinstance(f, tfds.features.Image)}
+        depth = [key for key, f in images.items() if np.dtype(f.np_dtype) != np.uint8]  # 16 bits, or metres
+        colour = [key for key, f in images.items() if key not in depth and f.shape[-1] == 3]
+        others = [key for key in images if key not in depth and key not in colour]
+        if named is not None and named not in images:
+            others.append(named)  # a feature in a form of its own, which is told when it cannot be read
+        return Cameras(str(self.path), colour, depth, others, named)
+
     def reader(self, keys: Sequence[str]) -> RldsReader:
         """A parser for the features ``keys`` of a step and for the episode's metadata."""
         return RldsReader(self, tuple(dict.fromkeys(keys)))
@@ -213,7 +233,7 @@ class RldsReader:
                 return Problem(file, "the record lacks this feature", number, key)
             steps[key] = value
         lengths = {key: len(value) for key, value in steps.items()}
-        usual = Counter(lengths.values()).most_common(1)[0][0]
+        usual = Counter(lengths.values()).most_common(1)[0][0] if lengths else 0
         for key, length in lengths.items():
             if length != usual:
                 return Problem(file, f"has {length} steps where others have {usual}", number, key)
@@ -256,12 +276,13 @@ class RldsSource:
 
     def __init__(self, path: Path, conventions: str | Path | None, split: str, camera: str | None) -> None:
         self.folder = RldsFolder(path)
-        self.name = self.folder.name
+        self.name, self.named = self.folder.name, True
         self.conventions: Conventions = find_conventions(conventions, self.name)
         self.space = self.conventions.space(self.name)
-        self.camera = camera or self.conventions.camera
         if camera is not None:
             self.folder.leaf(camera)
+        self.cameras = self.folder.find_cameras(camera or self.conventions.camera)
+        self.camera = self.cameras.chosen
         splits = self.folder.splits
         if split != "all" and split not in splits:
             raise InputError(f"{self.folder.path}: no split {split!r}; there are: {', '.join(splits)}, or all")
@@ -271,6 +292,7 @@ class RldsSource:
         self.indexes: dict[str, Index] = {}
         self.repeats: dict[str, set[int]] = {}
         self.repeated: Counter[tuple[str, str]] = Counter()
+        self.contents: dict[int, tuple[Any, ...]] = {}
         seen: dict[tuple[int, int], str] = {}
         start = 0
         for name in self.chosen:
@@ -288,7 +310,9 @@ class RldsSource:
                 for first in range(0, records, EPISODES_PER_PART):
                     part = f"{self.name}-{name}-{number:05d}-{first:06d}"
                     count = min(EPISODES_PER_PART, records - first)
-                    self.parts.append(Part(part, str(file), first, count, start + first, size))
+                    content = digest(index.contents()[first : first + count])
+                    self.parts.append(Part(part, str(file), first, count, start + first, size, content))
+                self.contents |= {start + i: (content,) for i, content in enumerate(index.contents())}
                 start += records
         if not any(Path(file).is_file() for file in self.indexes):
             raise InputError(
@@ -355,15 +379,15 @@ class RldsSource:
             elif has_image and not any(has_image):
                 out.append(f"{where}: episode_metadata/{name} is false, yet {self.camera} shows something; its images count")
         episodes = [e for e in self.episodes(part) if isinstance(e, Episode)]
-        return [*out, *first_action_note(str(where), episodes, self.space)]
+        out += [*self.cameras.note, *several_words_note(str(where), episodes)]
+        return [*out, *first_action_note(str(where), [e for e in episodes if not e.metadata.get("part")], self.space)]
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images are encoded, as the shard holds them."""
         reader = self.reader
         if images:
-            if self.camera is None:
-                raise InputError(f"{self.folder.path}: its conventions name no camera; name one with --camera")
-            self._with_images = self._with_images or self.folder.reader([*self.conventions.keys, self.camera])
+            camera = self.cameras.require()
+            self._with_images = self._with_images or self.folder.reader([*self.conventions.keys, camera])
             reader = self._with_images
         index, repeats = self.indexes[part.file], self.repeats[part.file]
         for i, record in read_records(index, part.first, part.count):
@@ -373,11 +397,21 @@ class RldsSource:
             if isinstance(steps, Problem):
                 yield steps
             else:
-                facts = {"dataset": self.name, "file": Path(part.file).name, "record": i, "number": part.start + i - part.first}
+                number = part.start + i - part.first
+                facts = {"dataset": self.name, "named": True, "file": Path(part.file).name, "record": i, "number": number}
+                facts["content"] = self.contents[number][0]
                 cameras = {self.camera.rpartition("/")[2]: self.camera} if images and self.camera else {}
-                yield standardize(steps, self.conventions, part.file, i, facts, cameras)
+                found = standardize(steps, self.conventions, part.file, i, facts, cameras)
+                yield from [found] if isinstance(found, Problem) else split_at_words(found, self._words(steps, found))
         if index.problem is not None and part.first <= len(index) < part.first + part.count:
             yield index.problem
+
+    def _words(self, steps: Steps, episode: Episode) -> Words:
+        """The words of each step that ``episode`` keeps."""
+        if self.conventions.instruction is None:
+            return Words([episode.instruction], np.zeros(len(episode), np.int64))
+        values = steps[self.conventions.instruction]
+        return Words.of(values[self.conventions.kept(len(values))], as_text)
 
 
 def _missing(file: Path) -> Index:

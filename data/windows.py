@@ -252,6 +252,8 @@ def _scene(info: EpisodeInfo) -> Hashable | None:
     which = "seed" if facts.get("init_state") is None else "init_state"
     if facts.get("suite") is not None and facts.get(which) is not None:
         return facts["suite"], facts.get("task"), which, facts[which]
+    if facts.get("content") and not facts.get("named"):  # the folder's name may be that of another data set too
+        return "content", facts["content"]
     if facts.get("dataset") is not None and facts.get("number") is not None:
         return facts["dataset"], facts.get("file"), facts["number"]
     return None

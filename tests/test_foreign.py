@@ -167,16 +167,13 @@ def config(**changes):
         ({"temporal_ensemble_coeff": 0.01}, "temporal ensembling .* not supported"),
         ({"action_feature": SimpleNamespace(shape=(14,))}, "14 dimensions, the action space 'libero' has 7"),
         ({"image_features": {f"observation.images.{k}": None for k in "abc"}}, "has 3 images; say with cameras="),
-        ({}, "does not say where its processors are; use LeRobotVLA"),
+        pytest.param({}, "does not say where its processors are; use LeRobotVLA", marks=pytest.mark.lerobot),
     ],
 )
 def test_lerobot_policies_that_are_not_supported_are_refused(changes, message):
     policy = SimpleNamespace(config=config(**changes), predict_action_chunk=None)
     with pytest.raises(InputError, match=message):
-        try:
-            as_vla(policy, LIBERO)
-        except ImportError:  # the last case needs LeRobot to get further
-            pytest.skip("LeRobot is not installed")
+        as_vla(policy, LIBERO)
 
 
 # ----------------------------------------------------------------------- with LeRobot itself: make test-lerobot
@@ -185,7 +182,6 @@ def test_lerobot_policies_that_are_not_supported_are_refused(changes, message):
 @pytest.fixture(scope="module")
 def act(tmp_path_factory):
     """A small random ACT, saved with its processors and loaded again: 8 of 10 planned actions are executed."""
-    pytest.importorskip("lerobot", reason="make test-lerobot")
     import torch
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.act.configuration_act import ACTConfig
@@ -232,6 +228,7 @@ def look(t):
     return Observation(images[0], g.normal(size=8).astype(np.float32), images[1])
 
 
+@pytest.mark.lerobot
 def test_lerobot_acts_as_in_its_own_loop(act):
     import torch
     from lerobot.policies.act.modeling_act import ACTPolicy
@@ -258,6 +255,7 @@ def test_lerobot_acts_as_in_its_own_loop(act):
         assert policy.stats()["vla_calls"] == 3
 
 
+@pytest.mark.lerobot
 def test_lerobot_skips_plans_while_the_generator_goes_on(act):
     from spvla.vlas.registry import load_vla
 
@@ -268,6 +266,7 @@ def test_lerobot_skips_plans_while_the_generator_goes_on(act):
     assert "".join("VG"[s.source] for s in policy.steps) == ("V" * 8 + "G" * 4) * 2
 
 
+@pytest.mark.lerobot
 def test_lerobot_says_what_does_not_fit(act):
     from spvla.vlas.registry import load_vla
 

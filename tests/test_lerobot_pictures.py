@@ -155,7 +155,7 @@ class Broken:
 
 
 def test_only_wanted_episodes_and_their_problems_come_out():
-    part = Part("p", "file", first=5, count=3, start=40, size=0)
+    part = Part("p", "file", first=5, count=3, start=40, size=0, content="")
     for wanted, count, problems in (((40, 42), 2, 0), ((41,), 0, 1), (None, 2, 1), ((7,), 0, 0)):
         found = list(Setting("lerobot", "x", episodes=wanted).read(Broken(), part))
         assert [len([e for e in found if isinstance(e, kind)]) for kind in (Episode, Problem)] == [count, problems]

@@ -17,7 +17,8 @@ from data.lerobot.times import EPISODES_TIMED
 from data.openx import first_action_note
 from data.parts import Problem
 from data.video import frame_clock
-from spvla.episodes import Episode, vectors
+from data.words import several_words_note
+from spvla.episodes import vectors
 from spvla.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ def notes(source: LerobotSource) -> list[str]:
             frames = _count_frames(video) if isinstance(video, Path) else None
             if frames and row.length and frames != row.length:
                 out.append(f"{row.file}: {row.length} steps, but its video of {camera} has {frames} frames")
-    episodes = [e for e in (source.read(row, False) for row in layout.rows[:EPISODES_TIMED]) if isinstance(e, Episode)]
-    return [*out, *layout.told, *_check_rows(source), *first_action_note(str(layout.path), episodes, source.space)]
+    read = (source.read(row, False) for row in layout.rows[:EPISODES_TIMED])
+    episodes = [e for found in read if not isinstance(found, Problem) for e in found]
+    out += [*layout.told, *source.cameras.note, *_check_rows(source), *several_words_note(str(layout.path), episodes)]
+    whole = [e for e in episodes if not e.metadata.get("part")]
+    return [*out, *first_action_note(str(layout.path), whole, source.space)]
 
 
 def _other_videos(layout: Layout) -> str:
@@ -86,7 +90,7 @@ def _check_rows(source: LerobotSource) -> list[str]:
     """The first episodes' times against the control rate, and their extremes against those that ``meta/`` states."""
     layout = source.layout
     gaps: list[NDArray[np.float64]] = []
-    untimed, silent, out = 0, 0, []
+    untimed, silent, retold, out = 0, 0, 0, []
     stated = _stated_extremes(layout)
     for row in layout.rows[:EPISODES_CHECKED]:
         try:
@@ -95,7 +99,10 @@ def _check_rows(source: LerobotSource) -> list[str]:
             table = None
         if table is None or not table.num_rows:
             continue
-        silent += not source.instruction(row, table).strip()
+        words = source.words(row, table)
+        used = {""} if isinstance(words, Problem) else words.used()
+        silent += not any(map(str.strip, used))
+        retold += bool(row.tasks) and not isinstance(words, Problem) and used != set(row.tasks)
         times = recorded_times(table, source.time_unit)
         untimed += times is None
         numbers = table["episode_index"].unique().to_pylist() if "episode_index" in table.column_names else [row.number]
@@ -118,6 +125,7 @@ def _check_rows(source: LerobotSource) -> list[str]:
     for count, what in (
         (untimed, "no usable timestamps; they are counted by the control rate"),
         (silent, "no instruction"),
+        (retold, "other words in meta/episodes than by their task_index, which counts"),
     ):
         if count:
             out.append(f"{layout.path}: {count} of the first {min(len(layout.rows), EPISODES_CHECKED)} episodes have {what}")

@@ -17,6 +17,8 @@ from spvla.episodes import read_vectors
 from spvla.errors import InputError
 from spvla.gripper import GripperValues, judge_grippers
 
+OWN_CAMERA = "observation.images.image"  # of a rollout store: the main one, see spvla.Observation
+
 
 def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: bool) -> Conventions:
     """The conventions that were ``wanted``, a rollout store's own, or those that the names tell.
@@ -26,7 +28,8 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
     """
     if own_space:
         state = (Field(key="observation.state"),) if "observation.state" in layout.widths else ()
-        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, _first_camera(layout), None)
+        camera = OWN_CAMERA if OWN_CAMERA in layout.features else None
+        return Conventions("eef_delta", 1.0, (Field(key="action"),), state, camera, None)
     robot = str(layout.info.get("robot_type"))
     if wanted is None:
         return conventions_from_names(layout)
@@ -37,11 +40,6 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
         layout.told.append(f"{layout.path}: {told}; the conventions are taken")
     tell_other_names(layout, found, wanted)
     return found
-
-
-def _first_camera(layout: Layout) -> str | None:
-    """The first camera that the metadata lists and the folder has pictures of."""
-    return next(filter(layout.has_images, layout.cameras()), None)
 
 
 def _rate_known(layout: Layout) -> bool:
@@ -111,7 +109,7 @@ def conventions_from_names(layout: Layout) -> Conventions:
     told = f"gripper {', '.join(values)}, {'binary' if binary else 'continuous'}" if values else "no gripper"
     told = f"{kind} at {rate:g} Hz, {told}"
     layout.told.append(f"{layout.path}: no conventions given; from the names in {layout.about.name}: {told}")
-    return Conventions(kind, rate, parts, state, _first_camera(layout), None, binary)
+    return Conventions(kind, rate, parts, state, None, None, binary)
 
 
 def _look_at_all(layout: Layout, named: ActionNames, rate: float) -> tuple[list[GripperValues], Evidence | None]:

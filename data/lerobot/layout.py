@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.cameras import Cameras, is_depth
 from data.lerobot.columns import in_one_form, is_vector
 from data.lerobot.metadata import by_episode, read_episode_tables, read_json, read_json_lines, read_tasks, whole_number
 from data.parts import Problem
@@ -48,6 +49,12 @@ class EpisodeRows:
     length: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The words that ``meta/`` has for the episode as a whole."""
+        told = self.meta.get("tasks")
+        return [told] if isinstance(told, str) else [] if told is None else [str(text) for text in told]
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,24 @@ class Layout:
         if self.features[camera].get("dtype") == "video":
             return any(isinstance(self.video_file(row, camera), Path) for row in rows)
         return any(camera in self._schema(file).names for file in dict.fromkeys(row.file for row in rows))
+
+    def image_shape(self, camera: str) -> tuple[int, ...] | None:
+        """(H, W, C), whatever order the metadata lists them in, or None where it does not say."""
+        feature = self.features[camera]
+        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
+        sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
+        wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
+        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
+
+    def find_cameras(self, named: str | None) -> Cameras:
+        """The folder's cameras by kind, and which of them is ``named``. Raises :class:`InputError`: see
+        :class:`~data.cameras.Cameras`."""
+        every = self.cameras()
+        depth = [c for c in every if is_depth(self.features[c])]
+        plain = [c for c in every if c not in depth and (self.image_shape(c) or (0, 0, 3))[2] in (3, 4)]
+        colour = [c for c in plain if self.has_images(c)]
+        others = [c for c in every if c not in colour and c not in depth]
+        return Cameras(str(self.path), colour, depth, others, named)
 
     def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
         """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.

@@ -7,6 +7,7 @@ episodes. (The writer of v3.0 is ``spvla.episodes``.)
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
+from data.identity import digest, file_content, hub_name
 from data.lerobot import audit
 from data.lerobot.clock import find_frames
 from data.lerobot.columns import INDEX, recorded_times, to_array
@@ -25,6 +28,7 @@ from data.lerobot.times import find_unit
 from data.openx import standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames
+from data.words import Words, split_at_words
 from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors
 from spvla.errors import InputError
 
@@ -48,24 +52,38 @@ class LerobotSource:
     def __init__(self, path: Path, conventions: str | Path | None = None, camera: str | None = None) -> None:
         self.path = Path(path)
         self.layout = layout = Layout(self.path)
-        self.name = self.path.resolve().name
+        hub = hub_name(self.path)
+        self.name, self.named = hub or self.path.resolve().name, hub is not None
         self.own_space = (self.path / "meta" / "spvla.json").is_file() and conventions is None
         self.conventions = choose_conventions(layout, conventions, self.own_space)
         self.space = read_action_space(self.path) if self.own_space else self.conventions.space(self.name, layout.widths)
         for key in self.conventions.keys:
             if key not in layout.columns:
                 raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(layout.columns)}")
-        self.camera = camera or self.conventions.camera
-        if self.camera is not None and self.camera not in layout.features:
-            raise InputError(f"{self.path}: no camera {self.camera!r}; there are: {', '.join(layout.cameras()) or 'none'}")
-        self.image_shape = self._image_shape()
+        self.cameras = layout.find_cameras(camera or self.conventions.camera)
+        self.camera = self.cameras.chosen
+        self.image_shape = None if self.camera is None else layout.image_shape(self.camera)
         self.time_unit = 1.0 if self.own_space else find_unit(layout, self.conventions.control_rate)  # seconds
         self.columns = (*INDEX, *self.conventions.keys, *(LABEL_COLUMNS if self.own_space else ()))
+        files = {file: file_content(file) for file in dict.fromkeys(row.file for row in layout.rows)}
+        self._contents = [digest((files[row.file], row.first, row.length, row.number)) for row in layout.rows]
         self.parts = []
         for at in range(0, len(layout.rows), EPISODES_PER_PART):
             rows = layout.rows[at : at + EPISODES_PER_PART]
             size = sum(f.stat().st_size for f in dict.fromkeys(r.file for r in rows) if f.is_file())
-            self.parts.append(Part(f"{self.name}-{at:06d}", str(rows[0].file), at, len(rows), at, size))
+            content = digest(self._contents[at : at + EPISODES_PER_PART])
+            self.parts.append(Part(f"{self.name}-{at:06d}", str(rows[0].file), at, len(rows), at, size, content))
+
+    @cached_property
+    def contents(self) -> dict[int, tuple[Any, ...]]:
+        """See :class:`~data.sources.Source`; an episode of a rollout store is the recording that it was made from."""
+        out: dict[int, tuple[Any, ...]] = {}
+        for row, content in zip(self.layout.rows, self._contents, strict=True):
+            recorded = _recorded(row) or {}
+            if row.number is not None:
+                known = recorded.get("content")
+                out[row.number] = (content,) if known is None else (known, recorded.get("part"))
+        return out
 
     @cached_property
     def notes(self) -> list[str]:
@@ -74,16 +92,14 @@ class LerobotSource:
 
     def episodes(self, part: Part, images: bool = False) -> Iterator[Episode | Problem]:
         """See :class:`~data.sources.Source`. Images from Parquet are encoded, those from video :class:`VideoFrames`."""
-        if images and self.camera is None:
-            listed = self.layout.cameras()
-            there = [camera for camera in listed if self.layout.has_images(camera)]
-            told = f"no camera with pictures, or the conventions name none; listed are {listed}, pictures are there of {there}"
-            raise InputError(f"{self.path}: {told}", code="no-camera", field="camera")
+        if images:
+            self.cameras.require()
         for row in self.layout.rows[part.first : part.first + part.count]:
-            yield self.read(row, images)
+            found = self.read(row, images)
+            yield from [found] if isinstance(found, Problem) else found
 
-    def read(self, row: EpisodeRows, images: bool) -> Episode | Problem:
-        """One episode, with images if they are asked for, or the problem that it has."""
+    def read(self, row: EpisodeRows, images: bool) -> list[Episode] | Problem:
+        """One recording as an episode per instruction, with images if they are asked for, or the problem that it has."""
         file = str(row.file)
         if row.problem is not None:
             return Problem(file, row.problem, row.number)
@@ -117,38 +133,49 @@ class LerobotSource:
                 return found
             pictures[self.camera.rpartition(".")[2]] = found
         times = recorded_times(table, self.time_unit)
-        facts: dict[str, Any] = {"dataset": self.name, "file": row.file.name, "number": row.number}
+        recorded = _recorded(row)
+        if recorded is None:
+            return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
+        facts: dict[str, Any] = {"dataset": self.name, "named": self.named, "file": row.file.name, "number": row.number}
+        facts["content"] = self.contents.get(row.number, ("",))[0] if row.number is not None else ""
         if "metadata" in row.meta:
-            try:
-                facts = {**json.loads(row.meta["metadata"]), "number": row.number}
-            except (ValueError, TypeError):
-                return Problem(file, f"is {row.meta['metadata']!r} in meta/episodes, not a JSON object", row.number, "metadata")
+            facts = {**recorded, "row" if "number" in recorded else "number": row.number}
         number = -1 if row.number is None else row.number
-        instruction = self.instruction(row, table)
-        if not instruction.strip() and not self.own_space and self.conventions.instruction is None and self.layout.has_words:
+        words = self.words(row, table)
+        if isinstance(words, Problem):
+            return words
+        lost = not any(map(str.strip, words.used())) and self.layout.has_words
+        if lost and not self.own_space and self.conventions.instruction is None:
             told = "its task has no words in meta/, as the tasks of other episodes have"
             return Problem(file, told, row.number, "task_index")
-        out = standardize(steps, self.conventions, file, number, facts, {}, instruction, times, pictures)
-        if isinstance(out, Episode):
-            out.success = row.meta.get("success")
-            if self.own_space:  # a rollout store: its labels come along
-                try:
-                    for name in LABELS:
-                        if VECTOR_COLUMNS[name] in table.column_names:
-                            setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
-                    out.sources = read_sources(table, file)
-                    out.check(self.space, file)
-                except InputError as error:
-                    return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
-        return out
+        out = standardize(steps, self.conventions, file, number, facts, {}, None, times, pictures)
+        if isinstance(out, Problem):
+            return out
+        out.success = row.meta.get("success")
+        if self.own_space:  # a rollout store: its labels come along
+            try:
+                for name in LABELS:
+                    if VECTOR_COLUMNS[name] in table.column_names:
+                        setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
+                out.sources = read_sources(table, file)
+                out.check(self.space, file)
+            except InputError as error:
+                return Problem(file, str(error).removeprefix(f"{file}: "), row.number)
+        return split_at_words(out, words[self.conventions.kept(table.num_rows)])
 
-    def instruction(self, row: EpisodeRows, table: pa.Table) -> str:
-        """The words of an episode, or nothing where there are none."""
-        told = row.meta.get("tasks")
-        if told is not None and len(told):
-            return str(told if isinstance(told, str) else told[0])
-        index = table["task_index"][0].as_py() if "task_index" in table.column_names and table.num_rows else None
-        return "" if index is None else self.layout.tasks.get(index, "")
+    def words(self, row: EpisodeRows, table: pa.Table) -> Words | Problem:
+        """The words of each frame, '' where there are none: what the task table says of its ``task_index``; where it says
+        nothing, the only words that ``meta/`` has for the whole episode."""
+        told, tasks = row.tasks, self.layout.tasks
+        only = told[0] if len(told) == 1 else ""
+        if "task_index" in table.column_names:
+            indices = table["task_index"].to_numpy()
+            if len(told) < 2 or tasks.keys() & set(np.unique(indices).tolist()):
+                return Words.of(indices, lambda index: tasks.get(index, only))
+        if len(told) > 1:
+            reason = f"has {len(told)} tasks in meta/, and nothing says which step is part of which"
+            return Problem(str(row.file), reason, row.number, "task_index")
+        return Words([only], np.zeros(table.num_rows, np.int64))
 
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
@@ -157,14 +184,25 @@ class LerobotSource:
             return found if isinstance(found, Problem) else VideoFrames(found.path, found.numbers)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
-        return [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
+        frames = [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
+        if _is_deep(next((f for f in frames if f is not None), b"")):
+            return Problem(str(row.file), "is a depth map (more than 8 bits of grey), not an image", row.number, self.camera)
+        return frames
 
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """(H, W, 3), whatever order the metadata lists them in, or None where it does not say."""
-        if self.camera is None:
-            return None
-        feature = self.layout.features[self.camera]
-        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
-        sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
-        wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
-        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
+
+def _is_deep(image: bytes) -> bool:
+    """Whether an encoded image has numbers of more than 8 bits."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.mode.startswith(("I", "F"))
+    except (OSError, SyntaxError, ValueError):
+        return False  # a damaged image, which is told when it is decoded
+
+
+def _recorded(row: EpisodeRows) -> dict[str, Any] | None:
+    """The metadata that a rollout store keeps of an episode, empty for any other data set; None if it cannot be read."""
+    try:
+        value = json.loads(row.meta.get("metadata", "{}"))
+    except (ValueError, TypeError):
+        return None
+    return value if isinstance(value, dict) else None

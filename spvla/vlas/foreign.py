@@ -19,9 +19,8 @@ from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError
 from spvla.observation import Observation, check_image
 from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.cameras import match_cameras
 from spvla.vlas.conventions import Conventions, conventions_by_name
-
-CAMERAS = ("image", "wrist_image")
 
 
 def as_vla(policy: Any, space: ActionSpace | None = None) -> VLA:
@@ -50,7 +49,7 @@ class ForeignVLA:
 
     Args:
         policy: what acts. ``reset`` is given the instruction if it takes an argument. ``select_action`` returns an action (D,)
-            or a chunk (T, D), as an array or tensor, in environment units.
+            or a chunk (T, D), as an array or tensor, in environment units; see :func:`_actions` for what else is read.
         space: the space of its actions.
         convert: makes the policy's input from an :class:`~spvla.Observation` and the instruction; None: the observation itself.
         forgetful: ``reset`` it before each call. Needed by one that queues a chunk inside ``select_action``: while the
@@ -90,16 +89,37 @@ class ForeignVLA:
 
 
 def _actions(value: Any, who: str) -> Any:
-    """What a policy returned as float32 (T, D)."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().float().numpy()
+    """What a policy returned as float32 (T, D).
+
+    Read are an action (D,) and a chunk (T, D), as array, tensor or list of such, and a dict that holds one of these as
+    ``action`` or ``actions``. Everything else may mean several things and is refused.
+    """
+    expected = "expected an action (D,) or a chunk (T, D) in environment units"
+    if isinstance(value, Mapping):
+        keys = [key for key in ("action", "actions") if key in value]
+        if len(keys) != 1:
+            raise _unreadable(f"{who}: returned a dict with {', '.join(map(str, value))}; {expected}, or a dict with action")
+        value = value[keys[0]]
+    if isinstance(value, tuple) and any(np.ndim(_array(part)) for part in value):
+        raise _unreadable(f"{who}: returned a tuple of {len(value)} arrays, of which only you know the action; {expected}")
     try:
-        actions = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"{who}: returned {type(value).__name__}, expected an action (D,) or a chunk (T, D)") from None
-    if actions.ndim not in (1, 2):
-        raise InputError(f"{who}: returned an array of shape {actions.shape}, expected (D,) or (T, D)")
+        actions = np.asarray(_array(value), np.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise _unreadable(f"{who}: returned {type(value).__name__}, {expected}") from None
+    if actions.ndim not in (1, 2) or value is None:
+        raise _unreadable(f"{who}: returned {'None' if value is None else f'an array of shape {actions.shape}'}, {expected}")
     return np.atleast_2d(actions)
+
+
+def _array(value: Any) -> Any:
+    """``value`` with every tensor in it as an array."""
+    if hasattr(value, "detach"):
+        return value.detach().cpu().float().numpy()
+    return type(value)(map(_array, value)) if type(value) in (list, tuple) else value
+
+
+def _unreadable(message: str) -> InputError:
+    return InputError(message, code="unreadable-action", field="select_action")
 
 
 class LeRobotVLA:
@@ -109,11 +129,13 @@ class LeRobotVLA:
         policy: one that plans from a single observation; its own action queue stays unused.
         space: the space of its actions.
         processors: LeRobot's pre- and post-processor; None: those at the config's ``pretrained_path``, if it has one.
-        cameras: which of our images each of its image features is, ``{"observation.images.top": "image"}``; None: in order.
+        cameras: which of our images each of its image features is, ``{"observation.images.top": "image"}``; None: by the
+            features' names (:func:`match_cameras`).
         conventions: image steps before LeRobot's own, for example ``{rotate_180: true}`` in LIBERO.
 
     Raises:
-        InputError: a policy that needs every observation (``n_obs_steps`` > 1, temporal ensembling): not supported.
+        InputError: a policy that needs every observation (``n_obs_steps`` > 1, temporal ensembling): not supported; image
+            features that cannot be matched.
     """
 
     def __init__(
@@ -135,14 +157,7 @@ class LeRobotVLA:
                 f"{name}: temporal ensembling asks the policy at every step: not supported; set n_action_steps instead"
             )
         features = dict(config.image_features or {})
-        if cameras is None and len(features) > len(CAMERAS):
-            raise InputError(f"{name}: has {len(features)} images; say with cameras= which are ours: {', '.join(features)}")
-        self.cameras = dict(zip(features, CAMERAS, strict=False)) if cameras is None else dict(cameras)
-        for key, ours in self.cameras.items():
-            if key not in features or ours not in CAMERAS:
-                raise InputError(
-                    f"cameras: {key!r}: {ours!r} maps none of {', '.join(features)} to one of {', '.join(CAMERAS)}"
-                )
+        self.cameras = match_cameras(features, name, cameras)
         outputs = config.action_feature
         if outputs is not None and outputs.shape[0] != space.dim:
             raise InputError(
