@@ -20,6 +20,7 @@ def _gl_context() -> Any:
     else:
         os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
         from mujoco.egl import GLContext
+    GLContext._context = None  # the destructor reads it, even of a context that could not be made
     context = GLContext(0, 0)
     atexit.register(context.free)  # its own destructor comes when the modules that it needs are gone
     return context
