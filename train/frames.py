@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from data.frames import Frame, Frames, Question
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
 from spvla.vlas.conventions import Conventions, conventions_by_name
+
+REQUEST = re.compile(
+    r"(?:pick up|pick|grab|lift|take) (?:the )?(.+?) and (?:place|put|set) (?:it )?(in|into|on|onto) (?:the )?(.+)"
+)
+VERBS, PLACINGS = ("pick up", "pick", "grab", "lift", "take"), ("place", "put", "set")
+PREPOSITIONS = {"in": ("in", "into"), "into": ("in", "into"), "on": ("on", "onto"), "onto": ("on", "onto")}
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,20 @@ def questions(frame: Frame, count: int, generator: np.random.Generator) -> list[
     return [own, *(frame.others[i] for i in drawn), *[ignored] * (count - 1 - len(drawn))]
 
 
+def reword(instruction: str, rng: np.random.Generator) -> str:
+    """A pick-and-place instruction in other words, such as "grab milk and put it into the basket"; any other as it is."""
+    match = REQUEST.fullmatch(instruction.lower())
+    if match is None:
+        return instruction
+    item, preposition, place = match.groups()
+
+    def one(options: tuple[str, ...]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    words = [one(VERBS), one(("the", "")), item, "and", one(PLACINGS), one(("it", "it", ""))]
+    return " ".join(filter(None, [*words, one(PREPOSITIONS[preposition]), one(("the", "")), place]))
+
+
 class FrameStream(IterableDataset[FrameBatch]):
     """A given number of random batches, a student's mistakes more often; each pass first looks for new shards."""
 
@@ -135,10 +156,13 @@ class FrameStream(IterableDataset[FrameBatch]):
         asked = [questions(f, data.questions, generator) for f in frames]  # B x Q
         points = [np.concatenate([f.points[:2], [q.item for q in a]]) for f, a in zip(frames, asked, strict=True)]
         size, augmentation = data.image_size, self.augmentation
+        texts = [q.instruction for a in asked for q in a]
+        if augmentation is not None and data.rewording:
+            texts = [reword(text, generator) if generator.random() < data.rewording else text for text in texts]
         views = [view(f.image, p, data.conventions, size, augmentation, generator) for f, p in zip(frames, points, strict=True)]
         return FrameBatch(
             torch.from_numpy(np.stack([image for image, _ in views])),
-            [q.instruction for a in asked for q in a],
+            texts,
             torch.from_numpy(np.stack([[q.label for q in a] for a in asked])),
             torch.from_numpy(np.stack([p for _, p in views])),
             torch.from_numpy(
@@ -165,6 +189,7 @@ class FrameData(L.LightningDataModule):
         questions: instructions per frame (Q): its own, and with more than one also those for other objects of its
             scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
         labelled, camera: see :class:`data.frames.Frames`.
+        rewording: fraction of the training instructions that are put in other words, see :func:`reword`.
         seed: of the order and the augmentation.
     """
 
@@ -180,9 +205,11 @@ class FrameData(L.LightningDataModule):
         questions: PositiveInt = 1,
         labelled: bool = True,
         camera: str | None = None,
+        rewording: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.rewording = rewording
         self.batch_size, self.batches, self.validation_batches = batch_size, batches, validation_batches
         self.image_size, self.conventions = image_size, conventions_by_name(conventions)
         self.augmentation, self.questions, self.seed = augmentation, questions, seed

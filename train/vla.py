@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
+from spvla.errors import InputError
 from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig
+from spvla.vlas.registry import load_vla
 from train.frames import POINTS, FrameBatch
 
 
@@ -35,6 +37,29 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def take_weights(model: OpenVLA, earlier: OpenVLA, where: str) -> None:
+    """Give ``model`` the weights of ``earlier``, a model of the same shape that was read from ``where``.
+
+    Raises:
+        InputError: another shape, or words that have other token ids here (codes ``shape-mismatch``, ``vocabulary-mismatch``).
+    """
+    assert model.tokenizer is not None
+    mine, theirs = (m.tokenizer.get_vocab() if m.tokenizer is not None else {} for m in (model, earlier))
+    moved = sorted(word for word, i in theirs.items() if mine.get(word) != i)
+    if moved:
+        raise InputError(
+            f"{where}: the word {moved[0]!r} has token {theirs[moved[0]]} there and {mine.get(moved[0])} here; list the "
+            "checkpoint's words first and in their order",
+            code="vocabulary-mismatch",
+            field="vocabulary",
+        )
+    try:
+        model.load_state_dict(earlier.state_dict())
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"{where}: does not fit the architecture ({told})", code="shape-mismatch", field=where) from None
 
 
 @dataclass(frozen=True)
@@ -224,6 +249,8 @@ class VLAModule(L.LightningModule):
         architecture: fields of :class:`spvla.vlas.openvla.OpenVLAConfig`.
         vocabulary: words that instructions are made of.
         output: folder that the averaged model is written to, in OpenVLA's checkpoint form.
+        start: checkpoint of the same shape whose weights training begins with, a folder or ``nano_vla`` for the packaged one.
+            What exists in training alone, such as the heat maps, begins anew. Further words may follow those that it knows.
         save_every: optimiser steps between two writings.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate stays, until ...
@@ -253,6 +280,7 @@ class VLAModule(L.LightningModule):
         architecture: dict[str, Any],
         vocabulary: list[str],
         output: Path,
+        start: str | None = None,
         save_every: int = 200,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
@@ -274,6 +302,10 @@ class VLAModule(L.LightningModule):
         super().__init__()
         config = OpenVLAConfig.from_dicts({"model_type": "openvla", **architecture})
         model = OpenVLA(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
+        if start is not None:
+            earlier = load_vla("nano_vla", None if start == "nano_vla" else start)
+            assert isinstance(earlier, OpenVLA)
+            take_weights(model, earlier, start)
         layers = model.language_model.config.num_hidden_layers
         self.network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
