@@ -21,6 +21,8 @@ from spvla.vlas.base import VLAOutput
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
@@ -144,7 +146,6 @@ def test_openvla_configurations_use_the_published_weights_and_all_initial_states
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
 
-@pytest.mark.slow
 def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     what = {"suite": "libero_object", "tasks": [0], "timing_episodes": 0, "workers": 1, "output": tmp_path}
     with pytest.raises(InputError, match="there are no episodes"):
@@ -159,7 +160,6 @@ def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     assert not {int(e["seed"]) for e in episodes} & {episode_seed(0, task, None, i) for i in range(50)}, "not training's resets"
 
 
-@pytest.mark.slow
 def test_another_export_runs_only_the_cells_that_use_it_anew(tmp_path):
     what = {
         "suite": "libero_object",
@@ -193,7 +193,6 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
     return TwoCameras(np.zeros((1, 7), np.float32))
 
 
-@pytest.mark.slow
 def test_a_policy_with_two_cameras_gets_both(tmp_path):
     what = {"suite": "libero_object", "tasks": [0], "init_states": "30", "cells": [], "max_steps": 2, "render": "fast"}
     closed_loop(**what, policy="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")

@@ -9,6 +9,8 @@ from spvla import InputError
 from spvla.vlas.registry import load_vla
 from tests.conftest import ScriptedVLA
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 MILK = "pick up the milk and place it in the basket"
 
 
@@ -42,7 +44,6 @@ def test_rates():
     assert "rate" not in nothing and nothing["lifted_another"] == 1
 
 
-@pytest.mark.slow
 def test_what_a_policy_lifts_first():
     with make_env(load_tasks("libero_object", [0], 120)[0]) as env:
         env.reset(30)

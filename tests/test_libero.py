@@ -21,6 +21,8 @@ from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.base import VLA
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 if importlib.util.find_spec("libero") is None:
     pytest.skip("LIBERO is not installed: pip install -e .[libero]", allow_module_level=True)
 
@@ -98,7 +100,6 @@ def test_state_layout(env: LiberoEnv) -> None:
     np.testing.assert_allclose(low[2], 0.0, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_an_episode_depends_on_nothing_before_it(task: LiberoTask, env: LiberoEnv) -> None:
     rng = np.random.default_rng(0)
     first, other = rng.uniform(-1, 1, (2, 25, 7))
@@ -129,7 +130,6 @@ def test_expert_succeeds(env: LiberoEnv, init_state: int) -> None:
     assert np.abs(np.diff(actions[:, :3], axis=0)).mean() < 0.07, "labels change slowly"
 
 
-@pytest.mark.slow
 def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
     actions = rollout(env, "pick up the milk and place it in the basket", 30)
     milk, soup = (env.privileged().position(name) for name in ("milk_1", "alphabet_soup_1"))
@@ -138,7 +138,6 @@ def test_expert_follows_the_instruction(env: LiberoEnv) -> None:
     assert (np.abs(milk - centre) < half).all() and not (np.abs(soup - centre) < half).all()
 
 
-@pytest.mark.slow
 def test_success_is_judged_for_what_was_asked(env: LiberoEnv) -> None:
     asked = "pick up the butter and place it in the basket"
     goal = predicates(parse_goal(asked, env.scene))
@@ -191,7 +190,6 @@ def test_camera_matrix_is_mujocos_camera(env: LiberoEnv) -> None:
         assert (row + 0.5) / 128 - 1 == pytest.approx(-ray @ up / -(ray @ back) / half)
 
 
-@pytest.mark.slow
 def test_projected_objects_are_where_the_image_shows_them(task: LiberoTask) -> None:
     """Moving one object away changes the image around its projected centre."""
     with LiberoEnv(task, render="full") as env:
@@ -208,7 +206,6 @@ def test_projected_objects_are_where_the_image_shows_them(task: LiberoTask) -> N
         np.testing.assert_allclose(project(env.camera_matrix(), centre), middle, atol=4)
 
 
-@pytest.mark.slow
 def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:
     expert = Expert()
     expert.reset(env.task.instruction)
@@ -232,7 +229,6 @@ def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:
             parse_goal(instruction, env.scene)
 
 
-@pytest.mark.slow
 def test_rendering_is_robosuites_and_fast_rendering_nearly_so(task: LiberoTask) -> None:
     from libero.libero.envs.env_wrapper import ControlEnv
 

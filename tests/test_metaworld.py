@@ -13,6 +13,8 @@ from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.registry import load_vla
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 SUITE = "metaworld_mt50"
 
 
@@ -63,7 +65,6 @@ def test_what_it_cannot_do_is_said():
         load_vla("expert", suite=SUITE).predict(Observation())
 
 
-@pytest.mark.slow
 def test_pictures_of_two_simulators_in_one_process():
     pytest.importorskip("libero", reason="LIBERO is not installed")
     with make_env(load_tasks(SUITE, ["drawer-open-v3"])[0], render="full") as env:
@@ -75,7 +76,6 @@ def test_pictures_of_two_simulators_in_one_process():
         assert 20 < env.observe().require_image().std() < 70, "no noise"
 
 
-@pytest.mark.slow
 def test_the_commands_run_on_it_by_the_name_of_the_suite(tmp_path):
     collect(SUITE, tmp_path / "store", tasks=["reach-v3", "push-v3"], episodes_per_task=2, noise=0.3, workers=1)
     store = RolloutStore(tmp_path / "store")

@@ -19,6 +19,8 @@ from spvla.history import Source
 from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, untrained
 from spvla.vlas.registry import load_vla
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 SMALL = yaml.safe_load((ROOT / "configs" / "eval" / "openvla_dry_run.yaml").read_text())["policy_options"]
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -192,7 +194,6 @@ def write_like_7b(folder, layers):
     return size
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_takes_hardly_more_memory_than_the_weights(tmp_path):
     """With one and with three of the 32 layers of the 7B model; the peak is extrapolated linearly to all of them."""
@@ -216,7 +217,6 @@ def test_loading_takes_hardly_more_memory_than_the_weights(tmp_path):
 # ------------------------------------------------------------------------------------------------- the four commands
 
 
-@pytest.mark.slow
 def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     """Collect, distil, closed loop in every suite by its shipped configuration, and accelerate in code."""
     pytest.importorskip("libero", reason="the libero extra is not installed")

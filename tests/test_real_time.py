@@ -15,6 +15,8 @@ from spvla.history import Source
 from spvla.policy import SPVLAPolicy, StepInfo
 from tests.conftest import ScriptedVLA
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 STATE = np.zeros(8, np.float32)
 
 

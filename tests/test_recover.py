@@ -17,7 +17,7 @@ from train.frames import FrameData
 from train.recover import RecoverModule
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:The PEFT config's:UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The PEFT config's:UserWarning")]
 
 
 @pytest.fixture
@@ -58,7 +58,6 @@ def test_its_answers_are_the_policys(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"temperature": 2.0}, {"targets": r"(projector\.fc\d|_proj)"}], ids=["encoders too", "behind the encoders"]
 )
-@pytest.mark.slow
 def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options):
     m, b = RecoverModule(str(checkpoint), tmp_path / "out", learning_rate=5e-3, **options), batch()
     assert m.sees_anew == ("targets" not in options)

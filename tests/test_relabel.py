@@ -29,6 +29,8 @@ from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
 from tests.conftest import BRIDGE, DATA, write_records
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -249,7 +251,6 @@ def test_action_spaces_must_fit(bridge, tmp_path, monkeypatch):
         relabel(tmp_path / "store", "seeing")
 
 
-@pytest.mark.slow
 def test_two_processes_and_a_kill_give_the_same_store(two_shards, tmp_path):
     """Over Bridge: one process, two processes, and one that is killed and started again on two."""
 
@@ -282,7 +283,6 @@ def test_two_processes_and_a_kill_give_the_same_store(two_shards, tmp_path):
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "killed")
 
 
-@pytest.mark.slow
 def test_labels_of_the_tiny_openvla_are_its_own_actions(bridge, tmp_path):
     options = {"unnorm_key": "bridge_orig"}
     checkpoint = str(DATA / "openvla_tiny")
@@ -307,7 +307,6 @@ def test_labels_of_the_tiny_openvla_are_its_own_actions(bridge, tmp_path):
         np.testing.assert_allclose(episode.vla_features[t], output.features, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_from_rlds_to_an_export_in_one_command(tmp_path):
     """configs/distill/openx.yaml as it is, with few steps; called again, it labels nothing anew."""
     command = [sys.executable, "-m", "train", "distill", "--config", "configs/distill/openx.yaml", "--steps", "3"]

@@ -22,6 +22,8 @@ from spvla.vlas.registry import load_vla
 from spvla.vlas.remote import RemoteVLA
 from tests.test_serve import Looking, Sharing, obs, serving, wait_until  # noqa: F401
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 STRAIGHT = Interface(image="agentview", state="states")
 
 

@@ -14,6 +14,8 @@ from spvla import InputError, VLAUnavailable, accelerate
 from spvla.actions import LIBERO
 from spvla.history import Source
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 
 def make(seconds=0.0, **options):
     return accelerate(ToyVLA(seconds), scheduler="release", generator="ridge", **options), SimulatedArm()

@@ -36,6 +36,8 @@ from websockets.sync.client import connect
 from spvla.serve.interface import Interface, euler_to_axis_angle
 from spvla.serve.server import MAX_FRAME, Endpoint, PolicyServer
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 WIRE = Interface(image="agentview", state="states", image_size=(16, 16), rotate_180=True)
 
@@ -336,7 +338,6 @@ def test_an_intuitive_step_waits_for_no_other_sessions_vla(serving):
     assert time.monotonic() - start > 0.25
 
 
-@pytest.mark.slow
 def test_fifty_sessions_at_once(serving):
     one = serving()
     wrong, threads = [], []
@@ -485,7 +486,6 @@ def command(*options):
             process.kill()
 
 
-@pytest.mark.slow
 def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
     with command("--generator", "ridge", "--port", "0") as (process, url):
         assert url.startswith("ws://127.0.0.1:")
@@ -503,7 +503,6 @@ def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
         assert bad.returncode == 2 and message in bad.stderr and "Traceback" not in bad.stderr
 
 
-@pytest.mark.slow
 def test_ten_thousand_steps_in_one_episode_and_a_thousand_episodes_hold_no_memory():
     with command("--generator", "last", "--scheduler", "release", "--port", "0") as (process, url):
 

@@ -19,6 +19,8 @@ from tests.test_frames import pictured_episode, write
 from train.frames import Augmentation, FrameBatch, FrameData
 from train.vla import PlainAttention, VLAModule, expected_points, soft_targets, word_tokenizer
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 STATS = {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
 ARCHITECTURE = {
@@ -64,7 +66,6 @@ def batch() -> FrameBatch:
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-@pytest.mark.slow
 def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     options = {"learning_rate": 5e-3, "cooldown": 0.5, "smoothing": 0.5, "rotation_weight": 1.0, "weight_decay": 0.0}
     m, b = module(tmp_path / "model", keep=(1.0, 1.0), **options), batch()

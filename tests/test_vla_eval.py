@@ -19,6 +19,8 @@ from spvla.serve import Interface
 from spvla.vlas.registry import load_vla
 from tests.test_serve import serving  # noqa: F401
 
+pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,7 +30,6 @@ def untrained(checkpoint=None):
     return load_vla(values["policy"], None, values["policy_options"], "libero_object")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", ["LiberoAtStepEnd", "LiberoFrom"])
 def test_the_outside_harness_and_our_loop(serving, tmp_path, benchmark):  # noqa: F811
     interface = yaml.safe_load((ROOT / "configs" / "serve" / "libero.yaml").read_text())["interface"]
