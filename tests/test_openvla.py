@@ -128,7 +128,9 @@ def test_golden_bfloat16(golden, reference):
         model.reset(case["instruction"])
         output = model.predict(Observation(image=arrays[f"image/{case['image']}"]))
         same += output.tokens.tolist() == [case["tokens"]]
-    assert same >= 0.9 * len(cases)
+    # Sums in bfloat16 keep 8 bits and round as the processor's kernel orders them: where two bins nearly tie, and with random
+    # weights a few do, another processor may take the other one. 10 and 12 of 12 were seen; a wrong model has none right.
+    assert same >= 0.75 * len(cases)
 
 
 def test_golden_batch_equals_single(golden, reference_model):
