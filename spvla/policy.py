@@ -299,7 +299,7 @@ class SPVLAPolicy:
     def _notice(self, decision: Decision, refused: bool, proposal: Proposal | None) -> None:
         """Warn once if the robot is not where the export was calibrated: in most of the first steps that the scheduler decides,
         the state is unfamiliar or the proposal leaves the limits."""
-        if self._decided > FIRST_STEPS or proposal is None or decision.reason in UNDECIDED:
+        if self._decided >= FIRST_STEPS or proposal is None or decision.reason in UNDECIDED:
             return
         self._decided += 1
         self._outside += refused or decision.reason == "unfamiliar state"

@@ -126,7 +126,7 @@ def test_an_older_export_survives_a_full_disk(tmp_path: Path, monkeypatch: pytes
     ("error", "code"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "cannot-write"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "cannot-write"),
+        (PermissionError(errno.EACCES, "Permission denied", "folder/x"), "cannot-write"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), "cannot-open"),
         (ImportError("libGL.so.1: cannot open shared object file: No such file or directory"), "missing-library"),
         (OSError("libfoo-2.so.7: cannot open shared object file: No such file or directory"), "missing-library"),

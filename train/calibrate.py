@@ -21,7 +21,7 @@ from spvla.generators.learned import LearnedGenerator
 from spvla.history import Source
 from spvla.scheduling.calibration import Calibration, calibrate, quantile_grid, worst_of
 from spvla.scheduling.learned import ActionTypeClassifier, judge
-from train.datamodules import RolloutData
+from train.datamodules import RolloutData, teacher_changes
 
 
 def calibration_curve(
@@ -139,11 +139,8 @@ def choose_default(curves: Mapping[str, Calibration], errors: Mapping[str, float
 def max_jump(data: RolloutData) -> NDArray[np.float32]:
     """The largest change per dimension from an executed action to the teacher's next one in training, normalised (D,)."""
     jump = np.zeros(data.space.dim, np.float32)
-    for part in blocks_of(data.split.train, 65536):
-        batch = data.windows.batch(part)
-        known = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
-        change = np.abs(batch.targets[:, 0] - batch.window.actions[:, -1])[known]
-        jump = np.maximum(jump, change.max(0, initial=0.0))
+    for changes in teacher_changes(data.windows, data.split):
+        jump = np.maximum(jump, changes.max(0, initial=0.0))
     return jump
 
 

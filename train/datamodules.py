@@ -61,6 +61,14 @@ def feature_config(
     )
 
 
+def teacher_changes(windows: Windows, split: Split) -> Iterator[NDArray[np.float32]]:
+    """Sizes of the changes from an executed action to the teacher's next one in training, normalised, (k, D) at a time."""
+    for frames in blocks_of(split.train, 65536):
+        batch = windows.batch(frames)
+        rows = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
+        yield np.abs(batch.targets[rows, 0] - batch.window.actions[rows, -1])
+
+
 def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tuple[float, ...]:
     """Per dimension, the mean absolute change of the teacher's action against the last executed one in training, normalised
     (D,), at least ``least`` (joints at rest); zero at binary grippers and where actions are changes or velocities: they vary
@@ -69,11 +77,9 @@ def residual_spread(windows: Windows, split: Split, least: float = 1e-3) -> tupl
     if not set(space.continuous) - set(space.moving):
         return ()
     total, count = np.zeros(space.dim), 0
-    for frames in blocks_of(split.train, 65536):
-        batch = windows.batch(frames)
-        rows = (batch.valid[:, 0] > 0) & (batch.window.mask[:, -1] > 0)
-        total += np.abs(batch.targets[rows, 0] - batch.window.actions[rows, -1]).sum(0, dtype=np.float64)
-        count += int(rows.sum())
+    for changes in teacher_changes(windows, split):
+        total += changes.sum(0, dtype=np.float64)
+        count += len(changes)
     spread = np.maximum(total / max(count, 1), least)
     spread[list(space.moving)] = 0.0
     if space.binary_gripper:
