@@ -56,13 +56,13 @@ def require_init_states(task: Task, states: Sequence[int], text: str) -> None:
 class Setting:
     """What determines an episode beside task, initial state and repetition."""
 
-    policy: str
+    vla: str
     checkpoint: str | None
     export: str | None
     shadow: bool
     risk: float | None
     generator: str | None
-    scheduler: str | None
+    gate: str | None
     max_generated_run: int | None
     noise: float
     seed: int
@@ -70,7 +70,7 @@ class Setting:
     instructions: str = "task"
     student: str | None = None
     student_checkpoint: str | None = None
-    policy_options: dict[str, Any] | None = None
+    vla_options: dict[str, Any] | None = None
     pruning: dict[str, Any] | str | None = None
     max_steps: int | None = None
     shuffle: bool = False
@@ -114,14 +114,14 @@ def episode_seed(seed: int | str, task: Task, init_state: int | None, repetition
 
 def choose_instruction(options: Sequence[str], seed: int) -> str:
     """Half of the time the first of a scene's instructions, which is its task's own, else one of the others."""
-    generator = np.random.default_rng([seed, 1])
-    own = len(options) == 1 or generator.random() < 0.5
-    return options[0] if own else options[int(generator.integers(1, len(options)))]
+    rng = np.random.default_rng([seed, 1])
+    own = len(options) == 1 or rng.random() < 0.5
+    return options[0] if own else options[int(rng.integers(1, len(options)))]
 
 
 def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
-    source = (setting.policy, setting.checkpoint, setting.policy_options, group.task.suite)
+    source = (setting.vla, setting.checkpoint, setting.vla_options, group.task.suite)
     vla = load_vla(*source)
     perturbed = bool(setting.noise) or setting.student is not None
     teacher = second_vla(vla, *source) if perturbed or setting.export is not None else None
@@ -133,12 +133,12 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
             setting.export,
             setting.risk,
             generator=setting.generator,
-            scheduler=setting.scheduler,
+            gate=setting.gate,
             pruning=setting.pruning,
             max_generated_run=setting.max_generated_run,
             shadow=setting.shadow,
         )
-    writer = RolloutWriter(group.output, policy.space, policy=setting.policy)
+    writer = RolloutWriter(group.output, policy.space, policy=setting.vla)
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
     rendered = setting.images or student is not None or needs_images(vla)
@@ -190,9 +190,9 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
 def collect(
     suite: str,
     output: Path,
-    policy: str = "expert",
+    vla: str = "expert",
     checkpoint: str | None = None,
-    policy_options: dict[str, Any] = {},  # noqa: B006
+    vla_options: dict[str, Any] = {},  # noqa: B006
     export: str | None = None,
     shadow: bool = False,
     tasks: list[int | str] | None = None,
@@ -202,7 +202,7 @@ def collect(
     noise: NonNegativeFloat = 0.0,
     risk: float | None = None,
     generator: str | None = None,
-    scheduler: str | None = None,
+    gate: str | None = None,
     pruning: dict[str, Any] | str | None = None,
     max_generated_run: PositiveInt | None = None,
     max_steps: PositiveInt | None = None,
@@ -221,10 +221,10 @@ def collect(
     Args:
         suite: the simulator's suite of tasks, for example libero_object.
         output: rollout store to make or extend.
-        policy: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
+        vla: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
             package.module:factory.
-        checkpoint: the policy's folder or hub id.
-        policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
+        checkpoint: the VLA's folder or hub id.
+        vla_options: the VLA's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; the accelerated policy acts, and the teacher labels every visited state.
         shadow: with export, the teacher acts and the accelerated policy only says what it would have done.
         tasks: task indices or names; all if omitted.
@@ -234,7 +234,7 @@ def collect(
         noise: largest standard deviation of the noise on executed actions (normalised units); labels stay clean.
         risk: allowed risk of the accelerated policy; the export's default if omitted.
         generator: generator of the accelerated policy; the export's default if omitted.
-        scheduler: scheduler of the accelerated policy; the export's default if omitted.
+        gate: gate of the accelerated policy; the export's default if omitted.
         pruning: visual tokens that the VLA keeps where it acts: release, readme, none, or fields of
             spvla.pruning.TokenPruner; the export's default if omitted.
         max_generated_run: longest run of generated actions; the export's default if omitted.
@@ -252,7 +252,7 @@ def collect(
     """
     states = parse_range(init_states)
     count = random_resets or episodes_per_task or len(states)
-    setting = Setting(policy, checkpoint, export, shadow, risk, generator, scheduler, max_generated_run, noise, seed)
+    setting = Setting(vla, checkpoint, export, shadow, risk, generator, gate, max_generated_run, noise, seed)
     setting = replace(
         setting,
         images=images,
@@ -261,16 +261,16 @@ def collect(
         student_checkpoint=student_checkpoint,
         shuffle=shuffle,
     )
-    setting = replace(setting, policy_options=dict(policy_options) or None, pruning=pruning, max_steps=max_steps)
-    accelerated = {"shadow": shadow or None, "risk": risk, "generator": generator, "scheduler": scheduler}
+    setting = replace(setting, vla_options=dict(vla_options) or None, pruning=pruning, max_steps=max_steps)
+    accelerated = {"shadow": shadow or None, "risk": risk, "generator": generator, "gate": gate}
     for name, value in (*accelerated.items(), ("max_generated_run", max_generated_run)):
         if value is not None and export is None:
             raise InputError(f"{name}: belongs to an accelerated policy; name its --export")
     if student_checkpoint is not None and student is None:
         raise InputError("student_checkpoint: whose? name the --student")
-    vla = load_vla(policy, checkpoint, policy_options, suite)  # a policy that cannot be made is told before any worker starts
-    setting, space = replace(setting, weights=weights_stamp(vla)), vla.action_space
-    del vla
+    teacher = load_vla(vla, checkpoint, vla_options, suite)  # a VLA that cannot be made is told before any worker starts
+    setting, space = replace(setting, weights=weights_stamp(teacher)), teacher.action_space
+    del teacher
     free_memory()
     if export is not None:
         load_export(export)

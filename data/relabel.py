@@ -179,7 +179,7 @@ class Job:
 
     setting: Setting
     output: str
-    policy: str
+    vla: str
     checkpoint: str | None
     options: dict[str, Any]
     batch_size: int
@@ -190,9 +190,9 @@ class Job:
 def _run(job: Job, fabric: Any) -> None:
     """One process: label its share of the parts; the first one finalises the store when all are through."""
     source = job.setting.open()
-    vla = load_vla(job.policy, job.checkpoint, job.options)
-    source.space.require_compatible(vla.action_space, f"policy {job.policy!r}")
-    shards = Shards(Path(job.output), job.setting, vla.action_space, job.policy)
+    vla = load_vla(job.vla, job.checkpoint, job.options)
+    source.space.require_compatible(vla.action_space, f"VLA {job.vla!r}")
+    shards = Shards(Path(job.output), job.setting, vla.action_space, job.vla)
     require_new(shards, source)
     left = fabric.broadcast([i for i, part in enumerate(source.parts) if not shards.finished(part)])
     waiting = [source.parts[i] for i in left]  # as the first process sees it: shards appear while others start
@@ -236,9 +236,9 @@ def _run(job: Job, fabric: Any) -> None:
 
 def relabel(
     output: Path,
-    policy: str,
+    vla: str,
     checkpoint: str | None = None,
-    policy_options: dict[str, Any] = {},  # noqa: B006
+    vla_options: dict[str, Any] = {},  # noqa: B006
     data: Path | None = None,
     source: SourceName | None = None,
     path: Path | None = None,
@@ -260,9 +260,9 @@ def relabel(
 
     Args:
         output: rollout store to make or extend.
-        policy: openvla, nano_vla, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: the policy's folder or hub id.
-        policy_options: the policy's other options, for openvla such as {unnorm_key: bridge_orig} (see spvla.vlas.openvla.load).
+        vla: openvla, nano_vla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the VLA's folder or hub id.
+        vla_options: the VLA's other options, for openvla such as {unnorm_key: bridge_orig} (see spvla.vlas.openvla.load).
         data: a rollout store with images; or, in its place, source and path.
         source: what the data set is: rlds or lerobot.
         path: its folder.
@@ -283,7 +283,7 @@ def relabel(
     from lightning.fabric.strategies.ddp import DDPStrategy
 
     require_one("relabel", data, source, path)
-    facts = {"policy": policy, "checkpoint": checkpoint, "options": policy_options}
+    facts = {"vla": vla, "checkpoint": checkpoint, "options": vla_options}
     where = data if data is not None else path
     assert where is not None
     require_apart(where, output)
@@ -294,7 +294,7 @@ def relabel(
     found.cameras.require()
     tell("note", found.notes)
     setting = settle(output, setting, found)
-    job = Job(setting, str(output), policy, checkpoint, dict(policy_options), batch_size, decode_ahead, on_error)
+    job = Job(setting, str(output), vla, checkpoint, dict(vla_options), batch_size, decode_ahead, on_error)
     several = devices * num_nodes > 1
     strategy = (
         DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(days=30)) if several else "auto"
@@ -324,8 +324,8 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
     for name in options:
         if name not in known:
             raise InputError(f"relabel: option {name!r} is unknown; there are: {', '.join(known)}")
-    if "policy" not in options:
-        raise InputError("relabel: option 'policy' is missing")
+    if "vla" not in options:
+        raise InputError("relabel: option 'vla' is missing")
     values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}
     where = Path(values.get("data") or values.get("path") or ".")
     text = json.dumps({k: v for k, v in options.items() if k not in ("devices", "num_nodes")}, sort_keys=True, default=str)

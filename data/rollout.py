@@ -42,15 +42,15 @@ class ActionNoise:
     def start(self, space: ActionSpace, seed: int) -> None:
         """Begin an episode with its own seed."""
         self.space = space
-        self.generator = np.random.default_rng(seed)
-        self.strength = self.generator.uniform(0, self.sigma)
+        self.rng = np.random.default_rng(seed)
+        self.strength = self.rng.uniform(0, self.sigma)
         self.dims = list(space.translation or space.continuous)
         self.value = np.zeros(len(self.dims))
         self.push, self.push_left = np.zeros(len(self.dims)), 0
 
     def __call__(self, action: FloatArray) -> FloatArray:
         """The action (D,) with noise, inside the bounds, environment units."""
-        g = self.generator
+        g = self.rng
         innovation = np.sqrt(1 - self.rho**2) * self.strength
         self.value = self.rho * self.value + innovation * g.standard_normal(len(self.dims))
         if self.push_left == 0 and g.random() < self.push_probability:

@@ -44,11 +44,11 @@ class Student:
         """Begin an episode with the newest weights."""
         self._student = self._newest()
         self._student.reset(instruction)
-        self._generator = np.random.default_rng([seed, 2])
+        self._rng = np.random.default_rng([seed, 2])
         self.helped = self._astray = 0
         self._path: list[FloatArray] = []
-        head = self._generator.random() < HEAD_SHARE
-        self._help_until = int(self._generator.integers(1, HEAD_STEPS)) if head else 0
+        head = self._rng.random() < HEAD_SHARE
+        self._help_until = int(self._rng.integers(1, HEAD_STEPS)) if head else 0
 
     def drive(self, observe: Callable[[], Observation], label: FloatArray, step: int) -> FloatArray:
         """The student's action (D,), or the teacher's ``label`` while it helps."""
@@ -58,7 +58,7 @@ class Student:
         self._path.append(observation.state[:3])  # where the hand is
         recent = np.array(self._path[-STALL_STEPS:])
         if step >= self._help_until and len(self._path) >= STALL_STEPS and np.ptp(recent, axis=0).max() < STALL_DISTANCE:
-            self._help_until = step + int(self._generator.integers(*HELP_STEPS))
+            self._help_until = step + int(self._rng.integers(*HELP_STEPS))
             self._path.clear()
         if step < self._help_until or step >= PATIENCE:
             self.helped += 1
@@ -68,7 +68,7 @@ class Student:
         off = np.abs(self.space.normalize(action) - self.space.normalize(label))[dims].max()
         self._astray = self._astray + 1 if off > ASTRAY else 0
         if self._astray >= ASTRAY_STEPS:
-            self._help_until = step + int(self._generator.integers(*HELP_STEPS))
+            self._help_until = step + int(self._rng.integers(*HELP_STEPS))
             self._astray = 0
         return action
 

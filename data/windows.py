@@ -275,17 +275,15 @@ def blocks_of(spans: Sequence[tuple[int, int]], most: int = BLOCK) -> Iterator[N
         yield frames_of(spans[group[0] : group[-1] + 1])
 
 
-def shuffled(
-    spans: Sequence[tuple[int, int]], generator: np.random.Generator, most: int = BLOCK
-) -> Iterator[NDArray[np.int64]]:
+def shuffled(spans: Sequence[tuple[int, int]], rng: np.random.Generator, most: int = BLOCK) -> Iterator[NDArray[np.int64]]:
     """The frames of ``spans`` in random order, pass after pass without end, in constant memory: more than ``most`` frames
     come in blocks of so many, each of other episodes in every pass."""
     while True:
         order = spans
         if sum(length for _, length in spans) > most:
-            order = [spans[i] for i in generator.permutation(len(spans))]
+            order = [spans[i] for i in rng.permutation(len(spans))]
         for block in blocks_of(order, most):
-            yield generator.permutation(block)
+            yield rng.permutation(block)
 
 
 class BatchStream(torch.utils.data.IterableDataset[Batch]):
@@ -339,17 +337,17 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         return self.batches
 
     def __iter__(self) -> Iterator[Any]:
-        generator = np.random.default_rng([self.seed, self.passes, self.rank])
+        rng = np.random.default_rng([self.seed, self.passes, self.rank])
         self.passes += 1
-        drawn = [_Drawing(shuffled(group, generator)) if group else None for group in self.groups]
+        drawn = [_Drawing(shuffled(group, rng)) if group else None for group in self.groups]
         for _ in range(self.batches):
-            counts = [self.batch_size] if len(drawn) == 1 else generator.multinomial(self.batch_size, self.shares)
+            counts = [self.batch_size] if len(drawn) == 1 else rng.multinomial(self.batch_size, self.shares)
             parts = [d.take(n) for d, n in zip(drawn, counts, strict=True) if d is not None and n]
             frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
             hidden = None
             if self.hide:
-                run = generator.integers(1, self.windows.history + 1, len(frames))
-                hidden = np.where(generator.random(len(frames)) < self.hide, run, 0)
+                run = rng.integers(1, self.windows.history + 1, len(frames))
+                hidden = np.where(rng.random(len(frames)) < self.hide, run, 0)
             yield frames, self.windows.batch(frames, hidden)
 
 

@@ -1,4 +1,4 @@
-"""Every cell of generator x scheduler x pruning in the simulator, paired: ``python -m eval closed_loop``.
+"""Every cell of generator x gate x pruning in the simulator, paired: ``python -m eval closed_loop``.
 
 All cells run the same tasks, initial states and seeds. Success is counted over workers in parallel; policy time is taken
 afterwards in one uncontended process with one thread.
@@ -29,7 +29,7 @@ from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.export import SCHEDULERS, Export, accelerate, fingerprint, load_export
+from spvla.export import GATES, Export, accelerate, fingerprint, load_export
 from spvla.files import write_text
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy, run_lengths
@@ -41,7 +41,7 @@ from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist
 COLUMNS = (
     *(
         "generator",
-        "scheduler",
+        "gate",
         "pruning",
         "risk",
         "episodes",
@@ -61,14 +61,14 @@ class Cell:
     """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token."""
 
     generator: str
-    scheduler: str
+    gate: str
     risk: float | None = None
     pruning: str = "none"
 
     @property
     def name(self) -> str:
         """Readable and unique."""
-        scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.scheduler}"
+        scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.gate}"
         pruning = "" if self.pruning == "none" else f"+{self.pruning}"
         return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
 
@@ -86,9 +86,9 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
         if names[0] == "vla":
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
-            raise InputError(f"cell {text!r}: expected vla or generator+scheduler, then +pruning and @risk if wanted")
+            raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
         if at and names[1] != "learned":
-            raise InputError(f"cell {text!r}: only the learned scheduler has a risk")
+            raise InputError(f"cell {text!r}: only the learned gate has a risk")
         try:
             asked = [float(risk)] if at else (list(risks) if names[1] == "learned" else [None])
         except ValueError:
@@ -111,13 +111,13 @@ def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> TokenPrune
 class Setting:
     """What all cells share."""
 
-    policy: str
+    vla: str
     checkpoint: str | None
     export: str | None
     rules: dict[str, dict[str, int | float]]
     max_generated_run: int | None
     label: bool
-    policy_options: dict[str, Any] | None = None
+    vla_options: dict[str, Any] | None = None
     pruning: dict[str, dict[str, Any]] | None = None
     max_steps: int | None = None
     real_time: RealTime | None = None
@@ -144,13 +144,13 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
             export,
             cell.risk,
             generator=cell.generator,
-            scheduler=None if cell.scheduler == "none" else cell.scheduler,
-            rule=setting.rules.get(cell.scheduler),
+            gate=None if cell.gate == "none" else cell.gate,
+            rule=setting.rules.get(cell.gate),
             pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
             max_generated_run=setting.max_generated_run,
         )
     except InputError as error:
-        hint = "; learned cells need --export" if export is None and cell.scheduler == "learned" else ""
+        hint = "; learned cells need --export" if export is None and cell.gate == "learned" else ""
         raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
@@ -162,7 +162,7 @@ def _environment(task: Task, setting: Setting, vla: VLA) -> Env:
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
     export = load_export(setting.export) if setting.export else None
-    source = (setting.policy, setting.checkpoint, setting.policy_options, group.task.suite)
+    source = (setting.vla, setting.checkpoint, setting.vla_options, group.task.suite)
     vla = load_vla(*source)
     teacher = second_vla(vla, *source) if setting.label else None
     policies: dict[Cell, SPVLAPolicy] = {}
@@ -254,7 +254,7 @@ def measure_time(
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    vla = load_vla(setting.policy, setting.checkpoint, setting.policy_options, jobs[0][0].suite)
+    vla = load_vla(setting.vla, setting.checkpoint, setting.vla_options, jobs[0][0].suite)
     export = load_export(setting.export) if setting.export else None
     policies = {cell: make_policy(cell, vla, export, setting) for cell in cells}
     milliseconds: dict[Cell, list[list[float]]] = {cell: [] for cell in cells}
@@ -300,7 +300,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         steps, calls = np.array([e["steps"] for e in es]), np.array([e["vla_calls"] for e in es])
         generated = np.array([e["generated"] for e in es])
         decided = steps - np.array([e["held"] for e in es])  # without those that only went by
-        row: dict[str, Any] = {k: es[0][k] for k in ("cell", "generator", "scheduler", "pruning", "risk")}
+        row: dict[str, Any] = {k: es[0][k] for k in ("cell", "generator", "gate", "pruning", "risk")}
         row |= {
             "episodes": n,
             "successes": successes,
@@ -370,9 +370,9 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
 def closed_loop(
     suite: str,
     output: Path,
-    policy: str = "expert",
+    vla: str = "expert",
     checkpoint: str | None = None,
-    policy_options: dict[str, Any] = {},  # noqa: B006
+    vla_options: dict[str, Any] = {},  # noqa: B006
     export: str | None = None,
     tasks: list[int | str] | None = None,
     init_states: str | None = "30-49",
@@ -394,7 +394,7 @@ def closed_loop(
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
-    """Evaluate cells of generator x scheduler x pruning in closed loop, paired against the VLA alone.
+    """Evaluate cells of generator x gate x pruning in closed loop, paired against the VLA alone.
 
     Stopped, it continues where it was when called again with the same output. With another export there, only the cells
     that use it run anew.
@@ -402,17 +402,17 @@ def closed_loop(
     Args:
         suite: the simulator's suite of tasks, for example libero_object.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
-        policy: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
+        vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
-        checkpoint: the policy's folder or hub id.
-        policy_options: the policy's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
+        checkpoint: the VLA's folder or hub id.
+        vla_options: the VLA's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.
         tasks: task indices or names; all if omitted.
         init_states: official initial states; 30-49 are for evaluation; null for none.
         random_resets: seeded random resets of each task, beside them.
-        cells: what to compare with the VLA alone: generator+scheduler, generator+scheduler+pruning or vla+pruning; a risk
+        cells: what to compare with the VLA alone: generator+gate, generator+gate+pruning or vla+pruning; a risk
             of its own goes last, as in mlp+learned+half@0.05.
-        risk: allowed risks at which learned schedulers are evaluated; the export's default if omitted.
+        risk: allowed risks at which learned gates are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
         pruning: prunings by name, fields of spvla.pruning.TokenPruner; release and readme need no entry.
         max_generated_run: longest run of generated actions; the export's default if omitted.
@@ -431,12 +431,12 @@ def closed_loop(
         seed: of resets.
     """
     loaded = load_export(export) if export else None
-    vla = load_vla(policy, checkpoint, policy_options, suite)
+    model = load_vla(vla, checkpoint, vla_options, suite)
     default_risk = None if loaded is None else float(loaded.defaults["risk"])
     wanted = parse_cells(cells, risk or [default_risk])
     setting = Setting(
-        *(policy, checkpoint, export, dict(rules), max_generated_run, label),
-        policy_options=dict(policy_options) or None,
+        *(vla, checkpoint, export, dict(rules), max_generated_run, label),
+        vla_options=dict(vla_options) or None,
         pruning=dict(pruning) or None,
         max_steps=max_steps,
         real_time=RealTime(vla_ms, hold) if real_time else None,
@@ -448,15 +448,15 @@ def closed_loop(
     if hold != "stop" and not real_time:
         raise InputError("hold: counts in real time only; add --real_time true")
     for name in rules:
-        if name not in SCHEDULERS or name == "learned":
-            raise InputError(f"rules: {name!r} is no rule; there are: {', '.join(n for n in SCHEDULERS if n != 'learned')}")
+        if name not in GATES or name == "learned":
+            raise InputError(f"rules: {name!r} is no rule; there are: {', '.join(n for n in GATES if n != 'learned')}")
     for name in pruning:
         cell_pruner(name, pruning)
     for cell in wanted:
-        make_policy(cell, vla, loaded, setting)  # a cell that cannot be made is told before anything runs
-    films = films and needs_images(vla) and not real_time
-    weights = weights_stamp(vla)
-    del vla
+        make_policy(cell, model, loaded, setting)  # a cell that cannot be made is told before anything runs
+    films = films and needs_images(model) and not real_time
+    weights = weights_stamp(model)
+    del model
     free_memory()
     output.mkdir(parents=True, exist_ok=True)
     states = parse_range(init_states) if init_states else []

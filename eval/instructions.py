@@ -38,7 +38,7 @@ class Group:
     task: Task
     jobs: tuple[tuple[int, int], ...]  # initial state, seed
     done: frozenset[tuple[int, str]]  # initial state and instruction of trials that are finished
-    policy: tuple[str, str | None, dict[str, Any], str]
+    source: tuple[str, str | None, dict[str, Any], str]
     absent: tuple[str, ...]  # objects of the suite's other tasks
 
 
@@ -81,7 +81,7 @@ def first_lifted(env: Env, vla: VLA, instruction: str, init_state: int, seed: in
 
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
-    vla = load_vla(*group.policy)
+    vla = load_vla(*group.source)
     with make_env(group.task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
         if not isinstance(env, Instructable):
             told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
@@ -123,9 +123,9 @@ def summarise(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def instructions(
     suite: str,
     output: Path,
-    policy: str = "nano_vla",
+    vla: str = "nano_vla",
     checkpoint: str | None = None,
-    policy_options: dict[str, Any] = {},  # noqa: B006
+    vla_options: dict[str, Any] = {},  # noqa: B006
     tasks: list[int | str] | None = None,
     init_states: str = "30-49",
     max_steps: PositiveInt = 120,
@@ -139,18 +139,18 @@ def instructions(
     Args:
         suite: LIBERO suite whose tasks are "pick up the X and place it in the Y".
         output: folder for summary.json and trials.csv.gz.
-        policy: the VLA: nano_vla, openvla, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: the policy's folder or hub id.
-        policy_options: the policy's other options.
+        vla: the VLA: nano_vla, openvla, an entry point of spvla.vlas, or package.module:factory.
+        checkpoint: the VLA's folder or hub id.
+        vla_options: the VLA's other options.
         tasks: task indices or names, one scene each; all if omitted.
         init_states: official initial states; 30-49 are for evaluation.
         max_steps: steps within which something must be in the air.
         workers: processes, one thread each.
         seed: of resets.
     """
-    weights = weights_stamp(load_vla(policy, checkpoint, policy_options, suite))  # what cannot be made is told at once
+    weights = weights_stamp(load_vla(vla, checkpoint, vla_options, suite))  # what cannot be made is told at once
     free_memory()
-    fixed: dict[str, Any] = {"suite": suite, "policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options)}
+    fixed: dict[str, Any] = {"suite": suite, "vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options)}
     fixed |= {"weights": weights, "max_steps": max_steps, "seed": seed}
     names = tuple(named(task.instruction) for task in load_tasks(suite))
     output.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def instructions(
         require_init_states(task, states, init_states)
         finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
         jobs = [(s, episode_seed(seed, task, s, 0)) for s in states if (task.index, s) not in whole]
-        source = (policy, checkpoint, dict(policy_options), suite)
+        source = (vla, checkpoint, dict(vla_options), suite)
         groups += [Group(task, tuple(part), finished, source, names) for part in chunks(jobs, workers)]
     from tqdm import tqdm
 

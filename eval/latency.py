@@ -67,9 +67,9 @@ def latency(
     export: Path | None = None,
     generators: list[str] | None = None,
     steps: int = 3000,
-    policy: str | None = None,
+    vla: str | None = None,
     checkpoint: str | None = None,
-    policy_options: dict[str, Any] = {},  # noqa: B006
+    vla_options: dict[str, Any] = {},  # noqa: B006
     suite: str | None = None,
     keep_ratios: list[float] = [0.75, 0.5, 0.25],  # noqa: B006
     pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
@@ -78,16 +78,16 @@ def latency(
     threads: PositiveInt = 1,
     seed: NonNegativeInt = 0,
 ) -> None:
-    """Time what a step costs beside the VLA (give an export), the VLA's own pass by stage (give a policy), or both.
+    """Time what a step costs beside the VLA (give an export), the VLA's own pass by stage (give a VLA), or both.
 
     Args:
         output: folder for summary.json.
         export: exported folder: proposal, gate and bookkeeping of its generators are timed.
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
-        policy: a VLA such as openvla: its stages are timed, without pruning and with each one below.
-        checkpoint: the policy's folder or hub id.
-        policy_options: the policy's other options (see spvla.vlas.openvla.load).
+        vla: a VLA such as openvla: its stages are timed, without pruning and with each one below.
+        checkpoint: the VLA's folder or hub id.
+        vla_options: the VLA's other options (see spvla.vlas.openvla.load).
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
         keep_ratios: shares of the visual tokens to keep, exactly; contours are computed and the best of the union kept.
         pruning: further prunings by name, fields of spvla.pruning.TokenPruner with speed constant.
@@ -96,17 +96,17 @@ def latency(
         threads: of torch, on the CPU.
         seed: of the motion and the pictures.
     """
-    if export is None and policy is None:
-        raise InputError("latency: give --export (generators and gates), --policy (a VLA's stages), or both")
+    if export is None and vla is None:
+        raise InputError("latency: give --export (generators and gates), --vla (a VLA's stages), or both")
     torch.set_num_threads(threads)
     load = os.getloadavg()[0]  # what else the machine was doing: timings taken beside other work say little
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
-    if policy is not None:
-        vla = load_vla(policy, checkpoint, policy_options, suite)
-        rows, stages = time_vla(vla, instruction, keep_ratios, pruning, repeats, seed)
-        facts |= {"policy": policy, "checkpoint": checkpoint, "policy_options": dict(policy_options), "suite": suite}
-        facts |= {"instruction": instruction, "repeats": repeats, **getattr(vla, "backend", {}), "stages": stages}
+    if vla is not None:
+        loaded_vla = load_vla(vla, checkpoint, vla_options, suite)
+        rows, stages = time_vla(loaded_vla, instruction, keep_ratios, pruning, repeats, seed)
+        facts |= {"vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options), "suite": suite}
+        facts |= {"instruction": instruction, "repeats": repeats, **getattr(loaded_vla, "backend", {}), "stages": stages}
         print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
         print(table(rows, [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]) + "\n")
     if export is not None:
@@ -134,15 +134,15 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         features = loaded.gates[name].config.features if name in loaded.gates else None
         confidence = np.full(loaded.space.dim, 0.5, np.float32) if features and features.vla_confidence else None
         pooled = np.zeros(features.vla_features, np.float32) if features and features.vla_features else None
-        vla = _FreeVLA(loaded.space, actions, confidence, pooled)
-        policy = accelerate(vla, loaded, risk=1.0, generator=name, scheduler="learned")
+        free = _FreeVLA(loaded.space, actions, confidence, pooled)
+        policy = accelerate(free, loaded, risk=1.0, generator=name, gate="learned")
         policy.reset("latency")
         observation = [Observation(state=s) for s in states]
         for o in observation:
             policy.select_action(o)
         measured = policy.steps[WARM_UP:]
         total = np.array([s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in measured])
-        assert policy.generator is not None and policy.scheduler is not None
+        assert policy.generator is not None and policy.gate is not None
         proposal = policy.generator.propose(policy.history)
 
         def propose(policy: SPVLAPolicy = policy) -> Any:
@@ -152,7 +152,7 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
 
         stages: dict[str, Callable[[], Any]] = {
             "proposal": propose,
-            "gate": lambda p=policy, q=proposal: p.scheduler.decide(p.history, q),  # type: ignore[misc]
+            "gate": lambda p=policy, q=proposal: p.gate.decide(p.history, q),  # type: ignore[misc]
         }
         row: dict[str, Any] = {"generator": name, "parameters": _parameters(loaded, name)}
         row |= {f"step_ms_p{q}": float(np.percentile(total, q)) for q in (50, 95, 99)}

@@ -21,7 +21,7 @@ from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
 from spvla.files import write_text
-from spvla.scheduling.learned import Verdicts, judge
+from spvla.gates.classifier import Verdicts, judge
 
 QUANTILES = 101
 

@@ -121,8 +121,8 @@ def scheduling_name(row: dict[str, Any]) -> str:
 
 
 def pair_name(row: dict[str, Any]) -> str:
-    """Generator and scheduler of a cell, without its pruning and its risk."""
-    return "VLA alone" if row["generator"] == "none" else f"{row['generator']} + {row['scheduler']}"
+    """Generator and gate of a cell, without its pruning and its risk."""
+    return "VLA alone" if row["generator"] == "none" else f"{row['generator']} + {row['gate']}"
 
 
 def percent(value: float | None, signed: bool = False) -> str:

@@ -153,32 +153,32 @@ def read_recording(path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def compare(
     recording: str,
     output: str,
-    policy: str,
+    vla: str,
     checkpoint: str | None = None,
     export: str | None = None,
     risk: float | None = None,
     generator: str | None = None,
-    scheduler: str | None = None,
-    policy_options: dict[str, Any] | None = None,
+    gate: str | None = None,
+    vla_options: dict[str, Any] | None = None,
 ) -> None:
     """Run what vla-eval recorded in our own loop, and compare action by action.
 
     Args:
         recording: the SQLite file that ``vla-eval run`` wrote.
         output: JSON file for the comparison.
-        policy, checkpoint, export, risk, generator, scheduler, policy_options: as the server was started with.
+        vla, checkpoint, export, risk, generator, gate, vla_options: as the server was started with.
     """
     run, recorded = read_recording(recording)
     episodes = [e for e in recorded if e["status"] != "error"]  # such as one that timed out
     parameters = run["config"]["params"]
     suite, first = parameters["suite"], parameters.get("first_init_state", 0)
-    vla = load_vla(policy, checkpoint, policy_options, suite)
-    joint = accelerate(vla, export, risk, generator=generator, scheduler=scheduler)
+    model = load_vla(vla, checkpoint, vla_options, suite)
+    joint = accelerate(model, export, risk, generator=generator, gate=gate)
     rows = []
     for episode in episodes:
         (task,) = load_tasks(suite, [episode["task_id"]], run["config"]["max_steps"])
         init_state = episode["episode_idx"] + first
-        with make_env(task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
+        with make_env(task, render="full" if needs_images(model) else None, wrist_camera=needs_wrist_image(model)) as env:
             own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
         theirs = episode["actions"]
         count = min(len(own), len(theirs))
@@ -203,7 +203,7 @@ def compare(
         "harness_version": run["harness_version"],
         "parameters": parameters,
         "max_steps": run["config"]["max_steps"],
-        "policy": {"policy": policy, "export": export, "risk": risk, "generator": generator, "scheduler": scheduler},
+        "policy": {"vla": vla, "export": export, "risk": risk, "generator": generator, "gate": gate},
         "episodes": len(rows),
         "errors": len(recorded) - len(episodes),
         "same_success": same,

@@ -3,12 +3,12 @@
 Policies such as ACT, pi0 or CogACT plan a chunk of actions, execute it, and plan again. This one is the smallest of
 them that can be trained in a minute, so that scheduling between chunks can be tried and measured on any machine:
 
-    python -m data collect --suite libero_object --policy expert --init_states 0-19 --noise 0.4 --output runs/rollouts
+    python -m data collect --suite libero_object --vla expert --init_states 0-19 --noise 0.4 --output runs/rollouts
     python examples/chunked_policy.py --data runs/rollouts --output runs/chunked
-    python -m data collect --suite libero_object --policy examples.chunked_policy:load --checkpoint runs/chunked \
+    python -m data collect --suite libero_object --vla examples.chunked_policy:load --checkpoint runs/chunked \
         --init_states 0-29 --noise 0.2 --output runs/chunked_rollouts
     python -m train distill --data runs/chunked_rollouts --output runs/chunked_export
-    python -m eval closed_loop --suite libero_object --policy examples.chunked_policy:load --checkpoint runs/chunked \
+    python -m eval closed_loop --suite libero_object --vla examples.chunked_policy:load --checkpoint runs/chunked \
         --export runs/chunked_export --output runs/results/chunked
 """
 

@@ -8,6 +8,7 @@ that was finished is lost.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, get_origin, get_type_hints
@@ -58,6 +59,23 @@ def spell_out_flags(arguments: list[str], names: set[str]) -> list[str]:
     return out
 
 
+FORMER_NAMES = {"policy": "vla", "policy_options": "vla_options", "scheduler": "gate"}
+
+
+def rename_former_options(arguments: list[str], names: set[str]) -> list[str]:
+    """Options that once had another name, as one of today's ``names``, with a warning; everything else as it is."""
+    out: list[str] = []
+    for argument in arguments:
+        match = re.fullmatch(r"--(\w+)((?:[.=].*)?)", argument, re.DOTALL)
+        former = match[1] if match else ""
+        now = FORMER_NAMES.get(former, "")
+        if match and now in names and former not in names:
+            print(f"warning: --{former} is now --{now}", file=sys.stderr)
+            argument = f"--{now}{match[2]}"
+        out.append(argument)
+    return out
+
+
 def run(
     commands: Mapping[str, Callable[..., Any]] | Callable[..., Any],
     description: str,
@@ -78,6 +96,7 @@ def run(
     command = commands if not isinstance(commands, Mapping) else commands.get(arguments[0]) if arguments else None
     if command is not None:
         hints = get_type_hints(command)
+        arguments = rename_former_options(arguments, set(hints))
         arguments = join_list_options(arguments, {name for name, hint in hints.items() if _is_list(hint)})
         arguments = spell_out_flags(arguments, {name for name, hint in hints.items() if hint is bool})
     parts: Any = dict(commands) if isinstance(commands, Mapping) else commands

@@ -27,15 +27,15 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.files import explained
+from spvla.gates.base import Gate
+from spvla.gates.calibration import Calibration
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
+from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import TokenPruner, make_pruner
-from spvla.scheduling.base import Scheduler
-from spvla.scheduling.calibration import Calibration
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
-from spvla.scheduling.rules import PaperRule, ReleaseRule
 from spvla.vlas.checkpoint import read_json, require_finite
 from spvla.vlas.foreign import as_vla
 
@@ -43,8 +43,8 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 PRETRAINED = Path(__file__).parent / "pretrained"
 BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
-SCHEDULERS = ("learned", "release", "paper")
-DEFAULTS = {"generator": str, "scheduler": str, "risk": float, "max_generated_run": int}
+GATES = ("learned", "release", "paper")
+DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
 PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
 CONFIG = {
     "format": int,
@@ -69,7 +69,7 @@ class Export:
         generators: learned generators by name.
         gates: an action-type classifier per generator name (``ridge`` included).
         calibration: each gate's risk curve.
-        defaults: ``generator``, ``scheduler``, ``risk``, ``max_generated_run``, and where the VLA is to run pruned
+        defaults: ``generator``, ``gate``, ``risk``, ``max_generated_run``, and where the VLA is to run pruned
             ``pruning``: what :func:`~spvla.pruning.make_pruner` takes.
         provenance: teacher, data, commit, versions.
     """
@@ -130,12 +130,12 @@ class Export:
             if errors.get(name, 0.0) > last
         ]
 
-    def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedScheduler:
+    def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
         """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
         if generator not in self.gates:
             raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(self.gates))}")
         threshold = self.calibration[generator].threshold(risk)
-        return LearnedScheduler(self.gates[generator], threshold, self.limits(generator, space))
+        return LearnedGate(self.gates[generator], threshold, self.limits(generator, space))
 
 
 def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> None:
@@ -143,7 +143,7 @@ def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> 
     if missing := DEFAULTS.keys() - defaults.keys():
         raise InputError(f"{min(missing)} is missing")
     check_values(defaults, DEFAULTS, at_least={"max_generated_run": 1})
-    for name, known in (("generator", (*generators, *BUILT_IN_GENERATORS, "none")), ("scheduler", SCHEDULERS)):
+    for name, known in (("generator", (*generators, *BUILT_IN_GENERATORS, "none")), ("gate", GATES)):
         if defaults[name] not in known:
             raise InputError(f"{name} {defaults[name]!r} is unknown; there are: {', '.join(known)}")
     check_risk(defaults["risk"])
@@ -175,13 +175,14 @@ def accelerate(
     risk: float | None = None,
     *,
     generator: str | None = None,
-    scheduler: str | None = None,
+    gate: str | None = None,
     rule: Mapping[str, float] | None = None,
     pruning: TokenPruner | Mapping[str, Any] | str | None = None,
     max_generated_run: int | None = None,
     shadow: bool = False,
     record: str | Path | None = None,
     when_unavailable: str = "raise",
+    scheduler: str | None = None,
 ) -> SPVLAPolicy:
     """Put a frozen VLA, a distilled generator and its gate together.
 
@@ -193,7 +194,7 @@ def accelerate(
         risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
             None.
         generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
-        scheduler: ``learned``, ``release`` or ``paper``; the export's default if None.
+        gate: ``learned``, ``release`` or ``paper``; the export's default if None.
         rule: constants of a hand-set rule.
         pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
             or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
@@ -202,7 +203,13 @@ def accelerate(
         record: folder of a rollout store for finished episodes.
         when_unavailable: what to do while a remote VLA does not answer: ``raise``, ``stop``, ``hold`` or ``generator``, see
             :class:`~spvla.policy.SPVLAPolicy`.
+        scheduler: the former name of ``gate``.
     """
+    if scheduler is not None:
+        if gate is not None:
+            raise InputError("accelerate: scheduler is the former name of gate; give gate alone", field="scheduler")
+        warnings.warn("accelerate: scheduler is now called gate", DeprecationWarning, stacklevel=2)
+        gate = scheduler
     loaded = load_export(export) if isinstance(export, str | Path) else export
     if not isinstance(loaded, Export | None):
         raise InputError(f"accelerate: export must be a folder, a hub id or an Export, got {type(loaded).__name__}")
@@ -214,10 +221,10 @@ def accelerate(
     if loaded is not None:
         loaded.space.require_compatible(vla.action_space, "accelerate")
     generator = generator or defaults.get("generator", "ridge")
-    scheduler = scheduler or defaults.get("scheduler", "release")
-    if scheduler not in SCHEDULERS:
-        raise InputError(f"scheduler {scheduler!r} is unknown; there are: {', '.join(SCHEDULERS)}")
-    if rule and (scheduler == "learned" or generator == "none"):
+    gate = gate or defaults.get("gate", "release")
+    if gate not in GATES:
+        raise InputError(f"gate {gate!r} is unknown; there are: {', '.join(GATES)}")
+    if rule and (gate == "learned" or generator == "none"):
         raise InputError(f"rule: there is no hand-set rule that its constants ({', '.join(rule)}) would belong to")
     space = vla.action_space if loaded is None else loaded.acting_space(vla.action_space)
     if loaded is not None and (far := loaded.space.scale_difference(vla.action_space)):
@@ -239,14 +246,14 @@ def accelerate(
     part = loaded.generator(generator, space) if loaded else built_in_generator(generator, space)
     if loaded is not None:
         options["space"] = loaded.limits(generator, space)
-    decider: Scheduler
-    if scheduler == "learned":
+    decider: Gate
+    if gate == "learned":
         if loaded is None:
-            raise InputError("accelerate: the learned scheduler needs an export with a gate")
+            raise InputError("accelerate: the learned gate needs an export with a gate")
         decider = loaded.gate(generator, defaults["risk"] if risk is None else risk, space)
     else:
         with naming("accelerate"):
-            decider = {"release": ReleaseRule, "paper": PaperRule}[scheduler](space, **(rule or {}))
+            decider = {"release": ReleaseRule, "paper": PaperRule}[gate](space, **(rule or {}))
     return SPVLAPolicy(vla, part, decider, pruner, **options)
 
 
@@ -348,8 +355,9 @@ def load_export(path: str | Path) -> Export:
     for kind, modules in (("generators", generators), ("gates", gates)):
         for name, module in modules.items():
             _load(module, folder / kind / f"{name}.safetensors")
+    defaults = {"gate" if name == "scheduler" else name: value for name, value in config["defaults"].items()}
     with naming(config_path):
-        return Export(space, config["tolerance"], generators, gates, calibration, config["defaults"], config["provenance"])
+        return Export(space, config["tolerance"], generators, gates, calibration, defaults, config["provenance"])
 
 
 def fingerprint(export: str | None) -> str | None:

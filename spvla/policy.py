@@ -1,6 +1,6 @@
-"""The joint policy: generator, scheduler, pruner and an unmodified VLA in one control loop.
+"""The joint policy: generator, gate, pruner and an unmodified VLA in one control loop.
 
-Everything meets here and nowhere else. With generator, scheduler and pruner off, :class:`SPVLAPolicy` returns the VLA's
+Everything meets here and nowhere else. With generator, gate and pruner off, :class:`SPVLAPolicy` returns the VLA's
 own actions bit for bit.
 """
 
@@ -23,15 +23,15 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
+from spvla.gates.base import Decision, Gate
 from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.pruning.pruner import TokenPruner
-from spvla.scheduling.base import Decision, Scheduler
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
-UNDECIDED = ("off", "chunk", "first step", "unavailable", "run limit")  # reasons of steps that no scheduler decided
+UNDECIDED = ("off", "chunk", "first step", "unavailable", "run limit")  # reasons of steps that no gate decided
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
 
 
@@ -41,7 +41,7 @@ class StepInfo:
 
     Args:
         source: who made the executed action.
-        intuitive: the scheduler's label (False if it was not asked).
+        intuitive: the gate's label (False if it was not asked).
         reason: what decided.
         probability: the classifier's probability of deviating, or None.
         fallback: labelled intuitive, but the proposal was refused and the VLA acted in the same step.
@@ -83,7 +83,7 @@ class SPVLAPolicy:
     Args:
         vla: the frozen policy.
         generator: continues the motion on intuitive steps; None switches scheduling off.
-        scheduler: labels each step; None switches scheduling off.
+        gate: labels each step; None switches scheduling off.
         pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy then acts through
             ``vla.with_pruner(pruner)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
@@ -102,7 +102,7 @@ class SPVLAPolicy:
         self,
         vla: VLA,
         generator: ActionGenerator | None = None,
-        scheduler: Scheduler | None = None,
+        gate: Gate | None = None,
         pruner: TokenPruner | None = None,
         *,
         space: ActionSpace | None = None,
@@ -112,8 +112,8 @@ class SPVLAPolicy:
         record: str | Path | None = None,
         when_unavailable: str = "raise",
     ) -> None:
-        if (generator is None) != (scheduler is None):
-            raise InputError("policy: a generator needs a scheduler and a scheduler a generator; give both or neither")
+        if (generator is None) != (gate is None):
+            raise InputError("policy: a generator needs a gate and a gate a generator; give both or neither")
         with naming("policy"):
             check_options(SPVLAPolicy.__init__, {"max_generated_run": max_generated_run, "tolerance": tolerance})
         if max_generated_run < 1:
@@ -127,20 +127,20 @@ class SPVLAPolicy:
             vla = vla.with_pruner(pruner)
         self.vla = vla
         self.generator = generator
-        self.scheduler = scheduler
+        self.gate = gate
         self.pruner = pruner
         self.space = space or vla.action_space
         self.max_generated_run = max_generated_run
         self.tolerance = tolerance
         self.shadow = shadow
         self.when_unavailable = when_unavailable
-        length = max([1] + [part.history_length for part in (generator, scheduler) if part is not None])
+        length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
         self.history = ActionHistory(self.space, length)
         self.steps: list[StepInfo] = []
         self.last_output: VLAOutput | None = None  # what the VLA says or said about the last step; None if it has no say
         self._queue: deque[FloatArray] = deque()
         self._waiting = False  # the VLA could not be asked in the last step
-        self._decided = self._outside = 0  # steps that the scheduler decided, and those outside of what it knows
+        self._decided = self._outside = 0  # steps that the gate decided, and those outside of what it knows
         self._instruction: str | None = None
         self._writer = None if record is None else RolloutWriter(record, self.space, policy=type(vla).__name__)
         # Jobs in the order of time, and no two recorders' alike: several robots may fill one store.
@@ -189,7 +189,7 @@ class SPVLAPolicy:
         decision, proposal = Decision(False, "off"), None
         if self._queue:
             decision = Decision(False, "chunk")
-        elif self.generator is not None and self.scheduler is not None:
+        elif self.generator is not None and self.gate is not None:
             proposal = self.generator.propose(history)
             decision = self._decide(history, proposal)
         intuitive = decision.intuitive
@@ -287,17 +287,17 @@ class SPVLAPolicy:
             self._record.steps.append(step)
 
     def _decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        assert self.scheduler is not None
+        assert self.gate is not None
         if history.vla_age == 0:
             return Decision(False, "first step")
         if self._waiting:
             return Decision(False, "unavailable")
         if history.generated_run >= self.max_generated_run:
             return Decision(False, "run limit")
-        return self.scheduler.decide(history, proposal)
+        return self.gate.decide(history, proposal)
 
     def _notice(self, decision: Decision, refused: bool, proposal: Proposal | None) -> None:
-        """Warn once if the robot is not where the export was calibrated: in most of the first steps that the scheduler decides,
+        """Warn once if the robot is not where the export was calibrated: in most of the first steps that the gate decides,
         the state is unfamiliar or the proposal leaves the limits."""
         if self._decided >= FIRST_STEPS or proposal is None or decision.reason in UNDECIDED:
             return

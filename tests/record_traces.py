@@ -21,11 +21,11 @@ from spvla.vlas.registry import load_vla
 SUITE = "libero_object"
 TRACES = Path(__file__).parent / "data" / "traces.npz"
 EXPERT_CELLS = (
-    ("generator_libero_expert", {"generator": "mlp", "scheduler": "learned", "risk": 0.05}),
-    ("generator_libero_expert", {"generator": "transformer", "scheduler": "learned", "risk": 0.1}),
-    ("generator_libero_expert", {"generator": "ridge", "scheduler": "learned", "risk": 0.1}),
-    (None, {"generator": "ridge", "scheduler": "release"}),
-    (None, {"generator": "ridge_paper", "scheduler": "paper"}),
+    ("generator_libero_expert", {"generator": "mlp", "gate": "learned", "risk": 0.05}),
+    ("generator_libero_expert", {"generator": "transformer", "gate": "learned", "risk": 0.1}),
+    ("generator_libero_expert", {"generator": "ridge", "gate": "learned", "risk": 0.1}),
+    (None, {"generator": "ridge", "gate": "release"}),
+    (None, {"generator": "ridge_paper", "gate": "paper"}),
 )
 NANO_CELLS = (
     (None, {"generator": "none"}, 3),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.output import append, continued
-from spvla.cli import guard, join_list_options, run, spell_out_flags
+from spvla.cli import guard, join_list_options, rename_former_options, run, spell_out_flags
 from spvla.errors import InputError
 from tests.conftest import smooth_episode, write_store
 from train.__main__ import fit
@@ -39,6 +39,14 @@ def test_a_bare_flag_says_true():
         assert run({"c": command}, "x", ["c", *line.split()]) == 0
     assert seen == [(True, True, "a"), (False, False, ""), (True, False, "")]
     assert spell_out_flags(["--a", "--b", "1", "--b"], {"b"}) == ["--a", "--b", "1", "--b=true"]
+
+
+def test_former_option_names_still_work_with_a_warning(capsys):
+    given = ["--policy", "expert", "--policy_options.dtype=x", "--scheduler", "release"]
+    assert rename_former_options(given, {"vla", "vla_options"}) == [
+        *("--vla", "expert", "--vla_options.dtype=x", "--scheduler", "release")
+    ]
+    assert capsys.readouterr().err.count("warning: ") == 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,7 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
         (("data", "collect", "--suite", "libero_nothing", "--output", "{tmp}/o"), "libero_nothing"),
         (("data", "collect", "--suite", "libero_object", "--tasks", "77", "--output", "{tmp}/o"), "77"),
         (("data", "collect", "--suite", "libero_object", "--init_states", "9-3", "--output", "{tmp}/o"), "9-3"),
-        (("data", "collect", "--suite", "libero_object", "--policy", "nobody", "--output", "{tmp}/o"), "nobody"),
+        (("data", "collect", "--suite", "libero_object", "--vla", "nobody", "--output", "{tmp}/o"), "nobody"),
         (("data", "inspect", "--data", "{tmp}"), "{tmp}"),
         (("data", "inspect", "--data", "{tmp}", "--output", "{tmp}/o.xyz"), "o.xyz is no picture"),
         (("train", "distill", "--data", "{tmp}", "--output", "{tmp}/e"), "{tmp}"),
@@ -170,7 +178,7 @@ def test_help_names_every_option():
     done = call("data", "collect", "--help")
     assert done.returncode == 0
     for option in (
-        "--policy",
+        "--vla",
         "--checkpoint",
         "--export",
         "--shadow",

@@ -1,4 +1,4 @@
-"""Cells of generator x scheduler x pruning: their names, their policies, their rows, and the configurations that ship."""
+"""Cells of generator x gate x pruning: their names, their policies, their rows, and the configurations that ship."""
 
 import csv
 import gzip
@@ -85,7 +85,7 @@ def test_rows_weigh_tokens_by_calls():
         }
         counts |= {"seconds": 0.5, "held": held, "nudged": None, "reaction": None}
         where = {"suite": "s", "task": 0, "init_state": calls, "seed": 0, "success": True, "generated_run_lengths": []}
-        facts = {"generator": "none", "scheduler": "none", "pruning": "half", "risk": None}
+        facts = {"generator": "none", "gate": "none", "pruning": "half", "risk": None}
         return {
             "cell": cell,
             **facts,
@@ -126,7 +126,7 @@ def test_frames_show_what_reached_the_language_model_and_who_acted():
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "cells:" in p.read_text()], ids=lambda p: p.stem)
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
-    options = {"pruning": config.get("pruning"), "policy_options": config.get("policy_options")}
+    options = {"pruning": config.get("pruning"), "vla_options": config.get("vla_options")}
     vla = PrunableVLA(np.zeros((5, 7)))
     export = load_export(ROOT / config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [export.defaults["risk"]])

@@ -13,10 +13,10 @@ import torch
 from spvla import InputError, Observation, VLAOutput, accelerate, load_export, save_export
 from spvla.actions import LIBERO
 from spvla.export import Export, fingerprint
+from spvla.gates.calibration import calibrate
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
-from spvla.scheduling.calibration import calibrate
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def make_export(dim: int = 7, **changes) -> Export:
         "transformer": LearnedGenerator(GeneratorConfig("transformer", features, (6,), width=16, depth=1, heads=2)),
     }
     gates = {n: ActionTypeClassifier(ClassifierConfig(features, width=8, depth=1)) for n in (*networks, "ridge")}
-    defaults = {"generator": "mlp", "scheduler": "learned", "risk": 0.1, "max_generated_run": 8}
+    defaults = {"generator": "mlp", "gate": "learned", "risk": 0.1, "max_generated_run": 8}
     export = Export(LIBERO.with_max_jump(np.full(7, 2)), 0.2, networks, gates, dict.fromkeys(gates, curve), defaults)
     return replace(export, **changes)
 
@@ -50,10 +50,10 @@ def drive(policy, steps=40):
 
 
 @pytest.mark.parametrize("generator", ["mlp", "transformer", "ridge"])
-@pytest.mark.parametrize("scheduler", ["learned", "release"])
-def test_every_cell_survives_the_round_trip(folder, generator, scheduler):
+@pytest.mark.parametrize("gate", ["learned", "release"])
+def test_every_cell_survives_the_round_trip(folder, generator, gate):
     vla = ScriptedVLA(np.random.default_rng(0).uniform(-1, 1, (50, 7)))
-    options = {"generator": generator, "scheduler": scheduler, "risk": 0.3}
+    options = {"generator": generator, "gate": gate, "risk": 0.3}
     before, after = (drive(accelerate(vla, e, **options)) for e in (make_export(), folder))
     np.testing.assert_array_equal(before, after)
 
@@ -64,8 +64,8 @@ def test_defaults_come_from_the_export_and_the_knob_overrides(folder):
         accelerate(ScriptedVLA(np.zeros((5, 7))), folder, max_generated_run=0)
     assert policy.max_generated_run == 8 and policy.space.max_jump == (2.0,) * 7
     curve = load_export(folder).calibration["mlp"]
-    assert policy.scheduler.threshold == curve.threshold(0.1)
-    assert accelerate(ScriptedVLA(np.zeros((5, 7))), folder, 0.3).scheduler.threshold == curve.threshold(0.3)
+    assert policy.gate.threshold == curve.threshold(0.1)
+    assert accelerate(ScriptedVLA(np.zeros((5, 7))), folder, 0.3).gate.threshold == curve.threshold(0.3)
 
 
 def test_an_export_can_ask_for_pruning(tmp_path):
@@ -236,12 +236,12 @@ def test_a_state_too_short_is_told(folder, state):
     ("options", "message"),
     [
         ({"export": 123}, "export must be a folder, a hub id or an Export, got int"),
-        ({"risk": 7, "scheduler": "release"}, r"risk must lie in \(0, 1\], got 7"),
+        ({"risk": 7, "gate": "release"}, r"risk must lie in \(0, 1\], got 7"),
         ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
-        ({"generator": "none", "scheduler": "lerned"}, "scheduler 'lerned' is unknown; there are: learned, release, paper"),
+        ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; there are: learned, release, paper"),
         ({"rule": {"z_max": 1}}, "rule: there is no hand-set rule that its constants"),
-        ({"scheduler": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
-        ({"scheduler": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),
+        ({"gate": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
+        ({"gate": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),
         ({"max_generated_run": 2.5}, "max_generated_run must be a whole number, got 2.5"),
         ({"pruning": 5}, "pruning must be .*, got 5"),
     ],

@@ -9,10 +9,10 @@ import pytest
 
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace, read_space
+from spvla.gates.base import Decision
 from spvla.generators.base import Proposal
 from spvla.generators.ridge import LastActionGenerator
 from spvla.history import Source
-from spvla.scheduling.base import Decision
 from spvla.vlas.foreign import ForeignVLA, LeRobotVLA, as_vla
 from tests.test_export import make_export
 from tests.test_policy import Always
@@ -70,7 +70,7 @@ def test_accelerate_takes_it_as_it_is(tmp_path):
 
 
 class Counted:
-    """A scheduler that lets the generator make a given number of actions after each chunk."""
+    """A gate that lets the generator make a given number of actions after each chunk."""
 
     history_length = 1
 
@@ -84,12 +84,12 @@ class Counted:
 
 @pytest.mark.parametrize("run", [0, 3])
 def test_the_scheduler_decides_when_a_chunk_is_used_up_and_only_then(run):
-    scheduler = Counted(run)
-    policy = SPVLAPolicy(ForeignVLA(Planning(), LIBERO), LastActionGenerator(LIBERO), scheduler)
+    gate = Counted(run)
+    policy = SPVLAPolicy(ForeignVLA(Planning(), LIBERO), LastActionGenerator(LIBERO), gate)
     out = drive(policy, 8 + run + 8 + run)
     made = "".join("VG"[s.source] for s in policy.steps)
     assert made == ("V" * 8 + "G" * run) * 2
-    assert scheduler.asked == 2 * run + 1, "not asked while a chunk lasts, nor before the first"
+    assert gate.asked == 2 * run + 1, "not asked while a chunk lasts, nor before the first"
     np.testing.assert_array_equal(out[8 + run : 16 + run, 0], np.float32([0.02] * 8))
     assert policy.stats()["vla_calls"] == 2 and [s.reason for s in policy.steps[1:8]] == ["chunk"] * 7
 

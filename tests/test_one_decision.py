@@ -12,13 +12,13 @@ from eval.offline import judge_store
 from spvla.actions import LIBERO
 from spvla.episodes import RolloutWriter
 from spvla.export import Export
+from spvla.gates.calibration import Calibration, calibrate
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, judge
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
-from spvla.scheduling.calibration import Calibration, calibrate
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, judge
 from spvla.vlas.base import VLAOutput
 from tests.conftest import smooth_episode
 from train.calibrate import calibration_curve, choose_default, judge_episode
@@ -67,18 +67,18 @@ def export():
         for p in [*generator.parameters(), *gate.parameters()]:
             p.mul_(3.0)
     curve = Calibration((0.5,), (0.05,), (0.5,), (0.0,), 20)
-    defaults = {"generator": "mlp", "scheduler": "learned", "risk": 0.1, "max_generated_run": 10_000}
+    defaults = {"generator": "mlp", "gate": "learned", "risk": 0.1, "max_generated_run": 10_000}
     space = LIBERO.with_max_jump(np.full(7, 1.1))
     return Export(space, TOLERANCE, {"mlp": generator}, {"mlp": gate}, {"mlp": curve}, defaults)
 
 
-def online(export, scheduler, recorded):
+def online(export, gate, recorded):
     """Replay what was executed, step for step, asking the gate before each step."""
     generator, history = export.generator("mlp", LIBERO), ActionHistory(LIBERO, HISTORY)
     decisions = []
     for t, action in enumerate(recorded.actions):
         history.observe(recorded.states[t])
-        decisions.append(scheduler.decide(history, generator.propose(history)))
+        decisions.append(gate.decide(history, generator.propose(history)))
         source = Source(recorded.sources[t])
         output = VLAOutput(recorded.vla_actions[t][None]) if source == Source.VLA else None
         history.act(action, source, output)
@@ -100,18 +100,18 @@ def test_the_three_ways_agree_at_every_step(store, export):
     judged = judge_store(windows, export, ["mlp"])
     offline = judged.verdicts["mlp"]
     threshold = between(offline.lowest_threshold)
-    gate, generator = export.gates["mlp"], export.generator("mlp", LIBERO)
-    scheduler = replace(export.gate("mlp", 0.1, LIBERO), threshold=threshold)
+    classifier, generator = export.gates["mlp"], export.generator("mlp", LIBERO)
+    gate = replace(export.gate("mlp", 0.1, LIBERO), threshold=threshold)
     data = RolloutData([store], HISTORY)
     reasons, refusals = [], 0
     for e, (_, first, info) in enumerate(windows.episodes):
         recorded = episode(e, some_sources(e))
-        decisions = online(export, scheduler, recorded)
+        decisions = online(export, gate, recorded)
         acts = np.array([d.intuitive and not d.refused for d in decisions])
         rows = judged.episode == e
         np.testing.assert_array_equal(offline.generated(threshold)[rows], acts[1:])
         np.testing.assert_array_equal(offline.refused(threshold)[rows], [d.refused for d in decisions[1:]])
-        lowest, deviates = judge_episode(data, generator, gate, first, info.length, TOLERANCE, limits)
+        lowest, deviates = judge_episode(data, generator, classifier, first, info.length, TOLERANCE, limits)
         labelled = recorded.sources != Source.HELD
         np.testing.assert_array_equal(lowest <= threshold, acts & labelled)  # nobody knows what the VLA would have done
         assert np.isinf(lowest[0]) and not deviates[~labelled].any()
@@ -138,9 +138,9 @@ def test_the_policy_in_shadow_mode_agrees_with_the_store_that_it_records(export,
 
     vla = Teacher()
     probe = [p.probability for r in recorded for p in online(export, export.gate("mlp", 0.1, LIBERO), r)]
-    scheduler = replace(export.gate("mlp", 0.1, LIBERO), threshold=between(np.array(probe)))
+    gate = replace(export.gate("mlp", 0.1, LIBERO), threshold=between(np.array(probe)))
     policy = SPVLAPolicy(
-        *(vla, export.generator("mlp", LIBERO), scheduler),
+        *(vla, export.generator("mlp", LIBERO), gate),
         **{"space": export.limits("mlp", LIBERO), "max_generated_run": 10_000, "shadow": True, "record": tmp_path / "shadow"},
     )
     steps = []
@@ -162,8 +162,8 @@ def test_the_policy_in_shadow_mode_agrees_with_the_store_that_it_records(export,
     skipped = np.concatenate([[s.intuitive and not s.fallback for s in e[1:]] for e in steps])
     refused = np.concatenate([[s.fallback for s in e[1:]] for e in steps])
     verdicts = offline.verdicts["mlp"]
-    np.testing.assert_array_equal(verdicts.generated(scheduler.threshold)[asked], skipped[asked])
-    np.testing.assert_array_equal(verdicts.refused(scheduler.threshold)[asked], refused[asked])
+    np.testing.assert_array_equal(verdicts.generated(gate.threshold)[asked], skipped[asked])
+    np.testing.assert_array_equal(verdicts.refused(gate.threshold)[asked], refused[asked])
     assert skipped.sum() > 5 and refused.sum() > 5 and (~asked).sum() > 5
 
 

@@ -146,7 +146,7 @@ def test_calibration_does_not_depend_on_the_scale_of_the_store_that_calibrates(e
 def run(export, space: ActionSpace) -> list[np.ndarray]:
     """What an accelerated policy executes, environment units, around a VLA of another scale."""
     episode = smooth_episode(61)
-    policy = spvla.accelerate(ScriptedVLA(episode.vla_actions, space), export, generator="mlp", scheduler="release")
+    policy = spvla.accelerate(ScriptedVLA(episode.vla_actions, space), export, generator="mlp", gate="release")
     policy.reset("go")
     return [policy.select_action(spvla.Observation(None, state)) for state in episode.states]
 
@@ -174,7 +174,7 @@ def test_a_robot_that_is_elsewhere_is_told_so_once(export_folder):
         def predict(self, observation, keep_mass=1.0):
             return VLAOutput(np.zeros((1, 7), np.float32))
 
-    policy = spvla.accelerate(Still(np.zeros((1, 7)), ARM), export_folder, risk=0.3, generator="mlp", scheduler="learned")
+    policy = spvla.accelerate(Still(np.zeros((1, 7)), ARM), export_folder, risk=0.3, generator="mlp", gate="learned")
     policy.reset("go")
     far = np.full(5, 50.0, np.float32)
     with pytest.warns(UserWarning, match="outside of what the export was calibrated on") as told:

@@ -22,7 +22,7 @@ from spvla.vlas.registry import load_vla
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 
 ROOT = Path(__file__).parents[1]
-SMALL = yaml.safe_load((ROOT / "configs" / "eval" / "openvla_dry_run.yaml").read_text())["policy_options"]
+SMALL = yaml.safe_load((ROOT / "configs" / "eval" / "openvla_dry_run.yaml").read_text())["vla_options"]
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
@@ -47,7 +47,7 @@ def call(commands, *arguments):
 
 
 def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
-    options = ("--policy", "openvla", "--checkpoint", checkpoint, "--suite", "libero_10", "--repeats", 3)
+    options = ("--vla", "openvla", "--checkpoint", checkpoint, "--suite", "libero_10", "--repeats", 3)
     few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9}}", "--keep_ratios", 0.5)
     beside = ("--export", ROOT / "spvla/pretrained/generator_libero_expert", "--steps", 50)
     assert call(EVAL, "latency", *options, *few, *beside, "--output", tmp_path) == 0
@@ -108,14 +108,14 @@ def as_pickle(folder):
         (as_pickle, (), "pickles (pytorch_model.bin)"),
         (lambda f: (f / "tokenizer.json").unlink(), (), "tokenizer.json: missing"),
         (None, ("--suite", "libero_90"), "there are: libero_spatial_no_noops, libero_object_no_noops"),
-        (None, ("--policy_options.unnorm_key", "bridge"), "no statistics for 'bridge'; there are: libero_spatial_no_noops"),
-        (None, ("--policy_options.dtype", "int4"), "dtype 'int4' is unknown; there are: float32, bfloat16, float16"),
-        (None, ("--policy_options.device", "abacus"), "device 'abacus'"),
-        (None, ("--policy_options.device", "cuda:99"), "device 'cuda:99': torch finds"),
-        (None, ("--policy_options.conventions", "simpler"), "conventions 'simpler' are unknown; there are: libero"),
-        (None, ("--policy_options.conventions", "{crop: 1}"), "conventions: 'crop' is unknown"),
-        (None, ("--policy_options.unorm_key", "x"), "takes no option 'unorm_key'; it takes: suite, unnorm_key"),
-        (None, ("--suite", "libero_10", "--policy_options.adapter", "/nowhere/lora"), "/nowhere/lora"),
+        (None, ("--vla_options.unnorm_key", "bridge"), "no statistics for 'bridge'; there are: libero_spatial_no_noops"),
+        (None, ("--vla_options.dtype", "int4"), "dtype 'int4' is unknown; there are: float32, bfloat16, float16"),
+        (None, ("--vla_options.device", "abacus"), "device 'abacus'"),
+        (None, ("--vla_options.device", "cuda:99"), "device 'cuda:99': torch finds"),
+        (None, ("--vla_options.conventions", "simpler"), "conventions 'simpler' are unknown; there are: libero"),
+        (None, ("--vla_options.conventions", "{crop: 1}"), "conventions: 'crop' is unknown"),
+        (None, ("--vla_options.unorm_key", "x"), "takes no option 'unorm_key'; it takes: suite, unnorm_key"),
+        (None, ("--suite", "libero_10", "--vla_options.adapter", "/nowhere/lora"), "/nowhere/lora"),
         (None, ("--suite", "libero_10", "--instruction", ""), "instruction: expected a sentence"),
         (None, ("--suite", "libero_10", "--instruction", "mug " * 2100), "leaves room for"),
         (None, ("--suite", "libero_10", "--keep_ratios", 1.5), "keep_ratios"),
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, culprit, check
         (folder / file.name).write_bytes(file.read_bytes())
     if damage is not None:
         damage(folder)
-    what = ("--policy", "openvla", "--checkpoint", folder, "--output", tmp_path / "out")
+    what = ("--vla", "openvla", "--checkpoint", folder, "--output", tmp_path / "out")
     assert call(EVAL, "latency", *what, *(arguments or ("--suite", "libero_10"))) == 2
     error = capsys.readouterr().err
     last = error.rstrip("\n").rpartition("\n")[2]
@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, culprit, check
 
 
 def test_no_checkpoint_is_told(capsys, tmp_path):
-    assert call(EVAL, "latency", "--policy", "openvla", "--output", tmp_path) == 2
+    assert call(EVAL, "latency", "--vla", "openvla", "--output", tmp_path) == 2
     assert capsys.readouterr().err == "error: policy 'openvla' needs a checkpoint: a folder or a hub id\n"
     assert call(EVAL, "latency", "--output", tmp_path) == 2
     assert "--export" in capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     av = pytest.importorskip("av", reason="the eval extra is not installed")
     from data.store import RolloutStore
 
-    vla = ("--policy", "openvla", "--checkpoint", checkpoint, "--tasks", 0, "--workers", 1, "--max_steps")
+    vla = ("--vla", "openvla", "--checkpoint", checkpoint, "--tasks", 0, "--workers", 1, "--max_steps")
     rollouts, export = tmp_path / "rollouts", tmp_path / "export"
     where = ("--suite", "libero_object", "--init_states", "0-3,20-22", "--output", rollouts)
     assert call(DATA, "collect", *vla, 12, *where) == 0

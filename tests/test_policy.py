@@ -9,19 +9,19 @@ from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import read_episodes
+from spvla.gates.base import Decision
+from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.base import Proposal
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
 from spvla.policy import run_lengths
 from spvla.pruning import TokenPruner
-from spvla.scheduling.base import Decision
-from spvla.scheduling.rules import PaperRule, ReleaseRule
 from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 
 class Always:
-    """A scheduler that calls every step intuitive."""
+    """A gate that calls every step intuitive."""
 
     history_length = 1
 
@@ -78,8 +78,8 @@ def test_shadow_mode_is_the_vla_bit_for_bit_and_tells_what_it_would_do():
 def test_shadow_mode_counts_what_an_acting_policy_would_skip():
     """On a motion that the generator continues exactly, both see the same actions and must come to the same count."""
     vla = ScriptedVLA(np.tile([0.3, 0.2, 0, 0, 0, 0, -1], (60, 1)).astype(np.float32))
-    for scheduler in (ReleaseRule(LIBERO), PaperRule(LIBERO, v_min=0.0), Always()):
-        shadow, acting = (SPVLAPolicy(vla, LastActionGenerator(LIBERO), scheduler, shadow=s) for s in (True, False))
+    for gate in (ReleaseRule(LIBERO), PaperRule(LIBERO, v_min=0.0), Always()):
+        shadow, acting = (SPVLAPolicy(vla, LastActionGenerator(LIBERO), gate, shadow=s) for s in (True, False))
         run(shadow, 60), run(acting, 60)
         assert shadow.stats()["would_skip"] == acting.stats()["generated"] > 20
         assert shadow.stats()["generated"] == 0
@@ -235,9 +235,9 @@ def test_misuse_is_told():
     with pytest.raises(InputError, match="NaN"):
         policy.select_action(Observation(state=np.full(8, np.nan)))
     with pytest.raises(InputError, match="needs an export"):
-        accelerate(ScriptedVLA(actions()), scheduler="learned")
+        accelerate(ScriptedVLA(actions()), gate="learned")
     with pytest.raises(InputError, match="z_xy"):
-        accelerate(ScriptedVLA(actions()), scheduler="release", rule={"z_xy": 1})
+        accelerate(ScriptedVLA(actions()), gate="release", rule={"z_xy": 1})
 
 
 class Flaky(ScriptedVLA):
@@ -283,7 +283,7 @@ def test_the_generator_goes_on_within_its_limit_while_the_vla_does_not_answer():
             return Decision(False, "never")
 
     vla, policy = flaky(range(2, 100), "generator", run_limit=4)
-    policy.scheduler = Never()
+    policy.gate = Never()
     run(policy, 9)
     assert sources(policy) == "VVGGGGHHH"
     vla.down = range(0)
@@ -327,7 +327,7 @@ def test_a_step_that_failed_leaves_no_trace_in_the_history():
 
 
 def test_recorded_episodes_are_a_store_that_training_reads(tmp_path):
-    policy = accelerate(ScriptedVLA(actions()), generator="last", scheduler="release", record=tmp_path / "rec")
+    policy = accelerate(ScriptedVLA(actions()), generator="last", gate="release", record=tmp_path / "rec")
     for success in (True, False):
         run(policy, 20)
         policy.finish(success=success, site="lab 3")

@@ -259,7 +259,7 @@ def test_two_processes_and_a_kill_give_the_same_store(two_shards, tmp_path):
         return [
             sys.executable,
             *base,
-            "--policy",
+            "--vla",
             "tests.test_relabel:seeing",
             "--accelerator",
             "cpu",

@@ -39,7 +39,7 @@ def test_the_generator_here_and_the_vla_there_act_as_both_do_here(serving, pruni
     assert remote.action_space == LIBERO
     runs, steps = [], []
     for vla in (remote, Sharing()):
-        policy = accelerate(vla, generator="ridge", scheduler="release", pruning=pruning)
+        policy = accelerate(vla, generator="ridge", gate="release", pruning=pruning)
         for instruction in ("put it there", "steady", "put it there"):
             policy.reset(instruction)
             runs.append([policy.select_action(seen(t)) for t in range(15)])
@@ -54,7 +54,7 @@ def test_the_generator_here_and_the_vla_there_act_as_both_do_here(serving, pruni
 @pytest.mark.parametrize("when", ["stop", "hold", "generator"])
 def test_a_server_that_dies_in_mid_episode_and_comes_back(serving, when):  # noqa: F811
     one = serving(interface=STRAIGHT)
-    policy = accelerate(RemoteVLA(one.url, timeout=2.0), generator="ridge", scheduler="release", when_unavailable=when)
+    policy = accelerate(RemoteVLA(one.url, timeout=2.0), generator="ridge", gate="release", when_unavailable=when)
     policy.reset("put it there")
     alive = [policy.select_action(seen(t)) for t in range(6)]
     one.loop.call_soon_threadsafe(one.endpoint.stop)

@@ -118,7 +118,7 @@ def test_spreads_that_do_not_fit_are_refused(residual, code):
 @KINDS
 def test_an_export_keeps_it(kind, tmp_path):
     space, made = arm(), network(kind)
-    defaults = {"generator": kind, "scheduler": "learned", "risk": 0.1, "max_generated_run": 5}
+    defaults = {"generator": kind, "gate": "learned", "risk": 0.1, "max_generated_run": 5}
     save_export(Export(space, 0.2, {kind: made}, {}, {}, defaults), tmp_path / "e")
     again = load_export(tmp_path / "e").generators[kind]
     window = stacked([moved(space, n, n).window() for n in (1, 4, 8)])
@@ -173,7 +173,7 @@ def test_learned_is_no_worse_than_the_last_action_in_a_position_space(stores, ki
 
     learned, last = error(made.bind(data.space)), error(built_in_generator("last", data.space))
     assert last > 0.01 and learned < 0.8 * last
-    defaults = {"generator": kind, "scheduler": "learned", "risk": 0.1, "max_generated_run": 5}
+    defaults = {"generator": kind, "gate": "learned", "risk": 0.1, "max_generated_run": 5}
     export = Export(data.space, 0.2, {kind: made}, {}, {}, defaults)
     (tmp_path / "generators").mkdir()
     export_onnx(export, data.windows, frames_of(data.split.calibration), tmp_path)  # compares with torch

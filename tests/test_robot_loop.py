@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the 
 
 
 def make(seconds=0.0, **options):
-    return accelerate(ToyVLA(seconds), scheduler="release", generator="ridge", **options), SimulatedArm()
+    return accelerate(ToyVLA(seconds), gate="release", generator="ridge", **options), SimulatedArm()
 
 
 def test_twenty_actions_a_second_and_no_drift():

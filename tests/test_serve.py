@@ -98,7 +98,7 @@ def serving():
     running = []
 
     def start(policy="sharing", interface=WIRE, max_sessions=64, port=0, **parts):
-        parts = {"generator": "last", "scheduler": "release", **parts}
+        parts = {"generator": "last", "gate": "release", **parts}
         server = PolicyServer(policy if ":" in policy else f"tests.test_serve:{policy}", interface=interface, **parts)
         out = SimpleNamespace(server=server, stopped=threading.Event())
         started = threading.Event()
@@ -166,7 +166,7 @@ def obs(t, instruction="put it there", seed=0):
 
 def expected(steps, instruction="put it there", seed=0):
     """What the policy does without a server: it sees the images as the simulator gives them, upside down."""
-    policy = accelerate(Looking(), generator="last", scheduler="release")
+    policy = accelerate(Looking(), generator="last", gate="release")
     policy.reset(instruction)
     out = []
     for t in range(steps):
@@ -432,7 +432,7 @@ def test_an_export_that_reads_the_state_needs_one(tmp_path):
     export = str(save_export(make_export(), tmp_path / "export"))
     PolicyServer("tests.test_serve:sharing", export=export, interface=WIRE)
     PolicyServer("tests.test_serve:sharing", export=export, generator="none")
-    PolicyServer("tests.test_serve:sharing", export=export, generator="last", scheduler="release")
+    PolicyServer("tests.test_serve:sharing", export=export, generator="last", gate="release")
     for generator in ("mlp", "ridge"):  # the gate of the latter alone reads it
         with pytest.raises(InputError, match=r"interface\.state is not given, though .*: observation\.state: has 0 values"):
             PolicyServer("tests.test_serve:sharing", export=export, generator=generator)
@@ -472,7 +472,7 @@ def command(*options):
         sys.executable,
         "-m",
         "spvla.serve",
-        "--policy",
+        "--vla",
         "tests.test_serve:sharing",
         "--interface.state",
         "states",
@@ -496,15 +496,15 @@ def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
         with pytest.raises(ConnectionClosed):
             client.ws.recv(timeout=5)
     for options, message in (
-        (["--policy", "tests.test_serve:sharing", "--port", "99999"], "cannot serve at 127.0.0.1:99999"),
-        (["--policy", "nobody", "--port", "0"], "policy 'nobody' is unknown"),
+        (["--vla", "tests.test_serve:sharing", "--port", "99999"], "cannot serve at 127.0.0.1:99999"),
+        (["--vla", "nobody", "--port", "0"], "policy 'nobody' is unknown"),
     ):
         bad = subprocess.run([sys.executable, "-m", "spvla.serve", *options], cwd=ROOT, capture_output=True, text=True)
         assert bad.returncode == 2 and message in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_ten_thousand_steps_in_one_episode_and_a_thousand_episodes_hold_no_memory():
-    with command("--generator", "last", "--scheduler", "release", "--port", "0") as (process, url):
+    with command("--generator", "last", "--gate", "release", "--port", "0") as (process, url):
 
         def resident():
             return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096 / 2**20

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def untrained(checkpoint=None):
     """A small OpenVLA with random weights, always the same ones."""
     values = yaml.safe_load((ROOT / "configs" / "eval" / "openvla_dry_run.yaml").read_text())
-    return load_vla(values["policy"], None, values["policy_options"], "libero_object")
+    return load_vla(values["policy"], None, values["vla_options"], "libero_object")
 
 
 @pytest.mark.parametrize("benchmark", ["LiberoAtStepEnd", "LiberoFrom"])
@@ -44,7 +44,7 @@ def test_the_outside_harness_and_our_loop(serving, tmp_path, benchmark):  # noqa
     assert done.returncode == 0, done.stderr
     assert "Spec validation passed" in done.stderr
     (recording,) = tmp_path.glob("recording-*.sqlite")
-    compare(str(recording), str(tmp_path / "c.json"), "tests.test_vla_eval:untrained", generator="ridge", scheduler="release")
+    compare(str(recording), str(tmp_path / "c.json"), "tests.test_vla_eval:untrained", generator="ridge", gate="release")
     result = json.loads((tmp_path / "c.json").read_text())
     assert (result["episodes"], result["same_success"], result["same_steps"]) == (1, 1, 1)
     (row,) = result["rows"]

@@ -16,11 +16,11 @@ from data.windows import blocks_of
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.export import Export
+from spvla.gates.calibration import Calibration, calibrate, quantile_grid, worst_of
+from spvla.gates.classifier import ActionTypeClassifier, judge
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
 from spvla.history import Source
-from spvla.scheduling.calibration import Calibration, calibrate, quantile_grid, worst_of
-from spvla.scheduling.learned import ActionTypeClassifier, judge
 from train.datamodules import RolloutData, teacher_changes
 
 

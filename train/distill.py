@@ -33,11 +33,11 @@ from spvla.errors import InputError
 from spvla.export import BUILT_IN_GENERATORS, built_in_generator, check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.files import writing
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
 from spvla.pruning.pruner import make_pruner
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 from train.calibrate import calibrated_export, print_evidence
 from train.datamodules import RolloutData, fit_generator, fold_of_frames, quick_fit
 from train.modules import ClassifierModule, GeneratorModule
@@ -344,7 +344,7 @@ def distill(
     gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
     defaults = {
         "generator": default_generator,
-        "scheduler": "learned",
+        "gate": "learned",
         "risk": default_risk,
         "max_generated_run": max_generated_run,
         **({} if default_pruning is None else {"pruning": default_pruning}),

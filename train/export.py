@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from data.windows import Windows, frames_of
 from spvla.errors import InputError
 from spvla.export import Export, save_export
+from spvla.gates.classifier import ActionTypeClassifier
 from spvla.generators.learned import LearnedGenerator
 from spvla.history import Window
-from spvla.scheduling.learned import ActionTypeClassifier
 from train.calibrate import calibrated_export, print_evidence
 from train.datamodules import RolloutData
 from train.modules import ClassifierModule, GeneratorModule
@@ -72,7 +72,7 @@ def export(
         space=module.space.to_dict(),
     )
     name = name or module.network.config.kind
-    defaults = {"generator": name, "scheduler": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
+    defaults = {"generator": name, "gate": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
     result = calibrated_export(rollouts, {name: module.network}, {name: classifier}, module.tolerance, defaults)
     save_export(result, output)
     print_evidence(result)

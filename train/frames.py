@@ -77,7 +77,7 @@ def view(
     conventions: Conventions,
     size: int,
     augmentation: Augmentation | None,
-    generator: np.random.Generator,
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """What an encoder of ``size`` pixels sees of an image, uint8 (S, S, 3), and where points of it are then, (P, 2).
 
@@ -96,22 +96,22 @@ def view(
     # Pixel i of the view samples the resized image at (1 - side) / 2 (S - 1) + side i, the recorded one at scale i + offset.
     offset = np.full(2, ((1 - side) / 2 * (size - 1) + 0.5) * height / size - 0.5)
     if augmentation is not None:
-        offset += generator.uniform(-augmentation.shift, augmentation.shift, 2)
+        offset += rng.uniform(-augmentation.shift, augmentation.shift, 2)
     affine = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     seen = cv2.warpAffine(image, affine, (size, size), flags=how, borderMode=cv2.BORDER_REPLICATE)
     if augmentation is not None:
         a = augmentation
-        gain = (1 + generator.uniform(-a.contrast, a.contrast)) * (1 + generator.uniform(-a.tint, a.tint, 3))
-        levels = (np.arange(256)[:, None] - 128) * gain + 128 + 255 * generator.uniform(-a.brightness, a.brightness)
+        gain = (1 + rng.uniform(-a.contrast, a.contrast)) * (1 + rng.uniform(-a.tint, a.tint, 3))
+        levels = (np.arange(256)[:, None] - 128) * gain + 128 + 255 * rng.uniform(-a.brightness, a.brightness)
         seen = cv2.LUT(seen, np.clip(levels, 0, 255).astype(np.uint8)[None])
     return np.asarray(seen, np.uint8), ((points - offset) / scale).astype(np.float32)
 
 
-def questions(frame: Frame, count: int, generator: np.random.Generator) -> list[Question]:
+def questions(frame: Frame, count: int, rng: np.random.Generator) -> list[Question]:
     """The frame's own instruction, and others drawn without replacement; too few are filled up with ones to be ignored."""
     own = Question(frame.instruction, frame.label, frame.points[2], frame.positions[2])
-    drawn = generator.permutation(len(frame.others))[: count - 1]
+    drawn = rng.permutation(len(frame.others))[: count - 1]
     nothing = (np.full_like(values, np.nan) for values in (own.label, own.item, own.position))
     ignored = Question(frame.instruction, *nothing)
     return [own, *(frame.others[i] for i in drawn), *[ignored] * (count - 1 - len(drawn))]
@@ -142,24 +142,24 @@ class FrameStream(IterableDataset[FrameBatch]):
 
     def __iter__(self) -> Iterator[FrameBatch]:
         if self.augmentation is None:
-            generator = np.random.default_rng(self.data.seed)  # the same frames every time
+            rng = np.random.default_rng(self.data.seed)  # the same frames every time
         else:
-            generator = np.random.default_rng([self.data.seed, self.data.passes(), self.data.rank()])
+            rng = np.random.default_rng([self.data.seed, self.data.passes(), self.data.rank()])
             self.frames.scan()
         weights = self.frames.weights()
-        for chosen in generator.choice(len(weights), (self.batches, self.data.batch_size), p=weights / weights.sum()):
-            yield self.batch([self.frames[int(i)] for i in chosen], generator)
+        for chosen in rng.choice(len(weights), (self.batches, self.data.batch_size), p=weights / weights.sum()):
+            yield self.batch([self.frames[int(i)] for i in chosen], rng)
 
-    def batch(self, frames: list[Frame], generator: np.random.Generator) -> FrameBatch:
+    def batch(self, frames: list[Frame], rng: np.random.Generator) -> FrameBatch:
         """The batch of these frames."""
         data = self.data
-        asked = [questions(f, data.questions, generator) for f in frames]  # B x Q
+        asked = [questions(f, data.questions, rng) for f in frames]  # B x Q
         points = [np.concatenate([f.points[:2], [q.item for q in a]]) for f, a in zip(frames, asked, strict=True)]
         size, augmentation = data.image_size, self.augmentation
         texts = [q.instruction for a in asked for q in a]
         if augmentation is not None and data.rewording:
-            texts = [reword(text, generator) if generator.random() < data.rewording else text for text in texts]
-        views = [view(f.image, p, data.conventions, size, augmentation, generator) for f, p in zip(frames, points, strict=True)]
+            texts = [reword(text, rng) if rng.random() < data.rewording else text for text in texts]
+        views = [view(f.image, p, data.conventions, size, augmentation, rng) for f, p in zip(frames, points, strict=True)]
         return FrameBatch(
             torch.from_numpy(np.stack([image for image, _ in views])),
             texts,

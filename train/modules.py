@@ -19,11 +19,11 @@ from torch import Tensor
 from data.windows import Batch
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.gates.calibration import calibrate
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig, to_device
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
-from spvla.scheduling.calibration import calibrate
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig
 
 RISKS = (0.02, 0.05, 0.1, 0.2, 0.3)
 
@@ -155,7 +155,7 @@ class ClassifierModule(_Module):
         judges: per fold, the generator that is judged on that fold's frames; none was trained on them (linked).
         fold: fold of every global frame, (frames,) (linked).
         space: the action space (linked).
-        width, depth, dropout: see :class:`spvla.scheduling.learned.ClassifierConfig`.
+        width, depth, dropout: see :class:`spvla.gates.classifier.ClassifierConfig`.
         learning_rate, weight_decay: of AdamW.
         tolerance: error beyond which a step deviates, normalised units.
     """

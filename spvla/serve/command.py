@@ -14,14 +14,14 @@ PLAIN = Interface()
 
 
 def serve_policy(
-    policy: str,
+    vla: str,
     checkpoint: str | None = None,
     export: str | None = None,
     risk: float | None = None,
     generator: str | None = None,
-    scheduler: str | None = None,
+    gate: str | None = None,
     pruning: str | dict[str, Any] | None = None,
-    policy_options: dict[str, Any] | None = None,
+    vla_options: dict[str, Any] | None = None,
     suite: str | None = None,
     interface: Interface = PLAIN,
     host: str = "127.0.0.1",
@@ -31,14 +31,14 @@ def serve_policy(
     """Serve the accelerated policy to vla-eval, until Ctrl-C or SIGTERM.
 
     Args:
-        policy: a built-in name, an entry point of ``spvla.vlas``, or ``package.module:factory``.
-        checkpoint: path or hub id, for the policy.
+        vla: a built-in name, an entry point of ``spvla.vlas``, or ``package.module:factory``.
+        checkpoint: the VLA's folder or hub id.
         export: folder or hub id of the generators and gates; without one the built-in parts.
         risk: allowed share of generated, deviating steps; the export's default if left out.
         generator: exported or built-in; the export's default if left out, ``none``: the VLA acts on every step.
-        scheduler: ``learned``, ``release`` or ``paper``; the export's default if left out.
+        gate: ``learned``, ``release`` or ``paper``; the export's default if left out.
         pruning: ``none``, ``release``, ``readme`` or a pruner's fields; the export's default if left out.
-        policy_options: keyword arguments for the policy, such as ``device`` and ``unnorm_key``.
+        vla_options: the VLA's other options, such as ``device`` and ``unnorm_key``.
         suite: LIBERO suite that it will act in, for policies that ask for it.
         interface: the benchmark's conventions; see configs/serve.
         host: address to bind; 0.0.0.0 serves everyone who reaches this machine, without asking who they are.
@@ -52,14 +52,14 @@ def serve_policy(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     server = PolicyServer(
-        policy,
+        vla,
         checkpoint,
         export,
         risk,
-        policy_options=policy_options,
+        vla_options=vla_options,
         suite=suite,
         generator=generator,
-        scheduler=scheduler,
+        gate=gate,
         pruning=pruning,
         interface=interface,
     )

@@ -1,6 +1,6 @@
 """The accelerated policy as a `vla-eval <https://github.com/allenai/vla-evaluation-harness>`_ model server.
 
-    python -m spvla.serve --policy openvla --checkpoint PATH --export EXPORT --risk 0.05 --config configs/serve/libero.yaml
+    python -m spvla.serve --vla openvla --checkpoint PATH --export EXPORT --risk 0.05 --config configs/serve/libero.yaml
 
 Each session (one WebSocket connection) has a joint policy of its own around one set of VLA weights; the VLA runs one
 observation at a time, and an intuitive step of one session never waits for another's VLA call. A session may also ask for
@@ -92,32 +92,32 @@ class PolicyServer(ModelServer):
     """Joint policies for any number of sessions over one VLA.
 
     Args:
-        policy, checkpoint, policy_options, suite: which VLA, as for :func:`~spvla.vlas.registry.load_vla`. One that can share
+        vla, checkpoint, vla_options, suite: which VLA, as for :func:`~spvla.vlas.registry.load_vla`. One that can share
             its weights (``with_pruner``) does so between sessions; another one is loaded once per session at a time.
         export: folder or hub id of the export; None for built-in generators and rules.
-        risk, generator, scheduler, pruning: as for :func:`~spvla.accelerate`.
+        risk, generator, gate, pruning: as for :func:`~spvla.accelerate`.
         interface: the benchmark's conventions.
     """
 
     def __init__(
         self,
-        policy: str,
+        vla: str,
         checkpoint: str | None = None,
         export: str | None = None,
         risk: float | None = None,
         *,
-        policy_options: dict[str, Any] | None = None,
+        vla_options: dict[str, Any] | None = None,
         suite: str | None = None,
         generator: str | None = None,
-        scheduler: str | None = None,
+        gate: str | None = None,
         pruning: Any = None,
         interface: Interface | None = None,
     ) -> None:
         self.interface = interface or Interface()
-        self._source = (policy, checkpoint, policy_options, suite)
+        self._source = (vla, checkpoint, vla_options, suite)
         self._vla = load_vla(*self._source)
         self._export = None if export is None else load_export(export)
-        self._parts = {"risk": risk, "generator": generator, "scheduler": scheduler, "pruning": pruning}
+        self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
         self._turn = threading.Lock()
         self._sessions: WeakKeyDictionary[SessionContext, _Session] = WeakKeyDictionary()
         self._spare = [self._make(first=True)]  # made now, so that what does not fit is told before anyone connects
@@ -127,13 +127,13 @@ class PolicyServer(ModelServer):
 
     @staticmethod
     def _require_no_state(policy: SPVLAPolicy) -> None:
-        """Raise :class:`InputError` if generator or scheduler read the state, which this interface does not hand on."""
-        if policy.generator is None or policy.scheduler is None:
+        """Raise :class:`InputError` if generator or gate read the state, which this interface does not hand on."""
+        if policy.generator is None or policy.gate is None:
             return
         history = ActionHistory(policy.space, policy.history.length)
         history.observe(None)
         with naming("interface.state is not given, though the generator or its gate needs it"):
-            policy.scheduler.decide(history, policy.generator.propose(history))
+            policy.gate.decide(history, policy.generator.propose(history))
 
     def _make(self, first: bool = False) -> _Session:
         # A VLA that cannot share its weights serves the first session itself; further ones load their own.

@@ -3,7 +3,7 @@
 * :class:`ForeignVLA`: any object with ``select_action(observation)`` and ``reset()``.
 * :class:`LeRobotVLA`: a LeRobot ``PreTrainedPolicy`` that plans chunks from one observation (SmolVLA, pi0, pi0.5, ACT, ...).
 
-A chunk's actions are executed as planned; when they are used up the scheduler decides whether the generator continues the
+A chunk's actions are executed as planned; when they are used up the gate decides whether the generator continues the
 motion or the policy plans again. ``spvla.accelerate`` wraps by itself what it recognises (:func:`as_vla`).
 """
 

@@ -15,9 +15,9 @@ import numpy as np
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.gates.base import Decision
 from spvla.generators.base import Proposal
 from spvla.history import ActionHistory, Source
-from spvla.scheduling.base import Decision
 
 
 def _require_translation(space: ActionSpace, rule: str, dims: int) -> None:

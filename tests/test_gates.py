@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from spvla.actions import LIBERO, ActionSpace
 from spvla.errors import InputError
+from spvla.gates.calibration import Calibration, calibrate, worst_of
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
+from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig
 from spvla.history import ActionHistory, Source
-from spvla.scheduling.calibration import Calibration, calibrate, worst_of
-from spvla.scheduling.learned import ActionTypeClassifier, ClassifierConfig, LearnedScheduler
-from spvla.scheduling.rules import PaperRule, ReleaseRule
 
 PROPOSAL = Proposal(np.zeros((1, 7), np.float32))
 
@@ -125,17 +125,17 @@ def test_a_nan_classifier_is_deliberative_and_the_threshold_decides():
     history.observe(None)
     history.act(np.zeros(7, np.float32), Source.VLA)
     history.observe(None)
-    decision = LearnedScheduler(classifier, 1.0, LIBERO).decide(history, PROPOSAL)
+    decision = LearnedGate(classifier, 1.0, LIBERO).decide(history, PROPOSAL)
     assert decision.intuitive and 0 < decision.probability < 1
-    assert not LearnedScheduler(classifier, -1.0, LIBERO).decide(history, PROPOSAL).intuitive
+    assert not LearnedGate(classifier, -1.0, LIBERO).decide(history, PROPOSAL).intuitive
     with torch.no_grad():
         classifier.net[0].bias.fill_(float("nan"))
-    assert not LearnedScheduler(classifier, 1.0, LIBERO).decide(history, PROPOSAL).intuitive
+    assert not LearnedGate(classifier, 1.0, LIBERO).decide(history, PROPOSAL).intuitive
 
 
 def test_a_state_that_no_training_saw_is_deliberative():
     features = FeatureConfig(7, 4, state_dims=(0, 2), state_q01=(-1, 0), state_q99=(1, 0.2), state_lags=(1,))
-    scheduler = LearnedScheduler(ActionTypeClassifier(ClassifierConfig(features)), 1.0, LIBERO)
+    gate = LearnedGate(ActionTypeClassifier(ClassifierConfig(features)), 1.0, LIBERO)
 
     def decide(*state):
         history = ActionHistory(LIBERO, 4)
@@ -143,7 +143,7 @@ def test_a_state_that_no_training_saw_is_deliberative():
             history.observe(np.array(state, np.float32))
             history.act(np.zeros(7, np.float32), Source.VLA)
         history.observe(np.array(state, np.float32))
-        return scheduler.decide(history, PROPOSAL)
+        return gate.decide(history, PROPOSAL)
 
     assert decide(2, 1e6, 0.3).intuitive  # the second entry is not read
     for state in ((1000, 0, 0.1), (0, 0, -1000), (-11, 0, 0.1), (0, 0, 1.2)):

@@ -1,4 +1,4 @@
-"""The role of a scheduler: label the coming step deliberative (the VLA acts) or intuitive (the generator may)."""
+"""The role of a gate: label the coming step deliberative (the VLA acts) or intuitive (the generator may)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from spvla.history import ActionHistory
 
 @dataclass(frozen=True)
 class Decision:
-    """A scheduler's answer.
+    """A gate's answer.
 
     Args:
         intuitive: the generator may act.
         reason: what decided, in a word or two, for records and reports.
         probability: estimated probability that the proposal deviates from the VLA's action, or None for rules.
         refused: intuitive, but the proposal is known not to be admissible: the VLA acts. The policy holds the proposals of
-            every scheduler to its limits, whether or not the scheduler has checked them.
+            every gate to its limits, whether or not the gate has checked them.
     """
 
     intuitive: bool
@@ -28,12 +28,12 @@ class Decision:
 
 
 @runtime_checkable
-class Scheduler(Protocol):
+class Gate(Protocol):
     """Stateless apart from what the history holds."""
 
     @property
     def history_length(self) -> int:
-        """Steps of history this scheduler reads."""
+        """Steps of history this gate reads."""
 
     def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
         """Label the coming step."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.gates.base import Decision
 from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.generators.learned import MLP
 from spvla.history import ActionHistory, Window
-from spvla.scheduling.base import Decision
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window,
 
 
 @dataclass(frozen=True)
-class LearnedScheduler:
+class LearnedGate:
     """Intuitive iff the state is familiar and the probability of deviating at most a calibrated threshold.
 
     Args:
