@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -27,23 +26,18 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.files import explained
-from spvla.gates.base import Gate
+from spvla.gates import GATES
 from spvla.gates.calibration import Calibration
-from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
-from spvla.gates.rules import PaperRule, ReleaseRule
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.generators import GENERATORS, is_learned, make_baseline, make_network
 from spvla.generators.base import ActionGenerator
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
-from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
-from spvla.policy import SPVLAPolicy
+from spvla.generators.learned import LearnedGenerator
 from spvla.pruning.pruner import TokenPruner, make_pruner
 from spvla.vlas.checkpoint import read_json, require_finite
-from spvla.vlas.foreign import as_vla
 
 M = TypeVar("M", bound=nn.Module)
-FORMAT = 1
+FORMAT = 2  # 1 calls the default gate its scheduler
 PRETRAINED = Path(__file__).parent / "pretrained"
-BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
-GATES = ("learned", "release", "paper")
 DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
 PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
 CONFIG = {
@@ -104,7 +98,10 @@ class Export:
         acting = self.acting_space(space)
         if name in self.generators:
             return self.generators[name].bind(acting)
-        return built_in_generator(name, acting, also=tuple(self.generators))
+        if name not in GENERATORS:
+            known = ", ".join(dict.fromkeys([*self.generators, *GENERATORS.names()]))
+            raise InputError(f"generator {name!r} is unknown; there are: {known}", code="unknown-generator", field="generator")
+        return make_baseline(name, acting)
 
     def acting_space(self, space: ActionSpace) -> ActionSpace:
         """What generators and gates act in on a robot of action space ``space``: its bounds and environment units, in the
@@ -130,22 +127,18 @@ class Export:
             if errors.get(name, 0.0) > last
         ]
 
-    def gate(self, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
-        """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
-        if generator not in self.gates:
-            raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(self.gates))}")
-        threshold = self.calibration[generator].threshold(risk)
-        return LearnedGate(self.gates[generator], threshold, self.limits(generator, space))
-
 
 def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> None:
     """Raise :class:`InputError` unless ``defaults`` are complete and name one of ``generators`` or a built-in one."""
     if missing := DEFAULTS.keys() - defaults.keys():
         raise InputError(f"{min(missing)} is missing")
     check_values(defaults, DEFAULTS, at_least={"max_generated_run": 1})
-    for name, known in (("generator", (*generators, *BUILT_IN_GENERATORS, "none")), ("gate", GATES)):
-        if defaults[name] not in known:
-            raise InputError(f"{name} {defaults[name]!r} is unknown; there are: {', '.join(known)}")
+    baselines = tuple(name for name in GENERATORS.names() if not is_learned(name))
+    for name, known in (("generator", (*generators, *baselines, "none")), ("gate", GATES.names())):
+        if defaults[name] not in known and ":" not in defaults[name]:
+            raise InputError(
+                f"{name} {defaults[name]!r} is unknown; there are: {', '.join(known)}", code=f"unknown-{name}", field=name
+            )
     check_risk(defaults["risk"])
     check_values(defaults, PRUNING)
     make_pruner(defaults.get("pruning"))
@@ -156,105 +149,6 @@ def check_risk(risk: Any) -> None:
     check_values({"risk": risk}, {"risk": float})
     if not 0 < risk <= 1:
         raise InputError(f"risk must lie in (0, 1], got {risk}")
-
-
-def built_in_generator(name: str, space: ActionSpace, also: tuple[str, ...] = ()) -> ActionGenerator:
-    """``ridge`` (the published release form), ``ridge_paper`` or ``last``; ``also`` only completes the error's list."""
-    if name == "ridge":
-        return RidgeGenerator(space, form="release" if space.translation else "paper")
-    if name == "ridge_paper":
-        return RidgeGenerator(space, form="paper")
-    if name == "last":
-        return LastActionGenerator(space)
-    raise InputError(f"generator {name!r} is unknown; there are: {', '.join((*also, *BUILT_IN_GENERATORS))}")
-
-
-def accelerate(
-    vla: Any,
-    export: str | Path | Export | None = None,
-    risk: float | None = None,
-    *,
-    generator: str | None = None,
-    gate: str | None = None,
-    rule: Mapping[str, float] | None = None,
-    pruning: TokenPruner | Mapping[str, Any] | str | None = None,
-    max_generated_run: int | None = None,
-    shadow: bool = False,
-    record: str | Path | None = None,
-    when_unavailable: str = "raise",
-    scheduler: str | None = None,
-) -> SPVLAPolicy:
-    """Put a frozen VLA, a distilled generator and its gate together.
-
-    Args:
-        vla: the frozen policy, unmodified: a :class:`~spvla.vlas.base.VLA`, a LeRobot policy, or any object with
-            ``select_action(observation)`` and ``reset()``; the latter two act in the export's action space
-            (:mod:`spvla.vlas.foreign` has the adapters, with their options).
-        export: an exported folder, a hub id, or a loaded :class:`Export`; None for built-in parts alone.
-        risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
-            None.
-        generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
-        gate: ``learned``, ``release`` or ``paper``; the export's default if None.
-        rule: constants of a hand-set rule.
-        pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
-            or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
-        max_generated_run: generated actions in a row; the export's default if None.
-        shadow: the VLA acts on every step, what would have been skipped is recorded.
-        record: folder of a rollout store for finished episodes.
-        when_unavailable: what to do while a remote VLA does not answer: ``raise``, ``stop``, ``hold`` or ``generator``, see
-            :class:`~spvla.policy.SPVLAPolicy`.
-        scheduler: the former name of ``gate``.
-    """
-    if scheduler is not None:
-        if gate is not None:
-            raise InputError("accelerate: scheduler is the former name of gate; give gate alone", field="scheduler")
-        warnings.warn("accelerate: scheduler is now called gate", DeprecationWarning, stacklevel=2)
-        gate = scheduler
-    loaded = load_export(export) if isinstance(export, str | Path) else export
-    if not isinstance(loaded, Export | None):
-        raise InputError(f"accelerate: export must be a folder, a hub id or an Export, got {type(loaded).__name__}")
-    if risk is not None:
-        check_risk(risk)
-    check_values({"pruning": pruning}, PRUNING)
-    defaults = dict(loaded.defaults) if loaded else {}
-    vla = as_vla(vla, None if loaded is None else replace(loaded.space, max_jump=None))
-    if loaded is not None:
-        loaded.space.require_compatible(vla.action_space, "accelerate")
-    generator = generator or defaults.get("generator", "ridge")
-    gate = gate or defaults.get("gate", "release")
-    if gate not in GATES:
-        raise InputError(f"gate {gate!r} is unknown; there are: {', '.join(GATES)}")
-    if rule and (gate == "learned" or generator == "none"):
-        raise InputError(f"rule: there is no hand-set rule that its constants ({', '.join(rule)}) would belong to")
-    space = vla.action_space if loaded is None else loaded.acting_space(vla.action_space)
-    if loaded is not None and (far := loaded.space.scale_difference(vla.action_space)):
-        warnings.warn(
-            f"the export's actions have another scale than the VLA's, in {len(far)} of {space.dim} dimensions: {far[0]}. The "
-            "generator keeps the export's; check that both mean the same units",
-            stacklevel=2,
-        )
-    pruner = make_pruner(defaults.get("pruning") if pruning is None else pruning)
-    options: dict[str, Any] = {
-        "max_generated_run": defaults.get("max_generated_run", 20) if max_generated_run is None else max_generated_run,
-        "tolerance": loaded.tolerance if loaded else 0.2,
-        "shadow": shadow,
-        "record": record,
-        "when_unavailable": when_unavailable,
-    }
-    if generator == "none":
-        return SPVLAPolicy(vla, None, None, pruner, **options)
-    part = loaded.generator(generator, space) if loaded else built_in_generator(generator, space)
-    if loaded is not None:
-        options["space"] = loaded.limits(generator, space)
-    decider: Gate
-    if gate == "learned":
-        if loaded is None:
-            raise InputError("accelerate: the learned gate needs an export with a gate")
-        decider = loaded.gate(generator, defaults["risk"] if risk is None else risk, space)
-    else:
-        with naming("accelerate"):
-            decider = {"release": ReleaseRule, "paper": PaperRule}[gate](space, **(rule or {}))
-    return SPVLAPolicy(vla, part, decider, pruner, **options)
 
 
 def save_export(export: Export, folder: str | Path) -> Path:
@@ -344,14 +238,12 @@ def load_export(path: str | Path) -> Export:
             raise InputError(f"{config_path}: field {name!r} is missing")
     with naming(config_path):
         check_values(config, CONFIG)
-        if config["format"] != FORMAT:
-            raise InputError(f"export format {config['format']}, this version reads {FORMAT}")
+        if not 1 <= config["format"] <= FORMAT:
+            raise InputError(f"export format {config['format']}, this version reads up to {FORMAT}", code="format")
         space = ActionSpace.from_dict(config["action_space"], "action_space")
         calibration = {k: Calibration.from_dict(v, f"calibration.{k}") for k, v in config["calibration"].items()}
-        generators = {
-            k: _build(LearnedGenerator, GeneratorConfig, v, f"generators.{k}") for k, v in config["generators"].items()
-        }
-        gates = {k: _build(ActionTypeClassifier, ClassifierConfig, v, f"gates.{k}") for k, v in config["gates"].items()}
+        generators = {k: _build(make_network, v, f"generators.{k}") for k, v in config["generators"].items()}
+        gates = {k: _build(_make_gate, v, f"gates.{k}") for k, v in config["gates"].items()}
     for kind, modules in (("generators", generators), ("gates", gates)):
         for name, module in modules.items():
             _load(module, folder / kind / f"{name}.safetensors")
@@ -367,9 +259,13 @@ def fingerprint(export: str | None) -> str | None:
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
-def _build(network: Callable[[Any], M], config: Callable[..., Any], values: Mapping[str, Any], where: str) -> M:
+def _build(make: Callable[[Mapping[str, Any]], M], config: Mapping[str, Any], where: str) -> M:
     with naming(where):
-        return network(config(**values))
+        return make(config)
+
+
+def _make_gate(config: Mapping[str, Any]) -> ActionTypeClassifier:
+    return ActionTypeClassifier(ClassifierConfig(**config))
 
 
 def _load(module: nn.Module, path: Path) -> None:
