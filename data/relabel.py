@@ -33,7 +33,7 @@ from data.sources import SourceName
 from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.fields import naming
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.registry import load_vla
 
@@ -140,7 +140,7 @@ def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutpu
         running: the episode that the frame before these was of; a VLA that is asked frame by frame is not reset within one.
     """
     states = [None] * len(frames.images) if frames.states is None else list(frames.states.numpy())
-    seen = [Observation(image, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
+    seen = [Observation({MAIN: image}, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
     predict_batch = getattr(vla, "predict_batch", None)
     if predict_batch is not None:
         return list(predict_batch(seen, frames.instructions))

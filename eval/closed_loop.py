@@ -39,7 +39,7 @@ from spvla.recording import Policy
 from spvla.steps import run_lengths
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
+from spvla.vlas.registry import cameras_of, free_memory, load_vla, needs_images, second_vla, weights_stamp
 
 COLUMNS = (
     *(
@@ -159,7 +159,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
 
 def _environment(task: Task, setting: Setting, vla: VLA) -> Env:
     render = setting.render if needs_images(vla) else None
-    return make_env(task, render=render, wrist_camera=needs_wrist_image(vla))
+    return make_env(task, render=render, cameras=cameras_of(vla))
 
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spvla.errors import InputError
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 from spvla.pruning.pruner import TokenPruner, make_pruner
 from spvla.vlas.base import VLA, PrunableVLA
 from spvla.vlas.openvla import PRUNING_STAGES
@@ -76,7 +76,7 @@ def time_vla(
     """
     if repeats < 3:
         raise InputError(f"repeats: at least 3 are needed, got {repeats}")
-    observations = [Observation(image=picture(seed + i)) for i in range(repeats + WARM_UP)]
+    observations = [Observation({MAIN: picture(seed + i)}) for i in range(repeats + WARM_UP)]
     vla.reset(instruction)
     prunings = prunings_of(vla, observations[0], keep_ratios, named)
     policies = {name: _with(vla, pruner) for name, pruner in prunings.items()}

@@ -141,7 +141,7 @@ def test_every_shipped_cell_can_be_made(path):
 def test_openvla_configurations_use_the_published_weights_and_all_initial_states(suite):
     path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
     config = yaml.safe_load(path.read_text())
-    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["policy"] == "openvla"
+    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["vla"] == "openvla"
     assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
@@ -183,10 +183,10 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
     """A factory for worker processes: a policy that fails unless it sees through both cameras."""
 
     class TwoCameras(ScriptedVLA):
-        needs_images, needs_wrist_image = True, True
+        cameras = ("image", "wrist_image")
 
         def predict(self, observation, keep_mass=1.0):
-            main, wrist = observation.require_image(), observation.wrist_image
+            main, wrist = observation.require_image(), observation.require_image("wrist_image")
             assert main.shape == wrist.shape == (256, 256, 3) and (main != wrist).mean() > 0.5
             return super().predict(observation, keep_mass)
 
@@ -195,7 +195,7 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
 
 def test_a_policy_with_two_cameras_gets_both(tmp_path):
     what = {"suite": "libero_object", "tasks": [0], "init_states": "30", "cells": [], "max_steps": 2, "render": "fast"}
-    closed_loop(**what, policy="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
+    closed_loop(**what, vla="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
     with gzip.open(tmp_path / "x" / "timing.csv.gz", "rt") as stream:
         (timed,) = csv.DictReader(stream)
     assert (timed["cell"], timed["steps"], timed["vla_calls"]) == ("vla", "2", "2") and float(timed["policy_seconds"]) > 0

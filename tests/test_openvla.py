@@ -65,7 +65,7 @@ def tiny_model(seed: int = 0, pruner: TokenPruner | None = None, **changes) -> O
 def picture(seed: int, size: int = 70) -> Observation:
     rng = np.random.default_rng(seed)
     image = np.kron(rng.integers(0, 256, (7, 7, 3)), np.ones((size // 7, size // 7, 1))).astype(np.uint8)
-    return Observation(image=image)
+    return Observation(image)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_golden_float32(golden, reference_model):
         ids = model.tokenize(case["instruction"])
         assert ids == case["input_ids"]
         model.reset(case["instruction"])
-        output = model.predict(Observation(image=image))
+        output = model.predict(Observation(image))
         assert output.tokens.tolist() == [case["tokens"]]
         np.testing.assert_allclose(output.actions[0], case["action"], rtol=0, atol=1e-6)
         assert output.visual_tokens == (256, 256)
@@ -126,7 +126,7 @@ def test_golden_bfloat16(golden, reference):
     same = 0
     for case in cases:
         model.reset(case["instruction"])
-        output = model.predict(Observation(image=arrays[f"image/{case['image']}"]))
+        output = model.predict(Observation(arrays[f"image/{case['image']}"]))
         same += output.tokens.tolist() == [case["tokens"]]
     # Sums in bfloat16 keep 8 bits and round as the processor's kernel orders them: where two bins nearly tie, and with random
     # weights a few do, another processor may take the other one. 10 and 12 of 12 were seen; a wrong model has none right.
@@ -137,7 +137,7 @@ def test_golden_batch_equals_single(golden, reference_model):
     cases, arrays = golden
     reference_model.use_statistics("libero_spatial")  # also found without its suffix
     chosen = [c for c in cases if c["unnorm_key"] == "libero_spatial_no_noops"][:6]  # instructions of several lengths
-    observations = [Observation(image=arrays[f"image/{c['image']}"]) for c in chosen]
+    observations = [Observation(arrays[f"image/{c['image']}"]) for c in chosen]
     for output, case in zip(
         reference_model.predict_batch(observations, [c["instruction"] for c in chosen]), chosen, strict=True
     ):
@@ -532,7 +532,7 @@ def test_bad_images_are_refused(image):
     model = tiny_model()
     model.reset("pick up the mug")
     with pytest.raises(InputError, match=r"observation\.image"):
-        model.predict(Observation(image=image))
+        model.predict(Observation(image))
 
 
 def test_bad_instructions_are_refused():

@@ -69,7 +69,7 @@ def test_untrained_needs_no_checkpoint():
     vla = load_vla("spvla.vlas.openvla:untrained", None, {**SMALL, "dtype": "bfloat16"}, "libero_goal")
     assert vla.action_space.control_rate == 20 and vla.dtype == torch.bfloat16
     vla.reset("open the drawer")
-    assert vla.predict(Observation(image=np.zeros((64, 64, 3), np.uint8))).visual_tokens == (64, 64)
+    assert vla.predict(Observation(np.zeros((64, 64, 3), np.uint8))).visual_tokens == (64, 64)
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -258,6 +258,6 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     policy.reset("pick up the milk and place it in the basket")
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     for _ in range(6):
-        policy.select_action(Observation(image=image, state=np.zeros(8)))
+        policy.select_action(Observation(image, state=np.zeros(8)))
         step = policy.last_step
         assert step.source == Source.GENERATOR or step.visual_tokens[0] < step.visual_tokens[1] == 64

@@ -51,7 +51,7 @@ def test_its_answers_are_the_policys(checkpoint, tmp_path):
     for share, tokens in ((1.0, whole), (0.25, pruned)):
         for i, text in enumerate(b.instructions):
             model.reset(text)
-            assert model.predict(Observation(image=b.images[i].numpy()), share).tokens[0].tolist() == tokens[i].tolist()
+            assert model.predict(Observation(b.images[i].numpy()), share).tokens[0].tolist() == tokens[i].tolist()
     assert (pruned != whole).any(), "pruning changes nothing here: there would be nothing to win back"
 
 
@@ -75,7 +75,7 @@ def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options
     untouched, adapted = plain(checkpoint), plain(checkpoint, adapter=tmp_path / "out")
     right = 0.0
     for i, text in enumerate(b.instructions):
-        picture = Observation(image=b.images[i].numpy())
+        picture = Observation(b.images[i].numpy())
         untouched.reset(text)
         adapted.reset(text)
         whole = untouched.predict(picture).tokens

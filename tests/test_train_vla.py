@@ -82,7 +82,7 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
         image = b.images[i].numpy()
         torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
         model.reset(text)
-        output = model.predict(Observation(image=image))
+        output = model.predict(Observation(image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
     assert load_vla("nano_vla", str(tmp_path / "model")).conventions.jpeg, "LIBERO's conventions by default"
 

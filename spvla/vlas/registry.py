@@ -15,6 +15,7 @@ from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
+from spvla.observation import MAIN
 from spvla.registry import Registry
 from spvla.vlas.base import VLA, PrunableVLA
 
@@ -122,10 +123,10 @@ def free_memory() -> None:
 
 
 def needs_images(vla: VLA) -> bool:
-    """Whether a policy looks at images. One that declares ``needs_images = False`` runs without rendering."""
+    """Whether a VLA looks at images. One that declares ``needs_images = False`` runs without rendering."""
     return bool(getattr(vla, "needs_images", True))
 
 
-def needs_wrist_image(vla: VLA) -> bool:
-    """Whether a policy looks through the camera in the hand too: it then declares ``needs_wrist_image = True``."""
-    return bool(getattr(vla, "needs_wrist_image", False))
+def cameras_of(vla: VLA) -> tuple[str, ...]:
+    """The cameras that a VLA looks through: those it declares as ``cameras``, else the main one; none if it sees nothing."""
+    return tuple(getattr(vla, "cameras", (MAIN,))) if needs_images(vla) else ()

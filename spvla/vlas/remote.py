@@ -22,7 +22,7 @@ import numpy as np
 
 from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError, needs_extra
-from spvla.observation import Observation
+from spvla.observation import WRIST, Observation
 from spvla.pruning.pruner import TokenPruner
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
@@ -50,7 +50,8 @@ class RemoteVLA:
         space: the space of its actions; None: the server says so (ours does).
         protocol: ``vla-eval`` or ``openpi``.
         timeout: seconds to wait for an answer, and for a connection.
-        keys: names of observation fields that differ from :data:`KEYS`; None as a name: the field is not sent.
+        keys: names of observation fields that differ from :data:`KEYS`, and of further cameras; None as a name: the field is
+            not sent.
         conventions: image steps to take here, for example ``{rotate_180: true}``; ours take them at the server.
         pruner: what the server's VLA keeps of its visual tokens.
 
@@ -104,10 +105,12 @@ class RemoteVLA:
             raise InputError(f"pruning: the server at {url} cannot run on fewer visual tokens (it is no spvla.serve)")
 
     @property
-    def needs_wrist_image(self) -> bool:
-        """Whether the server looks through the camera in the hand: openpi's do by default, vla-eval's say so."""
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that the server looks through: those with a key. The one in the hand counts where openpi's protocol is
+        spoken, or where the server asks for it."""
+        named = {name: key for name, key in self.keys.items() if name not in ("state", "instruction") and key is not None}
         asked = self.protocol == "openpi" or bool((self.server_info.get("observation_params") or {}).get("send_wrist_image"))
-        return asked and self.keys["wrist_image"] is not None
+        return tuple(name for name in named if name != WRIST or asked)
 
     def with_pruner(self, pruner: TokenPruner | None) -> RemoteVLA:
         """The same VLA with another pruner, over a connection of its own."""
@@ -179,9 +182,8 @@ class RemoteVLA:
         """The observation in the protocol's terms."""
         images: dict[str, Any] = {}
         fields: dict[str, Any] = {}
-        for name in ("image", "wrist_image"):
-            image, key = getattr(observation, name), self.keys[name]
-            if image is not None and key is not None:
+        for name, image in observation.images.items():
+            if (key := self.keys.get(name)) is not None:
                 images[key] = np.ascontiguousarray(self.conventions.apply_image(image, max(image.shape[:2])))
         if observation.state is not None and self.keys["state"] is not None:
             fields[self.keys["state"]] = np.asarray(observation.state, np.float32)

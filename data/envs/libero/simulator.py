@@ -11,6 +11,7 @@ from data.envs.libero.env import LiberoEnv
 from data.envs.libero.expert import Expert
 from data.envs.libero.tasks import LiberoTask, load_tasks
 from spvla.actions import LIBERO, FloatArray
+from spvla.observation import MAIN
 
 
 class Libero:
@@ -23,10 +24,10 @@ class Libero:
         """See :func:`data.envs.libero.tasks.load_tasks`."""
         return load_tasks(suite, tasks, max_steps)
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> LiberoEnv:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> LiberoEnv:
         """See :class:`data.envs.libero.env.LiberoEnv`."""
         assert isinstance(task, LiberoTask), "tasks and environments are of one simulator"
-        return LiberoEnv(task, render=render, wrist_camera=wrist_camera)
+        return LiberoEnv(task, render=render, cameras=cameras)
 
     def image_points(self, states: FloatArray, facts: Mapping[str, Any]) -> FloatArray:
         """See :func:`data.envs.libero.labels.image_points`."""
