@@ -89,8 +89,8 @@ def latency(
         checkpoint: the VLA's folder or hub id.
         vla_options: the VLA's other options (see spvla.vlas.openvla.load).
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
-        keep_ratios: shares of the visual tokens to keep, exactly; contours are computed and the best of the union kept.
-        pruning: further prunings by name, fields of spvla.pruning.TokenPruner with speed constant.
+        keep_ratios: fractions of the visual tokens to keep, exactly; contours take a quarter of the places.
+        pruning: further prunings by name, fields as spvla.pruning.make_pruner takes, with speed constant.
         instruction: what the policy is told.
         repeats: rounds measured, after 2 of warm-up; all prunings take turns in each.
         threads: of torch, on the CPU.

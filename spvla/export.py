@@ -35,7 +35,7 @@ from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.policy import SPVLAPolicy
-from spvla.pruning.pruner import TokenPruner, make_pruner
+from spvla.pruning.pruner import Pruner, make_pruner, with_current_names
 from spvla.vlas.checkpoint import read_json, require_finite
 from spvla.vlas.foreign import as_vla
 
@@ -45,7 +45,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
 GATES = ("learned", "release", "paper")
 DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
-PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
+PRUNING = {"pruning": Pruner | Mapping[str, Any] | str | None}
 CONFIG = {
     "format": int,
     "action_space": dict[str, Any],
@@ -177,7 +177,7 @@ def accelerate(
     generator: str | None = None,
     gate: str | None = None,
     rule: Mapping[str, float] | None = None,
-    pruning: TokenPruner | Mapping[str, Any] | str | None = None,
+    pruning: Pruner | Mapping[str, Any] | str | None = None,
     max_generated_run: int | None = None,
     shadow: bool = False,
     record: str | Path | None = None,
@@ -196,8 +196,8 @@ def accelerate(
         generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
         gate: ``learned``, ``release`` or ``paper``; the export's default if None.
         rule: constants of a hand-set rule.
-        pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
-            or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
+        pruning: visual tokens that the VLA's own pass keeps: what :func:`~spvla.pruning.make_pruner` takes, such as
+            ``fast_fewer``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
         max_generated_run: generated actions in a row; the export's default if None.
         shadow: the VLA acts on every step, what would have been skipped is recorded.
         record: folder of a rollout store for finished episodes.
@@ -356,6 +356,8 @@ def load_export(path: str | Path) -> Export:
         for name, module in modules.items():
             _load(module, folder / kind / f"{name}.safetensors")
     defaults = {"gate" if name == "scheduler" else name: value for name, value in config["defaults"].items()}
+    if "pruning" in defaults:
+        defaults["pruning"] = with_current_names(defaults["pruning"])
     with naming(config_path):
         return Export(space, config["tolerance"], generators, gates, calibration, defaults, config["provenance"])
 

@@ -27,7 +27,8 @@ from spvla.gates.base import Decision, Gate
 from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
-from spvla.pruning.pruner import TokenPruner
+from spvla.pruning.pruner import Pruner
+from spvla.pruning.speed import require_translations
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
@@ -84,8 +85,8 @@ class SPVLAPolicy:
         vla: the frozen policy.
         generator: continues the motion on intuitive steps; None switches scheduling off.
         gate: labels each step; None switches scheduling off.
-        pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy then acts through
-            ``vla.with_pruner(pruner)``, so ``vla`` itself is left as it is.
+        pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy asks its speed response
+            how much, and acts through ``vla.with_pruner(pruner.selector)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
         max_generated_run: generated actions in a row before the VLA must act.
         tolerance: error beyond which a proposal counts as deviating (normalised units; shadow mode).
@@ -103,7 +104,7 @@ class SPVLAPolicy:
         vla: VLA,
         generator: ActionGenerator | None = None,
         gate: Gate | None = None,
-        pruner: TokenPruner | None = None,
+        pruner: Pruner | None = None,
         *,
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
@@ -123,8 +124,8 @@ class SPVLAPolicy:
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
-            pruner.require(vla.action_space)
-            vla = vla.with_pruner(pruner)
+            require_translations(pruner.speed, vla.action_space)
+            vla = vla.with_pruner(pruner.selector)
         self.vla = vla
         self.generator = generator
         self.gate = gate
@@ -213,7 +214,7 @@ class SPVLAPolicy:
             assert plan is not None, "a queue is what is left of a plan"
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
         else:
-            keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(history)
+            keep_mass = 1.0 if self.pruner is None else self.pruner.speed(previous, history.space)
             seen = observation if isinstance(observation, Observation) else observation()
             asked = perf_counter()
             times["capture"] = 1e3 * (asked - scheduled)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spvla.errors import InputError
-from spvla.pruning.pruner import TokenPruner
+from spvla.pruning.selector import TokenSelector
 from spvla.vlas.openvla import DTYPES, OpenVLA, pixel_values
 from train.frames import FrameBatch
 
@@ -39,7 +39,7 @@ class RecoverModule(L.LightningModule):
         checkpoint: folder or hub id of the VLA.
         output: folder that the adapter is written to after each validation and at the end.
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
-        pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
+        pruning: other fields of :class:`spvla.pruning.TokenSelector`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
         temperature: of both distributions in the loss: below 1 the likeliest tokens count most, above 1 all scores do.
         targets: regular expression for the ends of the names of the layers that are adapted.
@@ -79,8 +79,8 @@ class RecoverModule(L.LightningModule):
         if not temperature > 0:
             raise InputError(f"recover: temperature must be above 0, got {temperature}")
         self.keep, self.temperature = tuple(keep), temperature
-        self.pruner = TokenPruner(**{"speed": "constant", "measure": "ratio", "contours": False, **pruning})
-        model = OpenVLA.from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key, pruner=self.pruner)
+        self.selector = TokenSelector(**{"measure": "ratio", "contours": False, **pruning})
+        model = OpenVLA.from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key, selector=self.selector)
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=f".*{targets}")
         try:
             self.adapted = get_peft_model(model, config)
@@ -118,9 +118,9 @@ class RecoverModule(L.LightningModule):
         return batch.instructions[:: len(batch.instructions) // len(batch.images)]
 
     def choose(self, attention: Tensor, images: Tensor, share: float) -> list[Tensor]:
-        """The pruner's choice for each image: B x (K,), ascending."""
+        """The selector's choice for each image: B x (K,), ascending."""
         pairs = zip(attention.detach().float().cpu().numpy(), images.cpu().numpy(), strict=True)
-        return [torch.from_numpy(self.pruner.select(a, image, share)).to(self.device) for a, image in pairs]
+        return [torch.from_numpy(self.selector.select(a, image, share)).to(self.device) for a, image in pairs]
 
     def answer(
         self, features: Tensor, prompts: list[list[int]], keep: list[Tensor], given: Tensor | None = None

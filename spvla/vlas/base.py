@@ -12,7 +12,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.observation import Observation
 
 if TYPE_CHECKING:
-    from spvla.pruning.pruner import TokenPruner
+    from spvla.pruning.selector import TokenSelector
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class VLA(Protocol):
         """Start an episode with ``instruction``."""
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning).
+        """Act on ``observation``; ``keep_mass`` in (0, 1] is what pruning keeps (1: no pruning).
 
         Raises:
             VLAUnavailable: it cannot be asked now; the joint policy may act safely in its place.
@@ -65,5 +65,5 @@ class VLA(Protocol):
 class PrunableVLA(VLA, Protocol):
     """A VLA whose language model can run on fewer visual tokens."""
 
-    def with_pruner(self, pruner: TokenPruner | None) -> VLA:
-        """This policy with another pruner (None: without one): the weights are shared, the episode is its own."""
+    def with_pruner(self, selector: TokenSelector | None) -> VLA:
+        """This policy choosing its visual tokens by ``selector`` (None: keeping all): the weights are shared, the episode is its own."""

@@ -4,7 +4,7 @@ An image goes through two vision encoders (DINOv2, SigLIP); their patch features
 inserted after the first token of the prompt; a Llama then writes one token per action dimension, greedily. Each token is
 one of 255 bins of a normalised action; a data set's statistics (q01, q99) give it its unit.
 
-With a :class:`~spvla.pruning.TokenPruner`, only the tokens it selects are projected and read by the Llama.
+With a :class:`~spvla.pruning.TokenSelector`, only the tokens it selects are projected and read by the Llama.
 
 File order: configuration, image preprocessing, the model, prediction, reading and writing checkpoints.
 """
@@ -31,7 +31,7 @@ from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.observation import Observation
 from spvla.pruning.attention import attention_received
-from spvla.pruning.pruner import POSITIONS, TokenPruner
+from spvla.pruning.selector import TokenSelector
 from spvla.vlas.adapter import own_statistics, require_same_inputs, with_adapter_statistics
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.checkpoint import (
@@ -400,7 +400,7 @@ class OpenVLA(nn.Module):
         tokenizer: the prompt's tokenizer; prediction needs one, :meth:`forward` does not.
         unnorm_key: data set whose statistics give actions their unit; see :meth:`use_statistics`.
         conventions: a name (``libero``), :class:`~spvla.vlas.conventions.Conventions`, or None for none.
-        pruner: selects visual tokens where ``keep_mass`` < 1.
+        selector: selects visual tokens where ``keep_mass`` < 1.
         control_rate: control steps per second (Hz); None: the conventions' own, or 5.
     """
 
@@ -411,7 +411,7 @@ class OpenVLA(nn.Module):
         tokenizer: Tokenizer | None = None,
         unnorm_key: str | None = None,
         conventions: Conventions | str | None = None,
-        pruner: TokenPruner | None = None,
+        selector: TokenSelector | None = None,
         control_rate: float | None = None,
     ) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ class OpenVLA(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.conventions = conventions_by_name(conventions)
-        self.pruner = pruner
+        self.selector = selector
         known = self.conventions.control_rate or DEFAULT_CONTROL_RATE
         self.control_rate = known if control_rate is None else control_rate
         self.action_tokenizer = ActionTokenizer(config.vocab, config.n_action_bins)
@@ -478,8 +478,8 @@ class OpenVLA(nn.Module):
         Returns:
             (B, T, V): entry t scores ``input_ids[:, t + 1]``. Visual tokens stand between entries 0 and 1's inputs.
         """
-        if positions not in POSITIONS:
-            raise InputError(f"positions {positions!r} is not one of {', '.join(POSITIONS)}")
+        if positions not in ("packed", "original"):
+            raise InputError(f"positions {positions!r} is not one of packed, original")
         features, _ = self.vision_backbone(pixels)  # (B, N, C)
         b, n, c = features.shape
         if keep is None:
@@ -554,7 +554,7 @@ class OpenVLA(nn.Module):
         Args:
             observations: images are uint8 (H, W, 3) RGB of any size.
             instructions: one for each observation; they may differ in length.
-            keep_mass: in (0, 1]; what the pruner keeps. 1: all tokens, the unpruned model's very computation.
+            keep_mass: in (0, 1]; what the selector keeps. 1: all tokens, the unpruned model's very computation.
 
         Returns:
             for each: ``actions`` (1, D) in environment units; ``tokens`` (1, D); ``confidence`` (D,), the softmax
@@ -564,16 +564,18 @@ class OpenVLA(nn.Module):
             batch's divided by B.
 
         Raises:
-            InputError: bad images or instructions, counts differ, ``keep_mass`` < 1 without a pruner.
+            InputError: bad images or instructions, counts differ, ``keep_mass`` < 1 without a selector.
         """
         if len(observations) != len(instructions) or not observations:
             raise InputError(f"predict_batch: {len(observations)} observations for {len(instructions)} instructions")
         return self._predict(observations, [self.tokenize(i) for i in instructions], keep_mass)
 
-    def with_pruner(self, pruner: TokenPruner | None) -> OpenVLA:
-        """This model with another pruner and an episode of its own; the weights are shared, nothing is copied."""
+    def with_pruner(self, selector: TokenSelector | None) -> OpenVLA:
+        """This model with another selector and an episode of its own; the weights are shared, nothing is copied."""
         twin = copy.copy(self)
-        twin.pruner = pruner
+        if selector is not None:
+            selector.require(self.config.grid**2)
+        twin.selector = selector
         twin._prompt = None
         return twin
 
@@ -605,9 +607,9 @@ class OpenVLA(nn.Module):
 
         if not 0 < keep_mass <= 1:
             raise InputError(f"keep_mass must lie in (0, 1], got {keep_mass}")
-        if keep_mass < 1 and self.pruner is None:
-            raise InputError(f"keep_mass is {keep_mass}, but this model was given no pruner")
-        space, statistics, pruner = self.action_space, self.statistics, self.pruner
+        if keep_mass < 1 and self.selector is None:
+            raise InputError(f"keep_mass is {keep_mass}, but this model was given no selector")
+        space, statistics, selector = self.action_space, self.statistics, self.selector
         assert statistics is not None
         clock = Stopwatch(self.device)
         images = [resized(self.view(o.require_image()), self.config) for o in observations]  # B x encoders
@@ -619,8 +621,8 @@ class OpenVLA(nn.Module):
         total = features.shape[1]
         everything = torch.arange(total, device=self.device)
         keep = [everything] * len(images)
-        if keep_mass < 1 and pruner is not None:
-            keep = self._select(pruner, score_input, [views[-1] for views in images], keep_mass, clock)
+        if keep_mass < 1 and selector is not None:
+            keep = self._select(selector, score_input, [views[-1] for views in images], keep_mass, clock)
             features = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
             clock.lap("selection")
         visual = self.projector(features.flatten(0, -2)).split([len(k) for k in keep])  # B x (K, H)
@@ -662,16 +664,16 @@ class OpenVLA(nn.Module):
         ]
 
     def _select(
-        self, pruner: TokenPruner, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float, clock: Stopwatch
+        self, selector: TokenSelector, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float, clock: Stopwatch
     ) -> list[Tensor]:
-        """The pruner's choice for each image, as the last encoder sees it: B x (K,), ascending."""
+        """The selector's choice for each image, as the last encoder sees it: B x (K,), ascending."""
         q, k = self.vision_backbone.queries_keys(score_input)  # (B, nh, N, hs)
         clock.lap("queries_keys")
-        attention = attention_received(q, k).cpu().numpy()  # (B, N)
+        scores = selector.scores(q, k, images).cpu().numpy()  # (B, N)
         clock.lap("score")
-        contours = [pruner.contour_mask(image, attention.shape[1]) for image in images]  # B x (N,)
+        contours = [selector.contour_mask(image, scores.shape[1]) for image in images]  # B x (N,)
         clock.lap("contours")
-        keep = [pruner.choose(a, c, keep_mass) for a, c in zip(attention, contours, strict=True)]
+        keep = [selector.choose(s, c, keep_mass) for s, c in zip(scores, contours, strict=True)]
         assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
         return [torch.from_numpy(k).to(self.device) for k in keep]
 
@@ -685,7 +687,7 @@ class OpenVLA(nn.Module):
             prompts: each instruction's tokens.
             keep: which of ``total`` the visual tokens are, B x (K,).
         """
-        positions = self.pruner.positions if self.pruner else "packed"
+        positions = self.selector.positions if self.selector else "packed"
         embed = self.language_model.get_input_embeddings()
         rows, ids = [], []
         for tokens, prompt, kept in zip(visual, prompts, keep, strict=True):
@@ -743,7 +745,7 @@ class OpenVLA(nn.Module):
         conventions: Conventions | str | None = None,
         adapter: str | Path | None = None,
         merge_adapter: bool = False,
-        pruner: TokenPruner | None = None,
+        selector: TokenSelector | None = None,
         control_rate: float | None = None,
     ) -> OpenVLA:
         """Load a checkpoint in the published form.
@@ -755,7 +757,7 @@ class OpenVLA(nn.Module):
             device, dtype: where the weights go, and as what.
             unnorm_key: data set whose statistics give actions their unit (``libero_object`` also finds
                 ``libero_object_no_noops``); may be left out if there is only one.
-            conventions, pruner, control_rate: see the class.
+            conventions, selector, control_rate: see the class.
             adapter: a PEFT LoRA folder or hub id for this model.
             merge_adapter: add the adapter into the weights (faster) instead of computing it beside them.
 
@@ -778,7 +780,7 @@ class OpenVLA(nn.Module):
                 tokenizer=tokenizer,
                 unnorm_key=unnorm_key,
                 conventions=conventions,
-                pruner=pruner,
+                selector=selector,
                 control_rate=control_rate,
             )
         largest = max(tokenizer.get_vocab().values(), default=0)
