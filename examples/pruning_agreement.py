@@ -1,6 +1,7 @@
-"""How often a VLA with some of its visual tokens acts as it does with all of them, pruning by pruning.
+r"""How often a VLA with some of its visual tokens acts as it does with all of them, pruning by pruning.
 
-    python -m data collect --suite libero_object --vla nano_vla --tasks 0 3 4 6 7 --images true --init_states 30-31 --output STORE
+    python -m data collect --suite libero_object --vla nano_vla --tasks 0 3 4 6 7 --init_states 30-31 --images true \
+        --output STORE
     python examples/pruning_agreement.py STORE results/nano/pruning/summary.json
 
 Frames are spread evenly over the store. `fused` is a pruning score of one's own: a function in any file, named in the fields.
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 
 from spvla.episodes import read_episodes
-from spvla.vlas.conventions import decode_image
 from spvla.observation import Observation
 from spvla.pruning import make_pruner
 from spvla.pruning.attention import attention_received
 from spvla.pruning.contours import HIGH, LOW
+from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
 
 FRAMES = 200
@@ -39,7 +40,7 @@ def fused(queries: torch.Tensor, keys: torch.Tensor, images: Sequence[np.ndarray
     edges = [cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), LOW, HIGH) for image in images]
     counts = [cv2.resize(e.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA).ravel() for e in edges]
     pixels = torch.from_numpy(np.stack(counts)).to(attention)
-    ranks = attention.argsort(1).argsort(1).float() + pixels.argsort(1, stable=True).argsort(1)
+    ranks = attention.argsort(1).argsort(1).float() + pixels.argsort(dim=1, stable=True).argsort(1)
     return ranks / ranks.sum(1, keepdim=True)
 
 
@@ -50,7 +51,7 @@ def main(store: str, output: str) -> None:
         pruner = make_pruner(fields)
         assert pruner is not None
         pruned[name] = vla.with_pruner(pruner.selector)
-    episodes = list(read_episodes(store, images=True))
+    episodes = list(read_episodes(store))
     total = sum(len(e.actions) for e in episodes)
     chosen = set(np.linspace(0, total - 1, FRAMES).astype(int).tolist())
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in ("all", *pruned)}

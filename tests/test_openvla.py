@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from spvla import VLA, InputError, Observation
-from spvla.pruning import TokenPruner
+from spvla.pruning import TokenSelector
 from spvla.vlas.conventions import CONVENTIONS, Conventions, center_crop, jpeg_round_trip
 from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig, pixel_values
 from spvla.vlas.vision import vit_config
@@ -53,9 +53,9 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(seed: int = 0, pruner: TokenPruner | None = None, **changes) -> OpenVLA:
+def tiny_model(seed: int = 0, selector: TokenSelector | None = None, **changes) -> OpenVLA:
     torch.manual_seed(seed)
-    model = OpenVLA(tiny_config(**changes), tokenizer=tiny_tokenizer(), pruner=pruner).eval()
+    model = OpenVLA(tiny_config(**changes), tokenizer=tiny_tokenizer(), selector=pruner).eval()
     with torch.no_grad():  # initial weights are so small that every image gives the same action
         for p in model.parameters():
             p.mul_(4 if p.ndim > 1 else 1)
@@ -80,7 +80,7 @@ def golden(reference):
 
 @pytest.fixture(scope="module")
 def reference_model(reference):
-    return OpenVLA.from_pretrained(reference, unnorm_key="bridge_orig", pruner=TokenPruner())
+    return OpenVLA.from_pretrained(reference, unnorm_key="bridge_orig", selector=TokenSelector())
 
 
 @pytest.fixture
@@ -213,22 +213,22 @@ def test_one_encoder_and_a_convolutional_stem():
         timm_model_kwargs=({"embed_dim": 32, "depth": 2, "num_heads": 2, "stem": "conv", "score_block": -2},),
         use_fused_vision_backbone=False,
     )
-    model = OpenVLA(config, tokenizer=tiny_tokenizer(), pruner=TokenPruner(contours=False)).eval()
+    model = OpenVLA(config, tokenizer=tiny_tokenizer(), selector=TokenSelector(contours=False)).eval()
     model.reset("pick up the mug")
     assert model.predict(picture(0), 0.5).visual_tokens[1] == 16
 
 
 def test_training_forward_gives_gradients_and_agrees_with_prediction():
-    model = tiny_model(pruner=TokenPruner(speed="constant", contours=False))
+    model = tiny_model(selector=TokenSelector(contours=False))
     for positions in ("packed", "original"):
-        model.pruner = replace(model.pruner, positions=positions)
+        model.selector = replace(model.selector, positions=positions)
         model.reset("pick up the red mug")
         image = picture(3)
         output = model.predict(image, 0.5)
         pixels = pixel_values(image.image, model.config)[None]
         with torch.no_grad():
             attention = model.vision_backbone.attention(model.vision_backbone(pixels)[1])[0].numpy()
-        keep = model.pruner.select(attention, image.image, 0.5)
+        keep = model.selector.select(attention, image.image, 0.5)
         assert output.visual_tokens == (len(keep), 16)
         prompt = model.tokenize("pick up the red mug")
         ids = torch.tensor([prompt + output.tokens[0].tolist()])
@@ -253,7 +253,7 @@ def test_padding_at_the_end_changes_nothing_before_it():
 
 
 def test_pruning_off_is_bit_identical():
-    plain, pruned = tiny_model(), tiny_model(pruner=TokenPruner())
+    plain, pruned = tiny_model(), tiny_model(selector=TokenSelector())
     for model in (plain, pruned):
         model.reset("pick up the red mug")
     a, b = plain.predict(picture(1)), pruned.predict(picture(1), keep_mass=1.0)
@@ -265,12 +265,12 @@ def test_pruning_off_is_bit_identical():
 def test_with_pruner_shares_the_weights_and_has_its_own_episode():
     model = tiny_model()
     model.reset("pick up the red mug")
-    pruned = model.with_pruner(TokenPruner("constant", measure="ratio", contours=False))
+    pruned = model.with_pruner(TokenSelector(measure="ratio", contours=False))
     assert all(a is b for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
     with pytest.raises(InputError, match="reset"):
         pruned.predict(picture(0), 0.5)
     pruned.reset("take the blue mug")
-    assert pruned.predict(picture(0), 0.5).visual_tokens == (8, 16) and model.pruner is None
+    assert pruned.predict(picture(0), 0.5).visual_tokens == (8, 16) and model.selector is None
     stages = ["preprocess", "vision", "queries_keys", "score", "contours", "selection", "projector", "prefill", "decode"]
     assert list(pruned.predict(picture(0), 0.5).timings) == stages
     untouched = tiny_model()
@@ -287,7 +287,7 @@ def test_queries_and_keys_are_those_of_the_whole_block():
 
 @pytest.mark.parametrize("positions", ["packed", "original"])
 def test_exactly_k_tokens_reach_the_decoder_in_order(positions):
-    model = tiny_model(pruner=TokenPruner(speed="constant", measure="ratio", contours=False, positions=positions))
+    model = tiny_model(selector=TokenSelector(measure="ratio", contours=False, positions=positions))
     model.reset("pick up the red mug")
     calls = []
     model.language_model.model.register_forward_pre_hook(
@@ -306,7 +306,7 @@ def test_exactly_k_tokens_reach_the_decoder_in_order(positions):
 
 
 def test_pruned_batch_equals_single():
-    model = tiny_model(pruner=TokenPruner(speed="constant", contours=False))
+    model = tiny_model(selector=TokenSelector(contours=False))
     observations = [picture(i) for i in range(3)]
     instructions = ["pick up the red mug", "take the mug", "pick up a mug"]
     batch = model.predict_batch(observations, instructions, 0.4)
@@ -323,7 +323,7 @@ def test_pruned_batch_equals_single():
 def test_pruning_is_never_silently_inactive():
     model = tiny_model()
     model.reset("pick up the mug")
-    with pytest.raises(InputError, match="given no pruner"):
+    with pytest.raises(InputError, match="given no selector"):
         model.predict(picture(0), 0.5)
     with pytest.raises(InputError, match="keep_mass must lie"):
         model.predict(picture(0), 0.0)
@@ -561,7 +561,7 @@ def test_lora_adapters_merged_and_not(checkpoint, targets):
     merged = OpenVLA.from_pretrained(checkpoint, adapter=folder, merge_adapter=True)
     models = [plain, tuned.base_model.model.eval(), beside, merged]
     for model in models:
-        model.pruner = TokenPruner(speed="constant")
+        model.selector = TokenSelector()
         model.reset("pick up the red mug")
     outputs = [[model.predict(picture(i), keep) for i in range(3) for keep in (1.0, 0.5)] for model in models]
     assert any((a.tokens != b.tokens).any() for a, b in zip(outputs[0], outputs[1], strict=True)), "no effect"

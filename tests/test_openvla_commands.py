@@ -48,7 +48,7 @@ def call(commands, *arguments):
 
 def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
     options = ("--vla", "openvla", "--checkpoint", checkpoint, "--suite", "libero_10", "--repeats", 3)
-    few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9}}", "--keep_ratios", 0.5)
+    few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9, contour_fraction: 0.25}}", "--keep_ratios", 0.5)
     beside = ("--export", ROOT / "spvla/pretrained/generator_libero_expert", "--steps", 50)
     assert call(EVAL, "latency", *options, *few, *beside, "--output", tmp_path) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -119,7 +119,7 @@ def as_pickle(folder):
         (None, ("--suite", "libero_10", "--instruction", ""), "instruction: expected a sentence"),
         (None, ("--suite", "libero_10", "--instruction", "mug " * 2100), "leaves room for"),
         (None, ("--suite", "libero_10", "--keep_ratios", 1.5), "keep_ratios"),
-        (None, ("--suite", "libero_10", "--pruning", "{fast: {speed: release}}"), "pruning 'fast'"),
+        (None, ("--suite", "libero_10", "--pruning", "{fast: {speed: fast_fewer}}"), "pruning 'fast'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, culprit, checkpoint, tmp_path, capsys):
@@ -233,7 +233,7 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     fast = ("--steps", 10, "--gate_steps", 10, "--mlp", "{width: 16, depth: 1}", "--gate", "{width: 8, depth: 1}")
     assert call(train, "distill", "--data", rollouts, "--output", export, *fast, "--default_risk", 0.5) == 0
     accelerated = ("--export", export, "--suite", "libero_object", "--init_states", 4, "--output", tmp_path / "on_policy")
-    assert call(DATA, "collect", *vla, 6, *accelerated, "--pruning", "readme") == 0
+    assert call(DATA, "collect", *vla, 6, *accelerated, "--pruning", "slow_fewer") == 0
 
     for suite in SUITES:
         shipped = ROOT / "configs" / "eval" / f"openvla_{suite}.yaml"

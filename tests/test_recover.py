@@ -9,7 +9,7 @@ import torch
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.pruning import TokenPruner
+from spvla.pruning import TokenSelector
 from spvla.vlas.openvla import OpenVLA
 from tests.test_frames import recorded, write
 from tests.test_train_vla import QUIET, batch, module
@@ -34,7 +34,7 @@ def checkpoint(tmp_path):
 
 def plain(checkpoint, **options) -> OpenVLA:
     model = OpenVLA.from_pretrained(checkpoint, **options)
-    model.pruner = TokenPruner(speed="constant", measure="ratio", contours=False)
+    model.selector = TokenSelector(measure="ratio", contours=False)
     return model
 
 

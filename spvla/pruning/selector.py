@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import ceil, isqrt
 from typing import Literal, Protocol
 
@@ -15,10 +14,12 @@ from torch import Tensor
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.pruning.contours import contour_patches
+from spvla.registry import Registry
 
 
 class Scorer(Protocol):
-    """Says how much each visual token matters. Add one as a function in a file of its own, and name it in ``SCORERS``."""
+    """Says how much each visual token matters. Add one as a function in a file of its own, named in :data:`SCORERS`,
+    by an entry point of the group ``spvla.scores``, or as ``package.module:function``."""
 
     def __call__(self, queries: Tensor, keys: Tensor, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Scores, float32 (B, N), non-negative; each row sums to 1.
@@ -29,20 +30,7 @@ class Scorer(Protocol):
         """
 
 
-SCORERS = {"attention": "spvla.pruning.attention:attention"}
-
-
-def scorer(name: str) -> Scorer:
-    """The scorer called ``name`` in :data:`SCORERS`, or ``package.module:function``; raises :class:`InputError`."""
-    module, _, function = SCORERS.get(name, name).partition(":")
-    try:
-        found: Scorer = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError):
-        known = ", ".join(SCORERS)
-        raise InputError(
-            f"pruning: score {name!r} is unknown; there are: {known}, or name a 'package.module:function'", field="score"
-        ) from None
-    return found
+SCORERS = Registry("pruning score", "spvla.scores", {"attention": "spvla.pruning.attention:attention"})
 
 
 def select(
@@ -113,7 +101,8 @@ class TokenSelector:
     """Chooses a VLA's visual tokens. Belongs to the VLA; how much to keep comes with each call, from the policy.
 
     Args:
-        score: the :class:`Scorer` that says how much a token matters: ``attention``, or ``package.module:function``.
+        score: the :class:`Scorer` that says how much a token matters: a name in
+            :data:`SCORERS` or ``package.module:function``.
         measure: what is kept: ``mass``, this much of the score, or ``ratio``, this many of the tokens.
         contours: also keep patches with Canny edges.
         contour_fraction: in (0, 1): contours take this fraction of the places instead of coming on top, see :func:`select`.
@@ -135,7 +124,7 @@ class TokenSelector:
     def __post_init__(self) -> None:
         with naming("pruning"):
             check_fields(self, at_least={"budget": 1})
-        scorer(self.score)
+        SCORERS.get(self.score)
         fraction, budget = self.contour_fraction, self.budget
         if fraction is not None and not 0 < fraction < 1:
             raise InputError(f"pruning: contour_fraction must lie between 0 and 1, got {fraction}", field="contour_fraction")
@@ -146,7 +135,9 @@ class TokenSelector:
                 "contours", f"the {budget} places of the budget all go by score; give a contour_fraction, or contours: false"
             )
         if self.contours and budget is not None and fraction is not None and ceil(fraction * budget) >= budget:
-            raise _cannot_matter("score", f"contours take all {budget} places; give a larger budget or a smaller contour_fraction")
+            raise _cannot_matter(
+                "score", f"contours take all {budget} places; give a larger budget or a smaller contour_fraction"
+            )
 
     def require(self, tokens: int) -> None:
         """Raise :class:`InputError` if this cannot choose among ``tokens``: no square grid, or a budget that spares none."""
@@ -157,7 +148,8 @@ class TokenSelector:
 
     def scores(self, queries: Tensor, keys: Tensor, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """What the :class:`Scorer` says: (B, N)."""
-        return scorer(self.score)(queries, keys, images)
+        score: Scorer = SCORERS.get(self.score)
+        return score(queries, keys, images)
 
     def contour_mask(self, image: NDArray[np.uint8], tokens: int) -> NDArray[np.bool_] | None:
         """Patches on contours, bool (N,), or None if contours do not count.

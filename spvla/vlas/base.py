@@ -66,4 +66,4 @@ class PrunableVLA(VLA, Protocol):
     """A VLA whose language model can run on fewer visual tokens."""
 
     def with_pruner(self, selector: TokenSelector | None) -> VLA:
-        """This policy choosing its visual tokens by ``selector`` (None: keeping all): the weights are shared, the episode is its own."""
+        """This policy with another selector (None: without one): the weights are shared, the episode is its own."""
