@@ -37,7 +37,7 @@ from spvla.history import Source
 from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 from spvla.recording import Policy
 from spvla.steps import run_lengths
-from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.base import VLA, Viewing, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
@@ -240,8 +240,9 @@ def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:
 def _film(folder: Path, cell: Cell, policy: Policy, result: Rollout) -> None:
     """Write the film of an episode, as the VLA sees it where it says how."""
     (frames,) = result.episode.images.values()
-    view = getattr(policy.vla, "view", lambda image: image)
-    images = [view(decode_image(frame)) for frame in frames]
+    images = [decode_image(frame) for frame in frames]
+    if isinstance(policy.vla, Viewing):
+        images = [policy.vla.view(image) for image in images]
     write_film(folder, cell.name, images, result.steps, result.outputs, policy.space.control_rate)
 
 

@@ -25,7 +25,7 @@ from spvla.errors import InputError
 from spvla.export import Export, load_export
 from spvla.observation import Observation
 from spvla.recording import Policy
-from spvla.vlas.base import VLAOutput
+from spvla.vlas.base import Timed, VLAOutput
 from spvla.vlas.registry import load_vla
 
 WARM_UP = 200
@@ -107,7 +107,8 @@ def latency(
         loaded_vla = load_vla(vla, checkpoint, vla_options, suite)
         rows, stages = time_vla(loaded_vla, instruction, keep_ratios, pruning, repeats, seed)
         facts |= {"vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options), "suite": suite}
-        facts |= {"instruction": instruction, "repeats": repeats, **getattr(loaded_vla, "backend", {}), "stages": stages}
+        facts |= {"instruction": instruction, "repeats": repeats, "stages": stages}
+        facts |= loaded_vla.backend if isinstance(loaded_vla, Timed) else {}
         print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
         print(table(rows, [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]) + "\n")
     if export is not None:

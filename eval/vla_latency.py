@@ -19,7 +19,7 @@ from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
 from spvla.pruning.speed import Constant
 from spvla.vlas.base import VLA, PrunableVLA
-from spvla.vlas.openvla import PRUNING_STAGES
+from spvla.vlas.openvla.policy import PRUNING_STAGES
 
 WARM_UP = 2
 FULL = "none"

@@ -16,7 +16,10 @@ from eval.__main__ import COMMANDS as EVAL
 from spvla import Observation, accelerate
 from spvla.cli import run
 from spvla.history import Source
-from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, untrained
+from spvla.vlas.openvla import untrained
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.model import OpenVLAModel
+from spvla.vlas.openvla.weights import save_pretrained
 from spvla.vlas.registry import load_vla
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
@@ -35,7 +38,7 @@ def checkpoint(tmp_path_factory):
         for p in model.parameters():
             p.mul_(4 if p.ndim > 1 else 1)
     folder = tmp_path_factory.mktemp("openvla") / "checkpoint"
-    model.save_pretrained(folder)
+    save_pretrained(model.model, folder)
     return folder
 
 
@@ -148,13 +151,13 @@ def test_no_checkpoint_is_told(capsys, tmp_path):
 LOAD = """
 import sys, torch
 from pathlib import Path
-from spvla.vlas.openvla import OpenVLA
+from spvla.vlas.openvla import from_pretrained
 import transformers.models.llama.modeling_llama, safetensors.torch
 def memory(key):
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
 before = memory("VmRSS")
-OpenVLA.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 print(memory("VmHWM") - before)
 """
 
@@ -169,13 +172,13 @@ def write_like_7b(folder, layers):
         "text_config": {**published, "num_hidden_layers": layers},
         "norm_stats": {"one": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
     }
-    untrained(**SMALL).save_pretrained(folder)  # for its tokenizer
+    save_pretrained(untrained(**SMALL).model, folder)  # for its tokenizer
     (folder / "model.safetensors").unlink()
     parsed = OpenVLAConfig(**options)
     for name, content in zip(("config.json", "preprocessor_config.json"), parsed.to_dicts(), strict=True):
         (folder / name).write_text(json.dumps(content))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in OpenVLA(parsed).named_parameters()}
+        shapes = {name: p.shape for name, p in OpenVLAModel(parsed).named_parameters()}
     weight_map, shard, size = {}, {}, 0
 
     def flush():

@@ -139,11 +139,11 @@ def test_a_budget_that_spares_no_token_is_refused():
 
 def test_former_names_say_the_new_ones():
     for old, new in (("release", "fast_fewer"), ("readme", "slow_fewer")):
-        for given in (old, {"speed": old}):
+        for former in (old, {"speed": old}):
             with pytest.raises(InputError, match=new) as refused:
-                make_pruner(given)
+                make_pruner(former)
             assert refused.value.code == "renamed"
-            assert make_pruner(with_current_names(given)) == make_pruner(new)
+            assert make_pruner(with_current_names(former)) == make_pruner(new)
 
 
 def random_case(seed: int, n: int = 196):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,3 +68,54 @@ class PrunableVLA(VLA, Protocol):
 
     def with_pruner(self, selector: TokenSelector | None) -> VLA:
         """This policy with another selector (None: without one): the weights are shared, the episode is its own."""
+
+
+@runtime_checkable
+class BatchedVLA(VLA, Protocol):
+    """A VLA that answers about many independent observations at once."""
+
+    def predict_batch(
+        self, observations: Sequence[Observation], instructions: Sequence[str], keep_mass: float = 1.0
+    ) -> Sequence[VLAOutput]:
+        """One output for each observation, under its own instruction; the episode goes on as it was."""
+
+
+@runtime_checkable
+class Viewing(Protocol):
+    """A VLA that says what its encoders see."""
+
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What they see of the environment's ``image`` (H, W, 3): uint8 (S, S, 3)."""
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A VLA that names what it runs on, for reports of timing."""
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """``device``, ``dtype`` and ``attention``, the kernels."""
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A VLA whose weights can be seen."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors by name."""
+
+
+@runtime_checkable
+class SaysIfImages(Protocol):
+    """A VLA that says whether it looks at images; False: it runs without rendering."""
+
+    @property
+    def needs_images(self) -> bool: ...
+
+
+@runtime_checkable
+class SaysIfWristImage(Protocol):
+    """A VLA that says whether it looks through the camera in the hand."""
+
+    @property
+    def needs_wrist_image(self) -> bool: ...
