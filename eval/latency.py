@@ -90,7 +90,7 @@ def latency(
         checkpoint: the VLA's folder or hub id.
         vla_options: the VLA's other options (see spvla.vlas.openvla.load).
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
-        keep_ratios: fractions of the visual tokens to keep, exactly; contours take a quarter of the places.
+        keep_ratios: fractions of the visual tokens to keep, exactly; contours take half of the places.
         pruning: further prunings by name, fields as spvla.pruning.make_pruner takes, with speed constant.
         instruction: what the policy is told.
         repeats: rounds measured, after 2 of warm-up; all prunings take turns in each.

@@ -41,7 +41,7 @@ def keep_exactly(ratio: float) -> Pruner | None:
     """A pruner that runs every stage, contours included, and keeps just that fraction of the tokens, rounded up."""
     if not 0 < ratio < 1:
         raise InputError(f"keep_ratios: expected numbers between 0 and 1, got {ratio}")
-    return make_pruner({"speed": "constant", "keep": ratio, "measure": "ratio", "contour_fraction": 0.25})
+    return make_pruner({"speed": "constant", "keep": ratio, "measure": "ratio", "contour_fraction": 0.5})
 
 
 def prunings_of(

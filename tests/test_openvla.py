@@ -343,7 +343,7 @@ def test_save_and_load_round_trip(checkpoint):
     a, b = original.predict(picture(0)), loaded.predict(picture(0))
     np.testing.assert_array_equal(a.features, b.features)
     np.testing.assert_array_equal(a.actions, b.actions)
-    assert loaded.model.config.norm_stats == original.config.norm_stats
+    assert loaded.model.config.norm_stats == original.model.config.norm_stats
 
 
 def test_shards_load_as_one(checkpoint):

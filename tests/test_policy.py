@@ -212,8 +212,8 @@ def test_pruning_is_refused_where_it_cannot_be():
         accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="fast_fewer")
     for pruning, message in [
         ("often", r"pruning 'often' is unknown; there are: none, fast_fewer, slow_fewer"),
-        ({"ratio": 0.5}, r"field 'ratio' is unknown; there are: speed, keep,"),
-        ({"keep": "half"}, "pruning: "),
+        ({"ratio": 0.5}, r"field 'ratio' is unknown for speed 'fast_fewer'; there are: speed, z_threshold,"),
+        ({"speed": "constant", "keep": "half"}, "pruning: keep must be a finite number"),
     ]:
         with pytest.raises(InputError, match=message):
             accelerate(PrunableVLA(actions()), generator="none", pruning=pruning)
