@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
     bounds = {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
     model = untrained(**SMALL, norm_stats={f"{suite}_no_noops": {"action": bounds} for suite in SUITES})
     with torch.no_grad():  # initial weights are so small that every image gives the same action
-        for p in model.parameters():
+        for p in model.model.parameters():
             p.mul_(4 if p.ndim > 1 else 1)
     folder = tmp_path_factory.mktemp("openvla") / "checkpoint"
     save_pretrained(model.model, folder)
@@ -70,7 +70,7 @@ def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
 
 def test_untrained_needs_no_checkpoint():
     vla = load_vla("spvla.vlas.openvla:untrained", None, {**SMALL, "dtype": "bfloat16"}, "libero_goal")
-    assert vla.action_space.control_rate == 20 and vla.dtype == torch.bfloat16
+    assert vla.action_space.control_rate == 20 and vla.model.dtype == torch.bfloat16
     vla.reset("open the drawer")
     assert vla.predict(Observation(image=np.zeros((64, 64, 3), np.uint8))).visual_tokens == (64, 64)
 
