@@ -237,8 +237,8 @@ def collect(
         risk: allowed risk of the accelerated policy; the export's default if omitted.
         generator: generator of the accelerated policy; the export's default if omitted.
         gate: gate of the accelerated policy; the export's default if omitted.
-        pruning: visual tokens that the VLA keeps where it acts: release, readme, none, or fields of
-            spvla.pruning.TokenPruner; the export's default if omitted.
+        pruning: visual tokens that the VLA keeps where it acts: fast_fewer, slow_fewer, none, or fields (see
+            spvla.pruning.make_pruner); the export's default if omitted.
         max_generated_run: longest run of generated actions; the export's default if omitted.
         max_steps: step limit of an episode; the suite's if omitted.
         images: store what the camera saw at every step, as JPEG.

@@ -9,8 +9,9 @@ import torch
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.pruning import TokenPruner
-from spvla.vlas.openvla import OpenVLA
+from spvla.pruning import TokenSelector
+from spvla.vlas.openvla import OpenVLA, from_pretrained
+from spvla.vlas.openvla.weights import save_pretrained
 from tests.test_frames import recorded, write
 from tests.test_train_vla import QUIET, batch, module
 from train.frames import FrameData
@@ -28,13 +29,13 @@ def checkpoint(tmp_path):
         for name, p in model.named_parameters():
             if p.ndim > 1 and "patch_embed" not in name:
                 p.mul_(4.0)
-    model.save_pretrained(tmp_path / "model")
+    save_pretrained(model, tmp_path / "model")
     return tmp_path / "model"
 
 
 def plain(checkpoint, **options) -> OpenVLA:
-    model = OpenVLA.from_pretrained(checkpoint, **options)
-    model.pruner = TokenPruner(speed="constant", measure="ratio", contours=False)
+    model = from_pretrained(checkpoint, **options)
+    model.selector = TokenSelector(measure="ratio", contours=False)
     return model
 
 

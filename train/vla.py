@@ -24,7 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from spvla.errors import InputError
-from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.model import PROMPT, OpenVLAModel, joined
+from spvla.vlas.openvla.policy import OpenVLA
+from spvla.vlas.openvla.weights import save_pretrained
 from spvla.vlas.registry import load_vla
 from train.frames import POINTS, FrameBatch
 
@@ -39,7 +42,7 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def take_weights(model: OpenVLA, earlier: OpenVLA, where: str) -> None:
+def take_weights(model: OpenVLAModel, earlier: OpenVLAModel, where: str) -> None:
     """Give ``model`` the weights of ``earlier``, a model of the same shape that was read from ``where``.
 
     Raises:
@@ -110,7 +113,7 @@ class TrainedVLA(nn.Module):
         pointer_width: width of the pointer's query and keys.
     """
 
-    def __init__(self, model: OpenVLA, pointer_layer: int, pointer_width: int = 64) -> None:
+    def __init__(self, model: OpenVLAModel, pointer_layer: int, pointer_width: int = 64) -> None:
         super().__init__()
         self.model = model
         self.pointer_layer = pointer_layer
@@ -151,7 +154,7 @@ class TrainedVLA(nn.Module):
         kept = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))  # (B, K, C)
         b, q, t = asked.own.shape
         text = model.language_model.get_input_embeddings()(torch.cat([asked.common.expand(b, -1), asked.own.flatten(1)], 1))
-        embeds = torch.cat([text[:, :1], model.projector(kept), text[:, 1:]], 1)  # (B, L, H)
+        embeds = joined(text, model.projector(kept))  # (B, L, H)
         first = keep.shape[1] + len(asked.common)  # where the questions' own tokens begin
         part, positions = asked.layout(first)  # (L,), (L,)
         sees = (part == part[:, None]) | (part == 0)  # (L, L)
@@ -246,7 +249,7 @@ class VLAModule(L.LightningModule):
     """Trains an OpenVLA.
 
     Args:
-        architecture: fields of :class:`spvla.vlas.openvla.OpenVLAConfig`.
+        architecture: fields of :class:`spvla.vlas.openvla.config.OpenVLAConfig`.
         vocabulary: words that instructions are made of.
         output: folder that the averaged model is written to, in OpenVLA's checkpoint form.
         start: checkpoint of the same shape whose weights training begins with, a folder or ``nano_vla`` for the packaged one.
@@ -301,11 +304,11 @@ class VLAModule(L.LightningModule):
     ) -> None:
         super().__init__()
         config = OpenVLAConfig.from_dicts({"model_type": "openvla", **architecture})
-        model = OpenVLA(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
+        model = OpenVLAModel(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
         if start is not None:
             earlier = load_vla("nano_vla", None if start == "nano_vla" else start)
             assert isinstance(earlier, OpenVLA)
-            take_weights(model, earlier, start)
+            take_weights(model, earlier.model, start)
         layers = model.language_model.config.num_hidden_layers
         self.network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
@@ -442,10 +445,10 @@ class VLAModule(L.LightningModule):
     def save(self) -> None:
         """Write the averaged model to ``output``; the weights come last and at once, so that readers may watch them."""
         model = self.average.module.model
-        assert isinstance(model, OpenVLA)
+        assert isinstance(model, OpenVLAModel)
         self.output.mkdir(parents=True, exist_ok=True)
         building = self.output / ".building"
-        model.save_pretrained(building)
+        save_pretrained(model, building)
         for file in sorted(building.iterdir(), key=lambda f: f.suffix == ".safetensors"):
             file.replace(self.output / file.name)
         building.rmdir()

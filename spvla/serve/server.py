@@ -178,7 +178,8 @@ class PolicyServer(ModelServer):
                 try:
                     if not isinstance(vla, PrunableVLA):
                         raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens")
-                    vla = vla.with_pruner(make_pruner(pruning))
+                    pruner = make_pruner(pruning)
+                    vla = vla.with_pruner(None if pruner is None else pruner.selector)
                 except InputError:
                     self._spare.append(session)
                     raise

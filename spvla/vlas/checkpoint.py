@@ -48,6 +48,13 @@ def resolve_folder(path: str | Path) -> Path:
         raise InputError(f"checkpoint {str(path)!r}: no such folder, and not found on the hub ({reason})") from None
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """:func:`resolve_folder` of a checkpoint's whole model: raises :class:`InputError` as :func:`refuse_companions` does."""
+    folder = resolve_folder(path)
+    refuse_companions(path, folder)
+    return folder
+
+
 def refuse_companions(path: str | Path, folder: Path) -> None:
     """Raise :class:`InputError` (code ``unsupported-checkpoint``) if parts lie beside the weights that decide actions and are
     not read here: without its action head an OpenVLA-OFT folder would load and decode plausible nonsense.

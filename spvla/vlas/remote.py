@@ -23,7 +23,7 @@ import numpy as np
 from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError, needs_extra
 from spvla.observation import WRIST, Observation
-from spvla.pruning.pruner import TokenPruner
+from spvla.pruning.selector import TokenSelector
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.wire import decode_array, encode_array
@@ -53,7 +53,7 @@ class RemoteVLA:
         keys: names of observation fields that differ from :data:`KEYS`, and of further cameras; None as a name: the field is
             not sent.
         conventions: image steps to take here, for example ``{rotate_180: true}``; ours take them at the server.
-        pruner: what the server's VLA keeps of its visual tokens.
+        selector: which tokens the server's VLA keeps.
 
     Raises:
         InputError: nobody answers at ``url``, or something else than this protocol does.
@@ -68,7 +68,7 @@ class RemoteVLA:
         timeout: float = 1.0,
         keys: Mapping[str, str | None] | None = None,
         conventions: Conventions | Mapping[str, Any] | str | None = None,
-        pruner: TokenPruner | None = None,
+        selector: TokenSelector | None = None,
     ) -> None:
         try:
             known = urlsplit(url).hostname and urlsplit(url).port != 0
@@ -83,7 +83,7 @@ class RemoteVLA:
         unknown = [name for name in keys or {} if name not in KEYS[protocol]]
         if unknown:
             raise InputError(f"remote: keys: {unknown[0]!r} is not one of {', '.join(KEYS[protocol])}")
-        self.url, self.protocol, self.timeout, self.pruner = url, protocol, timeout, pruner
+        self.url, self.protocol, self.timeout, self.selector = url, protocol, timeout, selector
         self.keys: dict[str, str | None] = {**KEYS[protocol], **(keys or {})}
         self.conventions = conventions_by_name(conventions)
         self.instruction: str | None = None
@@ -101,7 +101,7 @@ class RemoteVLA:
         if space is None and "action_space" not in self.server_info:
             raise InputError(f"remote: the server at {url} does not say what its actions are; give action_space")
         self.action_space = read_space(self.server_info["action_space"] if space is None else space)
-        if pruner is not None and self.server_info.get("model_server") != "spvla":
+        if selector is not None and self.server_info.get("model_server") != "spvla":
             raise InputError(f"pruning: the server at {url} cannot run on fewer visual tokens (it is no spvla.serve)")
 
     @property
@@ -112,8 +112,8 @@ class RemoteVLA:
         asked = self.protocol == "openpi" or bool((self.server_info.get("observation_params") or {}).get("send_wrist_image"))
         return tuple(name for name in named if name != WRIST or asked)
 
-    def with_pruner(self, pruner: TokenPruner | None) -> RemoteVLA:
-        """The same VLA with another pruner, over a connection of its own."""
+    def with_pruner(self, selector: TokenSelector | None) -> RemoteVLA:
+        """The same VLA with another selector, over a connection of its own."""
         return RemoteVLA(
             self.url,
             self.action_space,
@@ -121,7 +121,7 @@ class RemoteVLA:
             timeout=self.timeout,
             keys=self.keys,
             conventions=self.conventions,
-            pruner=pruner,
+            selector=selector,
         )
 
     def reset(self, instruction: str) -> None:
@@ -218,8 +218,8 @@ class RemoteVLA:
             return _unpack(answer)
         if self._told != self.instruction:
             episode = {"task": {"name": self.instruction}, "vla": True}
-            if self.pruner is not None:
-                episode["pruning"] = asdict(self.pruner)
+            if self.selector is not None:
+                episode["pruning"] = asdict(self.selector)
             self._send(connection, "episode_start", episode)
             self._told = self.instruction
         self._send(connection, "observation", message)
