@@ -1,4 +1,4 @@
-"""What the documentation says can be followed: links lead somewhere, commands and configurations exist, figures are the raw files'."""
+"""The documentation can be followed: links lead somewhere, commands and files exist, figures are those of the raw files."""
 
 from __future__ import annotations
 
