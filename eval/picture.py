@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from spvla.errors import InputError
 
@@ -14,12 +15,13 @@ PANELS = {  # column of a row: title, how a value is written
 }
 
 
-def label(cell: str) -> str:
-    """Name of the row ``cell`` for a reader who does not know how cells are written."""
-    if cell == "vla":
-        return "VLA alone"
-    pruned = "half of the tokens"
-    return f"VLA, {pruned}" if cell.startswith("vla+") else f"generator + gate,\n{pruned}"
+def label(row: dict[str, Any]) -> str:
+    """Name of a row for a reader who does not know how cells are written."""
+    name = "VLA" if row["generator"] == "none" else f"{row['generator']} + {row['gate']} gate"
+    kept, total = row.get("visual_tokens_mean"), row.get("visual_tokens_total")
+    if kept is not None and kept < total:
+        return f"{name},\n{kept:.0f} of {total} tokens"
+    return "VLA alone" if name == "VLA" else name
 
 
 def picture(results: Path, output: Path = Path("docs/headline.svg")) -> None:
@@ -39,7 +41,7 @@ def picture(results: Path, output: Path = Path("docs/headline.svg")) -> None:
     missing = [f"{row['cell']}: {key}" for row in rows for key in PANELS if row.get(key) is None]
     if missing:
         raise InputError(f"{results}: no value for {', '.join(missing)}")
-    names = [label(row["cell"]) for row in rows]
+    names = [label(row) for row in rows]
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 2.2), sharey=True, layout="constrained")
     for axes, (key, (title, form)) in zip(panels, PANELS.items(), strict=True):
         values = [row[key] for row in rows]
