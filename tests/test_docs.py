@@ -135,6 +135,7 @@ def test_the_picture_shows_the_raw_file(tmp_path):
         re.findall(r">([\d.]+(?: s|%)?)</text>", p.read_text()) for p in (tmp_path / "headline.svg", ROOT / "docs/headline.svg")
     )
     assert drawn == kept and len(kept) == 9
-    (tmp_path / "summary.json").write_text('{"rows": [{"cell": "vla", "generator": "none", "success_rate": 1.0, "vla_calls_per_episode": 8.0}]}')
+    row = {"cell": "vla", "generator": "none", "success_rate": 1.0, "vla_calls_per_episode": 8.0}
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": [row]}))
     with pytest.raises(InputError, match="no value for vla: policy_seconds_per_episode"):
         picture(tmp_path, tmp_path / "headline.svg")
