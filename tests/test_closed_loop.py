@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import yaml
 
-from data.collect import episode_seed
 from data.envs import load_tasks
-from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
+from data.jobs import episode_seed
+from eval.cells import Cell, cell_pruner, parse_cells
+from eval.closed_loop import closed_loop
 from eval.film import bar, draw
+from eval.run import Evaluation, kept_counts, make_policy
+from eval.summary import summarise
 from spvla import InputError, load_export
 from spvla.export import save_export
 from spvla.history import Source
 from spvla.pruning import TokenPruner
 from spvla.vlas.base import VLAOutput
+from spvla.vlas.registry import VLASource
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
@@ -27,8 +31,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
-def setting(**changes) -> Setting:
-    return Setting("x", None, None, rules={}, max_generated_run=None, label=False, **changes)
+def setting(**changes) -> Evaluation:
+    given = {"export": None, "rules": {}, "max_generated_run": None, "label": False}
+    return Evaluation(source=VLASource("x"), **{**given, **changes})
 
 
 def test_cells_are_read_as_they_are_written():
@@ -126,13 +131,12 @@ def test_frames_show_what_reached_the_language_model_and_who_acted():
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "cells:" in p.read_text()], ids=lambda p: p.stem)
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
-    options = {"pruning": config.get("pruning"), "vla_options": config.get("vla_options")}
     vla = PrunableVLA(np.zeros((5, 7)))
     export = load_export(ROOT / config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
-        made = Setting("x", None, None, config.get("rules", {}), None, False, **options)
+        made = setting(rules=config.get("rules", {}), pruning=config.get("pruning"))
         policy = make_policy(cell, vla, export, made)
         assert (policy.pruner is None) == (cell.pruning == "none")
 
@@ -141,7 +145,7 @@ def test_every_shipped_cell_can_be_made(path):
 def test_openvla_configurations_use_the_published_weights_and_all_initial_states(suite):
     path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
     config = yaml.safe_load(path.read_text())
-    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["policy"] == "openvla"
+    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["vla"] == "openvla"
     assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
@@ -195,7 +199,7 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
 
 def test_a_policy_with_two_cameras_gets_both(tmp_path):
     what = {"suite": "libero_object", "tasks": [0], "init_states": "30", "cells": [], "max_steps": 2, "render": "fast"}
-    closed_loop(**what, policy="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
+    closed_loop(**what, vla="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
     with gzip.open(tmp_path / "x" / "timing.csv.gz", "rt") as stream:
         (timed,) = csv.DictReader(stream)
     assert (timed["cell"], timed["steps"], timed["vla_calls"]) == ("vla", "2", "2") and float(timed["policy_seconds"]) > 0
