@@ -8,7 +8,7 @@ from eval.data import bench_data
 from eval.instructions import instructions
 from eval.latency import latency
 from eval.offline import offline
-from eval.report import report
+from eval.report.command import report
 from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -34,7 +34,7 @@ class Evaluation(Setting):
 
     rules: dict[str, dict[str, int | float]]
     label: bool
-    pruning: dict[str, Row] | None = None
+    pruning: dict[str, dict[str, Any]] | None = None
     real_time: RealTime | None = None
     nudge: Nudge | None = None
     render: RenderMode = "full"
