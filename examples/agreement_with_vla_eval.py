@@ -29,8 +29,8 @@ from data.envs.libero.tasks import LiberoTask
 from data.jobs import episode_seed
 from data.rollout import rollout
 from spvla.actions import LIBERO
+from spvla.assemble import accelerate
 from spvla.errors import InputError
-from spvla.export import accelerate
 from spvla.files import write_text
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput

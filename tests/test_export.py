@@ -1,6 +1,8 @@
 """Export folders: round trip, what is refused, and that a robot needs nothing but spvla."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,8 +25,8 @@ from tests.conftest import PrunableVLA, ScriptedVLA
 ROOT = Path(__file__).parents[1]
 
 
-def make_export(dim: int = 7, **changes) -> Export:
-    torch.manual_seed(0)
+def make_export(dim: int = 7, seed: int = 0, **changes) -> Export:
+    torch.manual_seed(seed)
     g = np.random.default_rng(0)
     features = FeatureConfig(dim, 6, (0, 2), (-1, -1), (1, 1))
     p = [g.random(40) for _ in range(60)]
@@ -200,6 +202,75 @@ def test_an_export_takes_the_place_of_an_older_one_whole(folder):
     assert load_export(folder).tolerance == 0.3
     assert sorted(p.name for p in folder.iterdir()) == [".stages", "README.md", "config.json", "gates", "generators"]
     assert [p.name for p in (folder / "generators").iterdir()] == ["mlp.safetensors"]
+
+
+def save_and_die(export, folder, moment):
+    """Save in a child process that is killed before its file operation number ``moment``; False if it ended before that."""
+    child = os.fork()
+    if not child:
+        operations = {"os.rename", "os.rmdir", "os.remove", "os.mkdir", "shutil.rmtree", "open"}
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event in operations and str(folder) in str(arguments[0]):
+                count += 1
+                if count == moment:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        save_export(export, folder)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_anywhere_leaves_the_old_export_or_the_new_one(folder):
+    old, new = make_export(seed=0), make_export(seed=1, tolerance=0.3)
+    left = set()
+    for moment in itertools.count(1):
+        save_export(old, folder)
+        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "gates", "generators"]
+        if not save_and_die(new, folder, moment):
+            break
+        loaded = load_export(folder)
+        expected = {0.2: old, 0.3: new}[loaded.tolerance]
+        for name, network in expected.generators.items():
+            for mine, theirs in zip(loaded.generators[name].parameters(), network.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        left.add(loaded.tolerance)
+    assert moment > 30 and left == {0.2, 0.3}
+
+
+def test_exchanged_and_damaged_weights_are_refused(folder):
+    generators = folder / "generators"
+    gates = folder / "gates"
+    for a, b in ((gates / "ridge.safetensors", gates / "mlp.safetensors"), (generators / "mlp.safetensors", None)):
+        kept = a.read_bytes()
+        a.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if b is None else b.read_bytes())
+        with pytest.raises(InputError) as error:
+            load_export(folder)
+        assert (error.value.code, error.value.field) == ("damaged", str(a))
+        a.write_bytes(kept)
+    load_export(folder)
+
+
+@pytest.mark.parametrize(("kind", "option", "value"), [("generators", "depth", 10**7), ("gates", "width", 10**9)])
+def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, option, value):
+    config = json.loads((folder / "config.json").read_text())
+    config[kind]["mlp"][option] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        load_export(folder)
+    assert (error.value.code, error.value.field) == ("too-large", option)
+
+
+def test_names_that_leave_the_folder_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["generators"]["../../elsewhere"] = config["generators"].pop("mlp")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is not a name"):
+        load_export(folder)
 
 
 @pytest.mark.parametrize("what", ["a folder in it", "values no JSON holds"])

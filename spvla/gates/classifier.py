@@ -16,7 +16,7 @@ from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
 from spvla.generators.features import FeatureConfig, HistoryFeatures
-from spvla.generators.learned import MLP
+from spvla.generators.learned import LARGEST, MLP
 from spvla.history import Window
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ClassifierConfig:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         with naming("gate"):
-            check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0})
+            check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0}, at_most=LARGEST)
         if self.dropout >= 1:
             raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
 

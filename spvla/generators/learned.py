@@ -23,6 +23,9 @@ from spvla.fields import check_fields, naming
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.history import Window
 
+# Far beyond every sensible network: what a damaged or hostile file could ask for is refused before anything is built.
+LARGEST = {"horizon": 1000, "width": 16384, "depth": 100, "heads": 1024}
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
@@ -56,7 +59,7 @@ class GeneratorConfig:
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         least = {"gripper": 0, "horizon": 1, "width": 1, "depth": 0, "heads": 1, "dropout": 0, "residual": 0}
         with naming("generator"):
-            check_fields(self, at_least=least)
+            check_fields(self, at_least=least, at_most=LARGEST)
         if self.residual and len(self.residual) != self.features.action_dim:
             raise InputError(
                 f"generator: residual has {len(self.residual)} entries, there are {self.features.action_dim} action dimensions",
