@@ -18,6 +18,7 @@ from typing import Any, Literal
 from data.evidence import contradictions
 from data.identity import number_of, place_of, read_note, require_new, settle
 from data.images import encode_images
+from data.jobs import parse_range
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
@@ -159,8 +160,6 @@ def make_setting(
     label: Mapping[str, Any] | None = None,
 ) -> Setting:
     """A :class:`Setting` from a command's options."""
-    from data.collect import parse_range
-
     numbers = None if episodes is None else tuple(parse_range(episodes, "episodes"))
     text = json.dumps(label, sort_keys=True, default=str) if label else ""
     return Setting(source, str(path), conventions, split, camera, images, numbers, text)
