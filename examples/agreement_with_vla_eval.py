@@ -123,7 +123,7 @@ class ExpertFromPoses:
         if observation.state is None:
             raise InputError("observation.state: the expert needs the proprioception and every pose")
         poses = PrivilegedState.from_vector(observation.state[8:], self.scene)
-        return self.expert.predict(LiberoObservation(None, observation.state[:8], privileged=poses))
+        return self.expert.predict(LiberoObservation({}, observation.state[:8], privileged=poses))
 
 
 def expert_from_poses(checkpoint: str | None = None, *, suite: str | None = None) -> ExpertFromPoses:

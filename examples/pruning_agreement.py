@@ -21,6 +21,7 @@ from spvla.observation import Observation
 from spvla.pruning import make_pruner
 from spvla.pruning.attention import attention_received
 from spvla.pruning.contours import HIGH, LOW
+from spvla.vlas.base import PrunableVLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
 
@@ -44,8 +45,15 @@ def fused(queries: torch.Tensor, keys: torch.Tensor, images: Sequence[np.ndarray
     return ranks / ranks.sum(1, keepdim=True)
 
 
+def tokens_of(output: VLAOutput) -> np.ndarray:
+    """The first action's tokens (D,)."""
+    assert output.tokens is not None
+    return output.tokens[0]
+
+
 def main(store: str, output: str) -> None:
     vla = load_vla("nano_vla")
+    assert isinstance(vla, PrunableVLA)
     pruned = {}
     for name, fields in PRUNINGS.items():
         pruner = make_pruner(fields)
@@ -64,10 +72,11 @@ def main(store: str, output: str) -> None:
         for i in range(len(episode.actions)):
             if at + i in chosen:
                 seen = Observation({"image": decode_image(images[i])})
-                tokens["all"].append(vla.predict(seen).tokens[0])
+                tokens["all"].append(tokens_of(vla.predict(seen)))
                 for name, policy in pruned.items():
                     made = policy.predict(seen, 0.5)
-                    tokens[name].append(made.tokens[0])
+                    tokens[name].append(tokens_of(made))
+                    assert made.kept_tokens is not None
                     kept[name].append(made.kept_tokens)
         at += len(episode.actions)
     whole = np.stack(tokens["all"])  # (F, D)
@@ -75,8 +84,7 @@ def main(store: str, output: str) -> None:
     for name in pruned:
         off = np.abs(np.stack(tokens[name]) - whole)
         others = [len(set(a.tolist()) - set(b.tolist())) for a, b in zip(kept[name], kept["attention"], strict=True)]
-        row = {
-            "pruning": name,
+        row: dict[str, float] = {
             "visual_tokens_mean": float(np.mean([len(k) for k in kept[name]])),
             "tokens_that_attention_drops_mean": float(np.mean(others)),
             "action_equal": float((off == 0).all(1).mean()),
@@ -85,8 +93,8 @@ def main(store: str, output: str) -> None:
             "bins_off_mean": float(off.mean()),
             "gripper_equal": float((off[:, -1] == 0).mean()),
         }
-        rows.append(row)
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else v for k, v in row.items()))
+        rows.append({"pruning": name, **row})
+        print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     command = f"python examples/pruning_agreement.py STORE {output}"
     facts = {"kind": "pruning_agreement", "rows": rows, "frames": len(whole), "episodes": len(episodes), "command": command}

@@ -14,7 +14,7 @@ from spvla.errors import InputError
 MAIN, WRIST = "image", "wrist_image"  # what the main camera and the one in the hand are called; others have names of their own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Observation:
     """One control step's input.
 
@@ -26,6 +26,15 @@ class Observation:
 
     images: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     state: NDArray[np.float32] | None = None
+
+    def __init__(
+        self,
+        images: Mapping[str, NDArray[np.uint8]] | NDArray[np.uint8] | None = None,
+        state: NDArray[np.float32] | None = None,
+    ) -> None:
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "state", state)
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Mapping):

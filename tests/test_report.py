@@ -16,7 +16,7 @@ from eval.report.offline import risk_advice
 from spvla import InputError
 from spvla.export import save_export
 from spvla.history import Source
-from spvla.policy import StepInfo
+from spvla.steps import StepInfo
 from tests.conftest import BROWSER
 from tests.test_export import make_export
 

@@ -72,7 +72,7 @@ def write_lerobot(
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         for name, feature in features.items():
             if feature["dtype"] == "image" and name not in lacking:
-                frames = [picture(10 * t + 1, feature["shape"][2], feature.get("deep", False)) for t in range(steps)]
+                frames = [picture(10 * t + 1, feature["shape"][2], feature.get("deep", False)) for t in range(steps)]  # type: ignore[attr-defined]
                 columns[name] = pa.array(frames, struct)
         path = folder / f"data/chunk-000/episode_{number:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
