@@ -24,10 +24,10 @@ from data.parallel import chunks, run_groups
 from data.rollout import ActionNoise, rollout
 from data.student import Student
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
-from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
 from spvla.export import accelerate, fingerprint, load_export
 from spvla.policy import episode_stats
+from spvla.store import RolloutWriter
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
@@ -307,7 +307,7 @@ def collect(
             successes += bool(result["success"])
             bar.set_postfix(success=f"{successes / (i + 1):.0%}", calls=int(result["vla_calls"]))
             bar.update()
-    from spvla.episodes import finalize
+    from spvla.store import finalize
 
     finalize(output)
     print(f"{output}: {total} episodes of this call, {left} of them new; finalised")

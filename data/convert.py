@@ -23,9 +23,10 @@ from data.parts import DataError, Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, RolloutWriter, finalize, read_action_space, with_scale
 from spvla.errors import InputError
 from spvla.files import write_text
+from spvla.store import Episode, RolloutWriter, finalize, read_action_space
+from spvla.store.scale import with_scale
 
 OnError = Literal["skip", "stop"]
 BEYOND = 0.75  # of a dimension's bounds: actions further out are of another unit or sign
@@ -90,7 +91,7 @@ class Shards:
         setting: what is written into it.
         space: its action space.
         policy: who labelled it.
-        measured: see :class:`~spvla.episodes.RolloutWriter`.
+        measured: see :class:`~spvla.store.RolloutWriter`.
     """
 
     def __init__(self, output: Path, setting: Setting, space: ActionSpace, policy: str = "", measured: bool = False) -> None:

@@ -26,9 +26,10 @@ from data.images import is_upside_down
 from data.store import cache_directory
 from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
 from spvla.actions import ActionSpace
-from spvla.episodes import read_parquet, read_vectors, shard_info
 from spvla.errors import InputError
 from spvla.files import writing
+from spvla.store.columns import read_parquet, read_vectors
+from spvla.store.shards import shard_info
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of

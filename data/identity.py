@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spvla.episodes import shard_info
 from spvla.errors import InputError
+from spvla.store.shards import shard_info
 
 if TYPE_CHECKING:
     from data.convert import Setting, Shards

@@ -17,9 +17,9 @@ from data.sources import Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
 from spvla.history import Source as Actor
+from spvla.store import Episode, read_episodes
 
 MOST_STEPS = 2_000_000  # whose actions are looked at in one go
 BARS = " ▁▂▃▄▅▆▇█"

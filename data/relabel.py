@@ -30,10 +30,10 @@ from data.identity import hub_name, require_new, settle
 from data.images import ImageCheck, encode_images, is_upside_down, read_rgb
 from data.parts import DataError, Part, Problem, deal
 from data.sources import SourceName
-from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.observation import Observation
+from spvla.store import Episode
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.registry import load_vla
 

@@ -28,8 +28,8 @@ from data.images import ImageCheck
 from data.openx import Conventions, Steps, as_text, find_conventions, first_action_note, standardize
 from data.parts import Part, Problem
 from data.words import Words, several_words_note, split_at_words
-from spvla.episodes import Episode
 from spvla.errors import InputError
+from spvla.store import Episode
 
 EPISODES_PER_PART = 16
 FLAGS = ("is_last", "is_terminal")

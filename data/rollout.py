@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from data.envs.base import Env, Privileged
 from data.envs.perturb import Nudge, RealTime
 from spvla.actions import ActionSpace, FloatArray
-from spvla.episodes import Episode
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
+from spvla.store import Episode
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import encode_jpeg
 

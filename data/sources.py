@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from data.cameras import Cameras
 from data.parts import Part, Problem
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode
+from spvla.store import Episode
 
 SourceName = Literal["rlds", "lerobot"]
 

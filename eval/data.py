@@ -27,9 +27,9 @@ from data.windows import Windows
 from eval.output import table, write_summary
 from spvla.actions import LIBERO
 from spvla.cli import NonNegativeInt, PositiveInt
-from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.files import write_text
+from spvla.store import Episode, RolloutWriter
 
 EPISODE = 200  # steps of a made-up one
 BATCHES = 50  # per pass

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
-from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
 from spvla.gates.base import Decision, Gate
@@ -28,6 +27,7 @@ from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.pruning.pruner import TokenPruner
+from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated

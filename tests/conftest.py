@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import Episode, RolloutWriter
 from spvla.observation import Observation
+from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 
 settings.register_profile("spvla", deadline=None)

@@ -10,8 +10,10 @@ from data.envs.libero.labels import image_points, other_questions
 from data.envs.libero.scene import project
 from data.frames import GIVEN_UP, Frame, Frames, Question, mistakes
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
 from spvla.errors import InputError
+from spvla.store import Episode, RolloutWriter
+from spvla.store.columns import vectors
+from spvla.store.shards import shard_info
 from spvla.vlas.conventions import Conventions, conventions_by_name, decode_image, encode_jpeg
 from train.frames import Augmentation, FrameData, FrameStream, questions, view
 

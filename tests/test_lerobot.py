@@ -15,8 +15,8 @@ from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
 from data.video import VideoFrames
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from spvla.store import read_episodes
 from tests.conftest import APPLE, CR5
 
 REACHY = Path(__file__).parents[1] / "configs" / "openx" / "lerobot_reachy2.yaml"

@@ -19,8 +19,8 @@ from data.lerobot import LerobotSource
 from data.parts import Part, Problem
 from data.relabel import End, Frames, FrameStream
 from data.stats import measure
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
+from spvla.store import Episode, read_episodes
 from spvla.vlas.conventions import decode_image
 from tests.lerobot_sets import STEPS, write_set
 

@@ -10,7 +10,6 @@ from data.store import RolloutStore
 from data.windows import Windows
 from eval.offline import judge_store
 from spvla.actions import LIBERO
-from spvla.episodes import RolloutWriter
 from spvla.export import Export
 from spvla.gates.calibration import Calibration, calibrate
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, judge
@@ -19,6 +18,7 @@ from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.store import RolloutWriter
 from spvla.vlas.base import VLAOutput
 from tests.conftest import smooth_episode
 from train.calibrate import calibration_curve, choose_default, judge_episode

@@ -8,7 +8,6 @@ import pytest
 from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import read_episodes
 from spvla.gates.base import Decision
 from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.base import Proposal
@@ -16,6 +15,7 @@ from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
 from spvla.policy import run_lengths
 from spvla.pruning import TokenPruner
+from spvla.store import read_episodes
 from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 

@@ -20,10 +20,10 @@ import data.relabel
 from data.relabel import relabel
 from data.rlds import read_records, scan
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
 from spvla.export import load_export
 from spvla.observation import Observation
+from spvla.store import Episode, RolloutWriter, read_episodes
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla

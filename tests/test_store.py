@@ -15,9 +15,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from data.store import RolloutStore, last_vla_frame
 from data.windows import BatchStream, Windows, frames_of, shuffled, split_episodes
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter, finalize, read_episodes
 from spvla.errors import InputError
 from spvla.history import ActionHistory, Source
+from spvla.store import Episode, RolloutWriter, finalize, read_episodes
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import encode_jpeg, jpeg_round_trip
 from tests.conftest import smooth_episode, write_store

@@ -16,10 +16,10 @@ from data.windows import frames_of
 from eval.offline import offline
 from spvla import InputError, load_export, save_export
 from spvla.actions import LIBERO
-from spvla.episodes import RolloutWriter
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
+from spvla.store import RolloutWriter
 from tests.conftest import smooth_episode, write_store
 from train.calibrate import calibration_curve
 from train.datamodules import RolloutData, fold_of_frames

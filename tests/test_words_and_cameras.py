@@ -23,8 +23,8 @@ from data.rlds import RldsSource
 from data.store import RolloutStore
 from data.windows import _scene
 from data.words import Words, split_at_words
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
+from spvla.store import Episode, read_episodes
 
 NAMES = [f"joint_{i}_vel" for i in range(3)]
 TEXTS = ["open the drawer", "take the cup", "close the drawer"]

@@ -18,8 +18,8 @@ from data.openx import first_action_note
 from data.parts import Problem
 from data.video import frame_clock
 from data.words import several_words_note
-from spvla.episodes import vectors
 from spvla.errors import InputError
+from spvla.store.columns import vectors
 
 if TYPE_CHECKING:
     from data.lerobot.reader import LerobotSource

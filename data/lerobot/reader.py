@@ -2,7 +2,7 @@
 
 What ``meta/`` claims and the data contradicts is noted, and the data wins: which episodes there are, how long they are and how
 fast they went is what the Parquet files say. Rollout stores are v3.0 folders with extra features, which come back with the
-episodes. (The writer of v3.0 is ``spvla.episodes``.)
+episodes. (The writer of v3.0 is ``spvla.store``.)
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from data.openx import standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames
 from data.words import Words, split_at_words
-from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors
 from spvla.errors import InputError
+from spvla.store import VECTOR_COLUMNS, Episode, read_action_space
+from spvla.store.columns import read_sources, read_vectors
 
 EPISODES_PER_PART = 16
 LABELS = tuple(name for name in VECTOR_COLUMNS if name not in ("actions", "states"))
