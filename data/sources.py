@@ -70,7 +70,7 @@ def open_source(
         InputError: no such data set, or conventions that do not fit it.
     """
     if source == "rlds":
-        from data.rlds import RldsSource
+        from data.rlds.source import RldsSource
 
         return RldsSource(Path(path), conventions, split, camera)
     from data.lerobot import LerobotSource

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data.parts import Problem
-from data.rlds import RldsFolder, RldsReader, read_records, scan
+from data.rlds.features import RldsFolder, RldsReader
+from data.rlds.tfrecord import read_records, scan
 from data.sources import open_source
 from data.store import RolloutStore
 from data.windows import Windows

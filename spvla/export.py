@@ -26,7 +26,7 @@ from torch import nn
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
-from spvla.files import explained
+from spvla.files import explained, read_json
 from spvla.gates.base import Gate
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
@@ -36,7 +36,7 @@ from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import TokenPruner, make_pruner
-from spvla.vlas.checkpoint import read_json, require_finite
+from spvla.vlas.checkpoint import require_finite
 from spvla.vlas.foreign import as_vla
 
 M = TypeVar("M", bound=nn.Module)

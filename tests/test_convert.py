@@ -24,7 +24,8 @@ from data.convert import convert, published_space
 from data.inspect import inspect
 from data.openx import Conventions, load_table, standardize
 from data.parts import Problem
-from data.rlds import RldsFolder, read_records, scan
+from data.rlds.features import RldsFolder
+from data.rlds.tfrecord import read_records, scan
 from data.stats import stats
 from data.store import RolloutStore
 from spvla.errors import InputError

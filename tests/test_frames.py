@@ -15,7 +15,7 @@ from spvla.store import Episode, RolloutWriter
 from spvla.store.columns import vectors
 from spvla.store.shards import shard_info
 from spvla.vlas.conventions import Conventions, conventions_by_name, decode_image, encode_jpeg
-from train.frames import Augmentation, FrameData, FrameStream, questions, view
+from train.vla.frames import Augmentation, FrameData, FrameStream, questions, view
 
 SIZE = 64
 SCENE = {

@@ -148,7 +148,7 @@ def test_damaged_files_are_named(cr5, tmp_path):
     assert any("episode_000003.parquet: is not there" in note for note in source.notes)
     assert any("total_episodes claims 34, the data holds 33" in note for note in source.notes)
     (folder / "meta" / "info.json").write_text("{")
-    with pytest.raises(InputError, match=r"info\.json: not readable JSON"):
+    with pytest.raises(InputError, match=r"info\.json: not valid JSON"):
         LerobotSource(folder)
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v1.6"}))
     with pytest.raises(InputError, match=r"codebase_version v1\.6 is not one of"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import data.relabel
 from data.relabel import relabel
-from data.rlds import read_records, scan
+from data.rlds.tfrecord import read_records, scan
 from spvla.actions import LIBERO, ActionSpace
 from spvla.errors import InputError
 from spvla.export import load_export

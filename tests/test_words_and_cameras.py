@@ -19,7 +19,7 @@ from data.cameras import Cameras
 from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
-from data.rlds import RldsSource
+from data.rlds.source import RldsSource
 from data.store import RolloutStore
 from data.windows import _scene
 from data.words import Words, split_at_words

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from spvla.errors import InputError
 from spvla.pruning.pruner import TokenPruner
 from spvla.vlas.openvla import DTYPES, OpenVLA, pixel_values
-from train.frames import FrameBatch
+from train.vla.frames import FrameBatch
 
 TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d))"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spvla.errors import InputError
+from spvla.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,21 +89,6 @@ def _quantised(where: Path, how: str) -> InputError:
         code="quantised-checkpoint",
         field=str(where),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises :class:`InputError` naming the file."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object")
-    return content
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -29,13 +29,13 @@ from torch.nn import functional as F
 from spvla.actions import ActionSpace, ActionTokenizer
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
+from spvla.files import read_json
 from spvla.observation import Observation
 from spvla.pruning.attention import attention_received
 from spvla.pruning.pruner import POSITIONS, TokenPruner
 from spvla.vlas.adapter import own_statistics, require_same_inputs, with_adapter_statistics
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.checkpoint import (
-    read_json,
     read_tensor,
     read_tokenizer,
     refuse_companions,

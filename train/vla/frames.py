@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.envs.base import POINTS
 from data.frames import Frame, Frames, Question
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
@@ -174,7 +173,7 @@ class FrameStream(IterableDataset[FrameBatch]):
 
 
 class FrameData(L.LightningDataModule):
-    """Frames for :class:`train.vla.VLAModule` and :class:`train.recover.RecoverModule`.
+    """Frames for :class:`train.vla.module.VLAModule` and :class:`train.recover.RecoverModule`.
 
     Args:
         data: rollout stores with images; they may grow during training, and need not be finalised.
@@ -241,6 +240,3 @@ class FrameData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[FrameBatch]:
         stream = FrameStream(self, self.validation_frames, self.validation_batches, None)
         return DataLoader(stream, batch_size=None)
-
-
-__all__ = ["POINTS", "Augmentation", "FrameBatch", "FrameData", "view"]
