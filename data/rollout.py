@@ -19,8 +19,6 @@ from spvla.store import Episode
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import encode_jpeg
 
-MAIN_CAMERA = "agentview"  # what recordings call it; LIBERO's name, which its published data sets use too
-
 
 @dataclass
 class ActionNoise:
@@ -200,7 +198,7 @@ def rollout(
     episode = record_to_episode(actions, states, labels, policy.steps, policy.space)
     episode.instruction = instruction
     if images:
-        episode.images = {MAIN_CAMERA: frames}
+        episode.images = {env.camera: frames}
     if privileged:
         episode.environment_states = np.asarray(privileged, np.float32)
     episode.success = bool(env.success)

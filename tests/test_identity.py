@@ -12,8 +12,8 @@ import pytest
 from data.convert import convert
 from data.identity import hub_name
 from data.lerobot import LerobotSource
+from data.splits import _scene
 from data.store import RolloutStore
-from data.windows import _scene
 from spvla.errors import InputError
 from spvla.store import read_episodes
 from tests.conftest import BRIDGE

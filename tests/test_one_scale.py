@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spvla
+from data.splits import split_episodes
 from data.store import RolloutStore
-from data.windows import Windows, split_episodes
+from data.windows import Windows
 from eval.offline import offline
 from spvla.actions import ActionSpace
 from spvla.errors import InputError

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from data.splits import split_episodes
 from data.store import RolloutStore, last_vla_frame
-from data.windows import BatchStream, Windows, frames_of, shuffled, split_episodes
+from data.windows import BatchStream, Windows, frames_of, shuffled
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.history import ActionHistory, Source
@@ -171,7 +172,7 @@ def test_splits_are_by_initial_state_and_evaluation_is_refused(tmp_path, store_f
     episode = smooth_episode(0)
     episode.metadata["init_state"] = 31
     writer.write("a", [episode])
-    with pytest.raises(InputError, match="30-49 are for evaluation only"):
+    with pytest.raises(InputError, match="initial state 31, which is for evaluation only"):
         split_episodes(Windows([RolloutStore(writer.finalize())], history=4))
 
 

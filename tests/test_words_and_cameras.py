@@ -20,8 +20,8 @@ from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
 from data.rlds.source import RldsSource
+from data.splits import _scene
 from data.store import RolloutStore
-from data.windows import _scene
 from data.words import Words, split_at_words
 from spvla.errors import InputError
 from spvla.store import Episode, read_episodes

@@ -179,8 +179,8 @@ class FrameData(L.LightningDataModule):
         data: rollout stores with images; they may grow during training, and need not be finalised.
         batch_size: frames per optimiser step.
         batches: optimiser steps per epoch; new shards are picked up at its beginning, validation follows its end.
-        validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29
-            (and without labels one in ten of the episodes that have none).
+        validation_batches: batches of validation frames, always the same: demonstrations that their simulator assigns to
+            calibration (and without labels one in ten of the episodes that none assigns).
         image_size: side of the encoders' input in pixels.
         conventions: what lies between the environment's images and the model's: a name, fields of
             :class:`spvla.vlas.conventions.Conventions`, or None for nothing.
@@ -226,12 +226,12 @@ class FrameData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what there is. Raises :class:`InputError` if a part is empty."""
-        more = "" if self.train_frames.labelled else ", or of episodes without one"
-        for frames, what in ((self.train_frames, "0-19 (training)"), (self.validation_frames, "20-29 (validation)")):
+        for frames, what in ((self.train_frames, "training"), (self.validation_frames, "validation")):
             frames.scan()
             if not len(frames):
                 folders = ", ".join(map(str, frames.folders))
-                raise InputError(f"{folders}: no frames of initial states {what}{more}; collect some with --images true")
+                told = "of LIBERO initial states 0-19 are for training and 20-29 for validation"
+                raise InputError(f"{folders}: no frames for {what}; collect some with --images true ({told})")
 
     def train_dataloader(self) -> DataLoader[FrameBatch]:
         stream = FrameStream(self, self.train_frames, self.batches, self.augmentation)

@@ -59,6 +59,8 @@ class LiberoEnv:
         wrist_camera: also render the camera in the hand.
     """
 
+    camera = CAMERA
+
     def __init__(
         self, task: LiberoTask, *, render: RenderMode | None = None, image_size: int = 256, wrist_camera: bool = False
     ) -> None:
