@@ -27,13 +27,16 @@ from data.rollout import Rollout, deviations, rollout
 from eval.film import write_film
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
+from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.export import GATES, Export, accelerate, fingerprint, load_export
+from spvla.export import Export, fingerprint, load_export
 from spvla.files import write_text
+from spvla.gates import GATES, has_risk
 from spvla.history import Source
-from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
+from spvla.recording import Policy
+from spvla.steps import run_lengths
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
@@ -87,10 +90,10 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
             raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
-        if at and names[1] != "learned":
-            raise InputError(f"cell {text!r}: only the learned gate has a risk")
+        if at and not has_risk(names[1]):
+            raise InputError(f"cell {text!r}: the gate {names[1]!r} has no risk")
         try:
-            asked = [float(risk)] if at else (list(risks) if names[1] == "learned" else [None])
+            asked = [float(risk)] if at else (list(risks) if has_risk(names[1]) else [None])
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
@@ -136,7 +139,7 @@ class Group:
     filmed: tuple[int | None, int] | None = None  # initial state, seed
 
 
-def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> SPVLAPolicy:
+def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> Policy:
     """The policy of a cell around ``vla``. Raises :class:`InputError` that names the cell if there can be none."""
     try:
         return accelerate(
@@ -150,7 +153,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
             max_generated_run=setting.max_generated_run,
         )
     except InputError as error:
-        hint = "; learned cells need --export" if export is None and cell.gate == "learned" else ""
+        hint = "; learned cells need --export" if export is None and cell.gate != "none" and has_risk(cell.gate) else ""
         raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
@@ -165,7 +168,7 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     source = (setting.vla, setting.checkpoint, setting.vla_options, group.task.suite)
     vla = load_vla(*source)
     teacher = second_vla(vla, *source) if setting.label else None
-    policies: dict[Cell, SPVLAPolicy] = {}
+    policies: dict[Cell, Policy] = {}
     tolerance = export.tolerance if export else 0.2
     content = fingerprint(setting.export)
     with _environment(group.task, setting, vla) as env:
@@ -233,7 +236,7 @@ def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:
     return None if counts is None else counts.tolist()
 
 
-def _film(folder: Path, cell: Cell, policy: SPVLAPolicy, result: Rollout) -> None:
+def _film(folder: Path, cell: Cell, policy: Policy, result: Rollout) -> None:
     """Write the film of an episode, as the VLA sees it where it says how."""
     (frames,) = result.episode.images.values()
     view = getattr(policy.vla, "view", lambda image: image)
@@ -448,8 +451,8 @@ def closed_loop(
     if hold != "stop" and not real_time:
         raise InputError("hold: counts in real time only; add --real_time true")
     for name in rules:
-        if name not in GATES or name == "learned":
-            raise InputError(f"rules: {name!r} is no rule; there are: {', '.join(n for n in GATES if n != 'learned')}")
+        if name not in GATES:
+            raise InputError(f"rules: gate {name!r} is unknown; there are: {', '.join(GATES.names())}")
     for name in pruning:
         cell_pruner(name, pruning)
     for cell in wanted:

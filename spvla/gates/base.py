@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from spvla.generators.base import Proposal
-from spvla.history import ActionHistory
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.history import Window
+
+if TYPE_CHECKING:
+    from spvla.export import Export
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A gate's answer.
+    """A gate's label of one step.
 
     Args:
         intuitive: the generator may act.
@@ -27,13 +33,46 @@ class Decision:
     refused: bool = False
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each."""
+
+    intuitive: NDArray[np.bool_]
+    reason: NDArray[np.str_]
+    probability: NDArray[np.float64] | None = None
+    refused: NDArray[np.bool_] | None = None
+
+    def __getitem__(self, step: int) -> Decision:
+        """The label of one step."""
+        return Decision(
+            bool(self.intuitive[step]),
+            str(self.reason[step]),
+            None if self.probability is None else float(self.probability[step]),
+            self.refused is not None and bool(self.refused[step]),
+        )
+
+
 @runtime_checkable
 class Gate(Protocol):
-    """Stateless apart from what the history holds."""
+    """Decides from what a window holds: on a robot (B = 1), in evaluation without a simulator and in calibration alike."""
 
     @property
     def history_length(self) -> int:
         """Steps of history this gate reads."""
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step."""
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the steps that follow B windows.
+
+        Args:
+            window: B histories of at least ``history_length`` steps, arrays.
+            proposals: what the generator would do next, normalised (B, D).
+        """
+
+
+@runtime_checkable
+class TrainedGate(Protocol):
+    """A gate class whose instances come from an export and an allowed risk; any other is made from the action space alone."""
+
+    @classmethod
+    def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace, **options: Any) -> Gate:
+        """The gate for ``generator``'s proposals on a robot of ``space``, at an allowed ``risk``."""
