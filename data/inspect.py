@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.convert import make_setting, require_one, tell
+from data.derive import make_setting, require_one, tell
 from data.parts import Problem
 from data.sources import Source, SourceName
 from data.store import RolloutStore

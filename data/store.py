@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
-from spvla.files import building, open_array
+from spvla.files import building, open_array, read_json
 from spvla.history import Source
 from spvla.store import read_action_space, read_episode_table
 from spvla.store.columns import read_parquet, read_sources, read_steps, read_vectors
@@ -106,7 +106,7 @@ class RolloutStore:
     @property
     def state_names(self) -> tuple[str, ...]:
         """What the entries of the state are called, where ``meta/info.json`` says; else nothing."""
-        info = json.loads((self.folder / "meta" / "info.json").read_text())
+        info = read_json(self.folder / "meta" / "info.json")
         names = (info.get("features", {}).get("observation.state") or {}).get("names")
         if not isinstance(names, list) or len(names) != self.arrays["states"].shape[1]:
             return ()

@@ -34,20 +34,6 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """A local folder, or the downloaded copy of a hub repository (JSON and safetensors only)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"checkpoint {str(path)!r}: no such folder, and not found on the hub ({reason})") from None
-
-
 def refuse_companions(path: str | Path, folder: Path) -> None:
     """Raise :class:`InputError` (code ``unsupported-checkpoint``) if parts lie beside the weights that decide actions and are
     not read here: without its action head an OpenVLA-OFT folder would load and decode plausible nonsense.

@@ -30,6 +30,7 @@ from spvla.actions import ActionSpace, ActionTokenizer
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.files import read_json
+from spvla.hub import resolve_folder
 from spvla.observation import Observation
 from spvla.pruning.attention import attention_received
 from spvla.pruning.pruner import POSITIONS, TokenPruner
@@ -41,7 +42,6 @@ from spvla.vlas.checkpoint import (
     refuse_companions,
     refuse_quantised,
     require_finite,
-    resolve_folder,
     some,
     tensor_shapes,
     weight_files,

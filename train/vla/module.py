@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.envs.base import POINTS
 from spvla.errors import InputError
+from spvla.files import building
 from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig
 from spvla.vlas.registry import load_vla
 from train.vla.frames import FrameBatch
@@ -235,12 +236,10 @@ class VLAModule(L.LightningModule):
         """Write the averaged model to ``output``; the weights come last and at once, so that readers may watch them."""
         model = self.average.module.model
         assert isinstance(model, OpenVLA)
-        self.output.mkdir(parents=True, exist_ok=True)
-        building = self.output / ".building"
-        model.save_pretrained(building)
-        for file in sorted(building.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-            file.replace(self.output / file.name)
-        building.rmdir()
+        with building(self.output / "model") as folder:
+            model.save_pretrained(folder)
+            for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".safetensors"):
+                file.replace(self.output / file.name)
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         terms, seen = self.losses(self.average.module, batch)
