@@ -8,8 +8,8 @@ an interrupted run continues.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -23,7 +23,7 @@ from spvla.errors import InputError
 from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.gates.classifier import ClassifierConfig
-from spvla.generators import GENERATORS, is_learned
+from spvla.generators import GENERATORS, is_learned, make_network
 from spvla.generators.features import FeatureConfig
 from spvla.pruning.pruner import make_pruner
 from train.calibrate import calibrated_export, print_evidence
@@ -60,9 +60,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {str(twice[0])!r} is there twice")
     features = FeatureConfig(1, given["history"])
     for kind in generators:
-        config = GENERATORS.get(kind).config_class
-        check_training(kind, given[kind], GeneratorModule, config, kind=kind, features=features)
-    check_training("gate", given["gate"], ClassifierModule, ClassifierConfig, features=features)
+        check_training(kind, given[kind], GeneratorModule, partial(check_network, kind=kind, features=features))
+    check_training("gate", given["gate"], ClassifierModule, partial(ClassifierConfig, features))
     default = given["default_generator"]
     if default is not None and default not in (*generators, *baselines):
         raise InputError(
@@ -74,9 +73,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     require_export_folder(given["output"])
 
 
-def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module], config: type[Any], **fixed: Any) -> None:
-    """Raise :class:`InputError` unless ``options`` are arguments of the training ``module``, and those that its network's
-    ``config`` has make one beside the ``fixed`` ones."""
+def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module], make: Callable[..., object]) -> None:
+    """Raise :class:`InputError` unless ``options`` are arguments of the training ``module``, and what they say of the network's
+    size passes ``make``."""
     types = get_type_hints(module.__init__) | ({"batch_size": int} if module is GeneratorModule else {})
     known = types.keys() - LINKED - (set() if module is GeneratorModule else {"tolerance"})
     for option in options:
@@ -84,8 +83,13 @@ def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module
             raise InputError(f"{name}: {option!r} is unknown; there are: {', '.join(sorted(known))}")
     with naming(name):
         check_values(options, types, LEAST_OF_TRAINING)
-        own = {f.name for f in fields(config)}
-        config(**fixed, **{k: v for k, v in options.items() if k in own})
+        make(**{k: v for k, v in options.items() if k not in LEAST_OF_TRAINING})
+
+
+def check_network(**config: Any) -> None:
+    """Raise :class:`InputError` if a generator refuses its configuration; no memory is taken for its weights."""
+    with torch.device("meta"):
+        make_network(config)
 
 
 def distill(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,13 +94,9 @@ class _Contents:
     frames: int = 0
     left_out: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(
-        self, table: pa.Table, episodes: Sequence[Mapping[str, Any]], file_index: int, facts: Mapping[str, Any]
-    ) -> pa.Table:
-        """Take in the steps of ``episodes``, which go into the data file ``file_index``; returns them as they stand there.
-
-        ``facts`` are added to the metadata of every episode.
-        """
+    def add(self, table: pa.Table, episodes: list[dict[str, Any]], file_index: int, facts: dict[str, Any]) -> pa.Table:
+        """Count in the steps of ``episodes``; returns them as they stand in the data file ``file_index``. ``facts`` are
+        added to the metadata of each."""
         for name, statistics in self.stats.items():
             statistics.add(vectors(table[name]))
         lengths = [e["length"] for e in episodes]
@@ -154,11 +150,10 @@ def _write_data(building: Path, shards: Mapping[Path, dict[str, Any]], left_out:
             ]
             number += len(kept)
             if any(kept):
-                table = table.select(schema.names).filter(np.repeat(kept, lengths))
-                facts = {"job": path.stem, "policy": info["policy"]}
-                files.write(
-                    contents.add(table, [e for e, keep in zip(episodes, kept, strict=True) if keep], files.index, facts)
-                )
+                table = table.select(schema.names)
+                table = table if all(kept) else table.filter(np.repeat(kept, lengths))
+                episodes = [e for e, keep in zip(episodes, kept, strict=True) if keep]
+                files.write(contents.add(table, episodes, files.index, {"job": path.stem, "policy": info["policy"]}))
     return contents
 
 
