@@ -37,7 +37,7 @@ def test_windows_are_what_a_history_holds(store_folder):
             online = history.window()
             for name, value in vars(online).items():
                 if value is not None:
-                    gathered = getattr(batch.window, "sources" if name == "credited" else name)  # they differ in shadow mode alone
+                    gathered = getattr(batch.window, "sources" if name == "credited" else name)  # in shadow mode they differ
                     assert_allclose(gathered[t], value[0], atol=1e-6, err_msg=f"{name} at step {t}")
             known = min(3, len(episode) - t)
             assert_allclose(batch.targets[t, :known], LIBERO.normalize(episode.vla_actions[t : t + known]), atol=1e-6)
