@@ -27,9 +27,10 @@ from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import fingerprint, load_export
+from spvla.observation import MAIN
 from spvla.steps import episode_stats
 from spvla.store import RolloutWriter
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
+from spvla.vlas.registry import cameras_of, free_memory, load_vla, second_vla, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
@@ -142,8 +143,8 @@ def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
     writer = RolloutWriter(group.output, policy.space, policy=setting.vla)
     noise = ActionNoise(setting.noise) if setting.noise else None
     student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
-    rendered = setting.images or student is not None or needs_images(vla)
-    with make_env(group.task, render="fast" if rendered else None, wrist_camera=needs_wrist_image(vla)) as env:
+    cameras = dict.fromkeys([*([MAIN] if setting.images or student is not None else []), *cameras_of(vla)])
+    with make_env(group.task, render="fast" if cameras else None, cameras=tuple(cameras)) as env:
         asked: list[str] = []
         if setting.instructions == "scene":
             if not isinstance(env, Instructable):
@@ -236,8 +237,8 @@ def collect(
         risk: allowed risk of the accelerated policy; the export's default if omitted.
         generator: generator of the accelerated policy; the export's default if omitted.
         gate: gate of the accelerated policy; the export's default if omitted.
-        pruning: visual tokens that the VLA keeps where it acts: release, readme, none, or fields of
-            spvla.pruning.TokenPruner; the export's default if omitted.
+        pruning: visual tokens that the VLA keeps where it acts: fast_fewer, slow_fewer, none, or fields (see
+            spvla.pruning.make_pruner); the export's default if omitted.
         max_generated_run: longest run of generated actions; the export's default if omitted.
         max_steps: step limit of an episode; the suite's if omitted.
         images: store what the camera saw at every step, as JPEG.

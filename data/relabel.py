@@ -42,16 +42,16 @@ from data.parts import DataError, deal
 from data.sources import SourceName
 from spvla.errors import InputError
 from spvla.fields import naming
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 from spvla.store import Episode
-from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.base import VLA, BatchedVLA, VLAOutput
 from spvla.vlas.registry import load_vla
 
 SECONDS_SHOWN = 2.0  # between two states of the progress bar, however small a batch is
 
 
 def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutput]:
-    """The VLA's output for each of the frames, in one call where it can (``predict_batch``).
+    """The VLA's output for each of the frames, in one call where it can (:class:`BatchedVLA`).
 
     Args:
         vla: the policy.
@@ -59,10 +59,9 @@ def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutpu
         running: the episode that the frame before these was of; a VLA that is asked frame by frame is not reset within one.
     """
     states = [None] * len(frames.images) if frames.states is None else list(frames.states.numpy())
-    seen = [Observation(image, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
-    predict_batch = getattr(vla, "predict_batch", None)
-    if predict_batch is not None:
-        return list(predict_batch(seen, frames.instructions))
+    seen = [Observation({MAIN: image}, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
+    if isinstance(vla, BatchedVLA):
+        return list(vla.predict_batch(seen, frames.instructions))
     outputs = []
     for observation, instruction, episode in zip(seen, frames.instructions, frames.episodes, strict=True):
         if episode != running:

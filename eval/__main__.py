@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | report``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from eval.data import bench_data
 from eval.instructions import instructions
 from eval.latency import latency
 from eval.offline import offline
+from eval.picture import picture
 from eval.report import report
 from spvla.cli import run
 
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "data": bench_data,
     "report": report,
+    "picture": picture,
 }
 
 if __name__ == "__main__":

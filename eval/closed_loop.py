@@ -34,12 +34,12 @@ from spvla.export import Export, fingerprint, load_export
 from spvla.files import write_text
 from spvla.gates import GATES, has_risk
 from spvla.history import Source
-from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
+from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 from spvla.recording import Policy
 from spvla.steps import run_lengths
-from spvla.vlas.base import VLA, VLAOutput
+from spvla.vlas.base import VLA, Viewing, VLAOutput
 from spvla.vlas.conventions import decode_image
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
+from spvla.vlas.registry import cameras_of, free_memory, load_vla, needs_images, second_vla, weights_stamp
 
 COLUMNS = (
     *(
@@ -80,7 +80,7 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
     """Cells from their names; the VLA alone always leads.
 
     ``vla``, ``ridge+release``, ``mlp+learned`` (once per risk), ``mlp+learned@0.05``; each with a pruning after it:
-    ``vla+readme``, ``ridge+release+release``, ``mlp+learned+budget@0.05``.
+    ``vla+slow_fewer``, ``ridge+release+fast_fewer``, ``mlp+learned+budget@0.05``.
     """
     out = [Cell("none", "none")]
     for text in cells:
@@ -100,8 +100,9 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
     return list(dict.fromkeys(out))
 
 
-def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> TokenPruner | None:
-    """The pruner called ``name`` among the ``named`` ones; ``release`` and ``readme`` need no entry, an entry changes them."""
+def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> Pruner | None:
+    """The pruner called ``name`` among the ``named`` ones; the published two need no entry, one changes them."""
+    require_current(name)
     if name in named:
         speed = {"speed": name} if name in PRESETS else {}
         return make_pruner({**speed, **named[name]}, f"pruning {name!r}")
@@ -159,7 +160,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
 
 def _environment(task: Task, setting: Setting, vla: VLA) -> Env:
     render = setting.render if needs_images(vla) else None
-    return make_env(task, render=render, wrist_camera=needs_wrist_image(vla))
+    return make_env(task, render=render, cameras=cameras_of(vla))
 
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
@@ -239,8 +240,9 @@ def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:
 def _film(folder: Path, cell: Cell, policy: Policy, result: Rollout) -> None:
     """Write the film of an episode, as the VLA sees it where it says how."""
     (frames,) = result.episode.images.values()
-    view = getattr(policy.vla, "view", lambda image: image)
-    images = [view(decode_image(frame)) for frame in frames]
+    images = [decode_image(frame) for frame in frames]
+    if isinstance(policy.vla, Viewing):
+        images = [policy.vla.view(image) for image in images]
     write_film(folder, cell.name, images, result.steps, result.outputs, policy.space.control_rate)
 
 
@@ -414,10 +416,10 @@ def closed_loop(
         init_states: official initial states; 30-49 are for evaluation; null for none.
         random_resets: seeded random resets of each task, beside them.
         cells: what to compare with the VLA alone: generator+gate, generator+gate+pruning or vla+pruning; a risk
-            of its own goes last, as in mlp+learned+half@0.05.
+            of its own goes last, as in mlp+learned+half_dual@0.05.
         risk: allowed risks at which learned gates are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
-        pruning: prunings by name, fields of spvla.pruning.TokenPruner; release and readme need no entry.
+        pruning: prunings by name, fields as spvla.pruning.make_pruner takes; fast_fewer and slow_fewer need no entry.
         max_generated_run: longest run of generated actions; the export's default if omitted.
         max_steps: step limit of an episode; the suite's if omitted.
         label: ask the VLA for its action on generated steps too, outside the policy's time, to measure deviation.

@@ -24,7 +24,7 @@ from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import write_text
 from spvla.vlas.base import VLA
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, weights_stamp
+from spvla.vlas.registry import cameras_of, free_memory, load_vla, weights_stamp
 
 LIFTED = 0.03  # metres above where it stood
 KINDS = ("own", "other", "nothing", "absent")
@@ -82,7 +82,7 @@ def first_lifted(env: Env, vla: VLA, instruction: str, init_state: int, seed: in
 
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     vla = load_vla(*group.source)
-    with make_env(group.task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
+    with make_env(group.task, render="full" if cameras_of(vla) else None, cameras=cameras_of(vla)) as env:
         if not isinstance(env, Instructable):
             told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
             raise InputError(told, code="unsupported", field="suite")

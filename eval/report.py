@@ -513,7 +513,7 @@ def markdown(found: Sequence[tuple[Path, dict[str, Any]]], results: Path, title:
     """Every table as Markdown, with a link to its raw file."""
     parts = [
         f"# {title}",
-        "Every table is drawn from its raw file: `python -m eval report --results results --output docs/results.md`.",
+        "Every table is drawn from its raw file: `python -m eval report --results results --output docs/tables.md`.",
     ]
     for folder, summary in found:
         name = folder.relative_to(results).as_posix()

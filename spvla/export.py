@@ -37,13 +37,13 @@ from spvla.generators import GENERATORS, is_learned, make_baseline, make_network
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
 from spvla.hub import packaged, resolve_folder
-from spvla.pruning.pruner import TokenPruner, make_pruner
+from spvla.pruning.pruner import Pruner, make_pruner, with_current_names
 from spvla.vlas.checkpoint import require_finite
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 2  # 1 calls the default gate its scheduler and has no check sums
 DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
-PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
+PRUNING = {"pruning": Pruner | Mapping[str, Any] | str | None}
 CONFIG = {
     "format": int,
     "action_space": dict[str, Any],
@@ -281,6 +281,8 @@ def load_export(path: str | Path) -> Export:
             with naming(config_path), naming(f"{kind}.{name}"):
                 networks[kind][name] = _build(make, values, tensors, _part(folder, weights))
     defaults = {"gate" if name == "scheduler" else name: value for name, value in config["defaults"].items()}
+    if "pruning" in defaults:
+        defaults["pruning"] = with_current_names(defaults["pruning"])
     with naming(config_path):
         return Export(
             space, config["tolerance"], networks["generators"], networks["gates"], calibration, defaults, config["provenance"]

@@ -99,7 +99,7 @@ def test_a_browser_shows_every_picture_and_has_nothing_to_say(page, tmp_path):
 
 def test_the_documented_tables_are_the_raw_files(tmp_path):
     report(RESULTS, tmp_path / "results.md")
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "tables.md").read_text()
 
 
 def test_a_folder_without_results_is_told(tmp_path):

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
+from spvla.vlas.openvla import from_pretrained
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.images import pixel_values
+from spvla.vlas.openvla.model import OpenVLAModel
 from spvla.vlas.registry import load_vla
 from tests.conftest import DATA
 from tests.test_frames import pictured_episode, write
@@ -78,13 +81,13 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     assert bool((predicted == seen["actions"]).all()) and float(terms["action"].detach()) < 1.5
     assert torch.isfinite(terms["heat"])
 
-    model = OpenVLA.from_pretrained(tmp_path / "model")
+    model = from_pretrained(tmp_path / "model")
     assert model.action_space.gripper == (6,) and model.config.vocab == 104
     for i, text in enumerate(b.instructions):
         image = b.images[i].numpy()
         torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
         model.reset(text)
-        output = model.predict(Observation(image=image))
+        output = model.predict(Observation(image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
     assert load_vla("nano_vla", str(tmp_path / "model")).conventions.jpeg, "LIBERO's conventions by default"
 
@@ -116,7 +119,7 @@ def test_the_packaged_model_is_small_and_knows_liberos_words():
     options = yaml.safe_load((ROOT / "configs" / "train" / "nano_vla.yaml").read_text())["model"]["init_args"]
     config = OpenVLAConfig.from_dicts({"model_type": "openvla", **options["architecture"]})
     tokenizer = word_tokenizer(options["vocabulary"])
-    model = OpenVLA(config, tokenizer=tokenizer, conventions="libero")
+    model = OpenVLAModel(config, tokenizer=tokenizer, conventions="libero")
     assert 2 * sum(p.numel() for p in model.parameters()) < 16e6 and config.grid**2 >= 196 and config.image_sizes == (224, 224)
     assert tokenizer.get_vocab_size() <= config.vocab - config.n_action_bins, "words and action tokens share no id"
     suites = json.loads((DATA / "libero_instructions" / "libero_task_instructions.json").read_text())
@@ -216,7 +219,7 @@ def test_a_resumed_training_counts_on(tmp_path):
     assert second.global_step == 9 and second.current_epoch == 3 and data.passes() >= 2
     assert not torch.equal(m.average.module.heat[1].weight, averaged)
     assert not list((tmp_path / "model").glob(".*")), "nothing half written is left"
-    OpenVLA.from_pretrained(tmp_path / "model")
+    from_pretrained(tmp_path / "model")
 
 
 def test_the_packaged_weights_are_named_while_absent(monkeypatch, tmp_path):

@@ -150,7 +150,7 @@ def distill(
             calibration episodes at default_risk (of equals, the one with the smallest error).
         default_risk: the export's default risk.
         max_generated_run: the export's longest run of generated actions.
-        default_pruning: visual tokens that the VLA keeps by default: release, readme, or fields of TokenPruner.
+        default_pruning: visual tokens that the VLA keeps by default: fast_fewer, slow_fewer, or fields.
         relabel: data sets to label with a VLA first, each with the options of python -m data relabel; the stores are kept
             under output and come after those of data.
         weights: share of each store in the training batches, in their order; by their numbers of frames if omitted.

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.envs.base import Env, RenderMode, Simulator, SplitPart, Task
 from spvla.errors import InputError
+from spvla.observation import MAIN
 from spvla.registry import Registry
 from spvla.vlas.base import VLA
 
@@ -82,9 +83,9 @@ def load_tasks(suite: str, tasks: Sequence[int | str] | None = None, max_steps: 
     return list(simulator(suite).tasks(suite, tasks, max_steps))
 
 
-def make_env(task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> Env:
+def make_env(task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> Env:
     """See :meth:`data.envs.base.Simulator.make`."""
-    return simulator(task.suite).make(task, render=render, wrist_camera=wrist_camera)
+    return simulator(task.suite).make(task, render=render, cameras=cameras)
 
 
 def expert(checkpoint: str | None = None, *, suite: str | None = None) -> VLA:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 from spvla.vlas.base import VLA
 
 RenderMode = Literal["full", "fast"]
@@ -191,13 +191,17 @@ class Simulator(Protocol):
             InputError: an unknown suite or task, or a limit below 1; the message lists the known ones.
         """
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> Env:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> Env:
         """The simulation of a task.
 
         Args:
             task: one of :meth:`tasks`.
             render: ``full``, ``fast`` where a simulator has a cheaper way, or None: it never renders.
-            wrist_camera: also render the camera in the hand.
+            cameras: what to render: :data:`~spvla.observation.MAIN`, :data:`~spvla.observation.WRIST`, or others that the
+                simulator knows by name.
+
+        Raises:
+            InputError: it has no such camera (code ``unknown-camera``).
         """
 
     def split(self, facts: Mapping[str, Any]) -> SplitPart | None:

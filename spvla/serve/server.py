@@ -128,7 +128,7 @@ class PolicyServer(ModelServer):
         """vla-eval's spec per observation component; image sizes are in the description."""
         out = {name: getattr(specs, spec) for name, spec in self.interface.observation_spec.items()}
         size = self.interface.image_size
-        for name in (self.interface.image, self.interface.wrist_image):
+        for name in (self.interface.image, self.interface.wrist_image, *self.interface.cameras.values()):
             if size is not None and name in out:
                 out[name] = replace(out[name], description=f"{size[0]} x {size[1]}")
         return out
@@ -153,7 +153,8 @@ class PolicyServer(ModelServer):
                 try:
                     if not isinstance(vla, PrunableVLA):
                         raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens")
-                    vla = vla.with_pruner(make_pruner(pruning))
+                    pruner = make_pruner(pruning)
+                    vla = vla.with_pruner(None if pruner is None else pruner.selector)
                 except InputError:
                     self._spare.append(session)
                     raise

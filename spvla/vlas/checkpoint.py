@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spvla.errors import InputError
 from spvla.files import read_json
+from spvla.hub import resolve_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +33,13 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     """The first few of a long list."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "none"
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """:func:`resolve_folder` of a checkpoint's whole model: raises :class:`InputError` as :func:`refuse_companions` does."""
+    folder = resolve_folder(path)
+    refuse_companions(path, folder)
+    return folder
 
 
 def refuse_companions(path: str | Path, folder: Path) -> None:

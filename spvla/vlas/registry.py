@@ -15,8 +15,9 @@ from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
+from spvla.observation import MAIN
 from spvla.registry import Registry
-from spvla.vlas.base import VLA, PrunableVLA
+from spvla.vlas.base import VLA, NamesCameras, PrunableVLA, SaysIfImages, Weighted
 
 BUILT_IN = {
     "openvla": "spvla.vlas.openvla:load",
@@ -101,9 +102,7 @@ def second_vla(
 def weights_stamp(vla: VLA) -> str | None:
     """A short hash of a few values of each of a VLA's tensors: tells whether results are of the same weights, wherever they
     were loaded from. None where the weights cannot be seen."""
-    import torch
-
-    if not isinstance(vla, torch.nn.Module):
+    if not isinstance(vla, Weighted):
         return None
     digest = hashlib.sha256()
     for name, tensor in sorted(vla.state_dict().items()):
@@ -122,10 +121,12 @@ def free_memory() -> None:
 
 
 def needs_images(vla: VLA) -> bool:
-    """Whether a policy looks at images. One that declares ``needs_images = False`` runs without rendering."""
-    return bool(getattr(vla, "needs_images", True))
+    """Whether a VLA looks at images. One that declares ``needs_images = False`` runs without rendering."""
+    return vla.needs_images if isinstance(vla, SaysIfImages) else True
 
 
-def needs_wrist_image(vla: VLA) -> bool:
-    """Whether a policy looks through the camera in the hand too: it then declares ``needs_wrist_image = True``."""
-    return bool(getattr(vla, "needs_wrist_image", False))
+def cameras_of(vla: VLA) -> tuple[str, ...]:
+    """The cameras that a VLA looks through: those it declares as ``cameras``, else the main one; none if it sees nothing."""
+    if not needs_images(vla):
+        return ()
+    return tuple(vla.cameras) if isinstance(vla, NamesCameras) else (MAIN,)

@@ -22,7 +22,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data.envs.base import POINTS
 from spvla.errors import InputError
 from spvla.files import building
-from spvla.vlas.openvla import PROMPT, OpenVLA, OpenVLAConfig
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.model import PROMPT, OpenVLAModel
+from spvla.vlas.openvla.policy import OpenVLA
+from spvla.vlas.openvla.weights import save_pretrained
 from spvla.vlas.registry import load_vla
 from train.vla.frames import FrameBatch
 from train.vla.network import PlainAttention, Questions, TrainedVLA
@@ -48,7 +51,7 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def take_weights(model: OpenVLA, earlier: OpenVLA, where: str) -> None:
+def take_weights(model: OpenVLAModel, earlier: OpenVLAModel, where: str) -> None:
     """Give ``model`` the weights of ``earlier``, a model of the same shape that was read from ``where``.
 
     Raises:
@@ -75,7 +78,7 @@ class VLAModule(L.LightningModule):
     """Trains an OpenVLA.
 
     Args:
-        architecture: fields of :class:`spvla.vlas.openvla.OpenVLAConfig`.
+        architecture: fields of :class:`spvla.vlas.openvla.config.OpenVLAConfig`.
         vocabulary: words that instructions are made of.
         output: folder that the averaged model is written to, in OpenVLA's checkpoint form.
         start: checkpoint of the same shape whose weights training begins with, a folder or ``nano_vla`` for the packaged one.
@@ -130,11 +133,11 @@ class VLAModule(L.LightningModule):
     ) -> None:
         super().__init__()
         config = OpenVLAConfig.from_dicts({"model_type": "openvla", **architecture})
-        model = OpenVLA(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
+        model = OpenVLAModel(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
         if start is not None:
             earlier = load_vla("nano_vla", None if start == "nano_vla" else start)
             assert isinstance(earlier, OpenVLA)
-            take_weights(model, earlier, start)
+            take_weights(model, earlier.model, start)
         layers = model.language_model.config.num_hidden_layers
         self.network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
@@ -235,9 +238,9 @@ class VLAModule(L.LightningModule):
     def save(self) -> None:
         """Write the averaged model to ``output``; the weights come last and at once, so that readers may watch them."""
         model = self.average.module.model
-        assert isinstance(model, OpenVLA)
+        assert isinstance(model, OpenVLAModel)
         with building(self.output / "model") as folder:
-            model.save_pretrained(folder)
+            save_pretrained(model, folder)
             for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".safetensors"):
                 file.replace(self.output / file.name)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from data.envs.base import POINTS
-from spvla.vlas.openvla import OpenVLA
+from spvla.vlas.openvla.model import OpenVLAModel, joined
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TrainedVLA(nn.Module):
         pointer_width: width of the pointer's query and keys.
     """
 
-    def __init__(self, model: OpenVLA, pointer_layer: int, pointer_width: int = 64) -> None:
+    def __init__(self, model: OpenVLAModel, pointer_layer: int, pointer_width: int = 64) -> None:
         super().__init__()
         self.model = model
         self.pointer_layer = pointer_layer
@@ -108,7 +108,7 @@ class TrainedVLA(nn.Module):
         kept = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))  # (B, K, C)
         b, q, t = asked.own.shape
         text = model.language_model.get_input_embeddings()(torch.cat([asked.common.expand(b, -1), asked.own.flatten(1)], 1))
-        embeds = torch.cat([text[:, :1], model.projector(kept), text[:, 1:]], 1)  # (B, L, H)
+        embeds = joined(text, model.projector(kept))  # (B, L, H)
         first = keep.shape[1] + len(asked.common)  # where the questions' own tokens begin
         part, positions = asked.layout(first)  # (L,), (L,)
         sees = (part == part[:, None]) | (part == 0)  # (L, L)

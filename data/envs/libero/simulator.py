@@ -12,6 +12,7 @@ from data.envs.libero.expert import Expert
 from data.envs.libero.render import CAMERA
 from data.envs.libero.tasks import LiberoTask, load_tasks
 from spvla.actions import LIBERO, FloatArray
+from spvla.observation import MAIN
 
 
 class Libero:
@@ -25,10 +26,10 @@ class Libero:
         """See :func:`data.envs.libero.tasks.load_tasks`."""
         return load_tasks(suite, tasks, max_steps)
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> LiberoEnv:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> LiberoEnv:
         """See :class:`data.envs.libero.env.LiberoEnv`."""
         assert isinstance(task, LiberoTask), "tasks and environments are of one simulator"
-        return LiberoEnv(task, render=render, wrist_camera=wrist_camera)
+        return LiberoEnv(task, render=render, cameras=cameras)
 
     def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
         """Of the official initial states 30-49 are for evaluation, 20-29 calibrate; seeded resets belong to no part."""
