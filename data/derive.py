@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from data.evidence import contradictions
 from data.identity import number_of, place_of, read_note
+from data.jobs import parse_range
 from data.parts import Part, Problem
 from data.sources import Source, SourceName, open_source
 from spvla.actions import ActionSpace
@@ -157,8 +158,6 @@ def make_setting(
     label: Mapping[str, Any] | None = None,
 ) -> Setting:
     """A :class:`Setting` from a command's options."""
-    from data.collect import parse_range
-
     numbers = None if episodes is None else tuple(parse_range(episodes, "episodes"))
     text = json.dumps(label, sort_keys=True, default=str) if label else ""
     return Setting(source, str(path), conventions, split, camera, images, numbers, text)

@@ -9,7 +9,7 @@ from eval.instructions import instructions
 from eval.latency import latency
 from eval.offline import offline
 from eval.picture import picture
-from eval.report import report
+from eval.report.command import report
 from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {

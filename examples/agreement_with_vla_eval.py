@@ -21,12 +21,12 @@ import numpy as np
 from vla_eval.benchmarks.base import StepResult
 from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 
-from data.collect import episode_seed
 from data.envs import load_tasks, make_env
 from data.envs.libero.env import LiberoEnv
 from data.envs.libero.render import CAMERA, CAMERAS
 from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState, Scene
 from data.envs.libero.tasks import LiberoTask
+from data.jobs import episode_seed
 from data.rollout import rollout
 from spvla.actions import LIBERO
 from spvla.assemble import accelerate

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import yaml
 
-from data.collect import episode_seed
 from data.envs import load_tasks
-from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
+from data.jobs import episode_seed
+from eval.cells import Cell, cell_pruner, parse_cells
+from eval.closed_loop import closed_loop
 from eval.film import bar, draw
+from eval.run import Evaluation, kept_counts, make_policy
+from eval.summary import summarise
 from spvla import InputError, load_export
 from spvla.export import save_export
 from spvla.history import Source
 from spvla.pruning import make_pruner
 from spvla.vlas.base import VLAOutput
+from spvla.vlas.registry import VLASource
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
@@ -27,8 +31,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
-def setting(**changes) -> Setting:
-    return Setting("x", None, None, rules={}, max_generated_run=None, label=False, **changes)
+def setting(**changes) -> Evaluation:
+    given = {"export": None, "rules": {}, "max_generated_run": None, "label": False}
+    return Evaluation(source=VLASource("x"), **{**given, **changes})
 
 
 def test_cells_are_read_as_they_are_written():
@@ -126,13 +131,12 @@ def test_frames_show_what_reached_the_language_model_and_who_acted():
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "cells:" in p.read_text()], ids=lambda p: p.stem)
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
-    options = {"pruning": config.get("pruning"), "vla_options": config.get("vla_options")}
     vla = PrunableVLA(np.zeros((5, 7)))
     export = load_export(ROOT / config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
-        made = Setting("x", None, None, config.get("rules", {}), None, False, **options)
+        made = setting(rules=config.get("rules", {}), pruning=config.get("pruning"))
         policy = make_policy(cell, vla, export, made)
         assert (policy.pruner is None) == (cell.pruning == "none")
 

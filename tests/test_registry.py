@@ -6,7 +6,7 @@ import torch
 from spvla import InputError
 from spvla.vlas.openvla.statistics import statistics_of_suite
 from spvla.vlas.openvla.weights import save_pretrained
-from spvla.vlas.registry import load_vla, second_vla, weights_stamp
+from spvla.vlas.registry import VLASource, load_vla, weights_stamp
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 HERE = "tests.test_registry"
@@ -75,10 +75,10 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_a_second_episode_shares_the_weights_where_it_can():
-    first = load_vla(f"{HERE}:prunable")
-    assert second_vla(first, f"{HERE}:prunable").pruner is None
-    other = load_vla(f"{HERE}:scripted")
-    assert second_vla(other, f"{HERE}:scripted", None, {"length": 4}) is not other
+    source = VLASource(f"{HERE}:prunable")
+    assert source.second(source.load()).pruner is None
+    source = VLASource(f"{HERE}:scripted", None, {"length": 4})
+    assert source.second(other := source.load()) is not other
 
 
 def test_statistics_of_a_suite():

@@ -31,7 +31,7 @@ from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import make_pruner
 from spvla.serve.interface import Interface
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
-from spvla.vlas.registry import load_vla, second_vla
+from spvla.vlas.registry import VLASource
 
 
 class InTurn:
@@ -90,8 +90,8 @@ class PolicyServer(ModelServer):
         interface: Interface | None = None,
     ) -> None:
         self.interface = interface or Interface()
-        self._source = (vla, checkpoint, vla_options, suite)
-        self._vla = load_vla(*self._source)
+        self._source = VLASource(vla, checkpoint, vla_options, suite)
+        self._vla = self._source.load()
         self._export = None if export is None else load_export(export)
         self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
         self._turn = threading.Lock()
@@ -114,7 +114,7 @@ class PolicyServer(ModelServer):
 
     def _make(self, first: bool = False) -> _Session:
         # A VLA that cannot share its weights serves the first session itself; further ones load their own.
-        vla = self._vla if first and not isinstance(self._vla, PrunableVLA) else second_vla(self._vla, *self._source)
+        vla = self._vla if first and not isinstance(self._vla, PrunableVLA) else self._source.second(self._vla)
         policy = accelerate(vla, self._export, **self._parts)
         assert isinstance(policy, SPVLAPolicy), "a server records nothing"
         policy.vla = InTurn(policy.vla, self._turn)

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,18 +86,25 @@ def load_vla(
     return vla
 
 
-def second_vla(
-    vla: VLA,
-    name: str,
-    checkpoint: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    suite: str | None = None,
-) -> VLA:
-    """The same policy once more, unpruned and with an episode of its own, beside ``vla``.
+@dataclass(frozen=True)
+class VLASource:
+    """Where a VLA comes from: the arguments of :func:`load_vla`."""
 
-    A VLA that can share its weights does; another one is loaded again from the arguments that made ``vla``.
-    """
-    return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else load_vla(name, checkpoint, options, suite)
+    name: str
+    checkpoint: str | None = None
+    options: Mapping[str, Any] | None = None
+    suite: str | None = None
+
+    def load(self) -> VLA:
+        """See :func:`load_vla`."""
+        return load_vla(self.name, self.checkpoint, self.options, self.suite)
+
+    def second(self, vla: VLA) -> VLA:
+        """The VLA once more, unpruned and with an episode of its own, beside ``vla``, which came from here.
+
+        A VLA that can share its weights does; another one is loaded again.
+        """
+        return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else self.load()
 
 
 def weights_stamp(vla: VLA) -> str | None:
