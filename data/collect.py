@@ -26,9 +26,9 @@ from data.student import Student
 from spvla.actions import ActionSpace
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
-from spvla.episodes import Episode, RolloutWriter, finalize
 from spvla.errors import InputError
 from spvla.steps import episode_stats
+from spvla.store import Episode, RolloutWriter, finalize
 from spvla.vlas.registry import VLASource, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn

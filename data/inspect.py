@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from data.convert import make_setting, require_one, tell
+from data.derive import make_setting, require_one, tell
 from data.parts import Problem
 from data.sources import Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
 from spvla.history import Source as Actor
+from spvla.store import Episode, read_episodes
 
 MOST_STEPS = 2_000_000  # whose actions are looked at in one go
 BARS = " ▁▂▃▄▅▆▇█"

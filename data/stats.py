@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from data.convert import OnError, Setting, make_setting, no_episode, require_one, tell
+from data.derive import OnError, Setting, make_setting, no_episode, require_one, tell
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import SourceName

@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 import torch
 
-from spvla.episodes import read_episodes
 from spvla.observation import Observation
 from spvla.pruning import make_pruner
 from spvla.pruning.attention import attention_received
 from spvla.pruning.contours import HIGH, LOW
+from spvla.store import read_episodes
 from spvla.vlas.base import PrunableVLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla

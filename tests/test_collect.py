@@ -18,8 +18,8 @@ from data.parallel import Workers, chunks, run_groups
 from data.rollout import ActionNoise
 from data.store import RolloutStore
 from spvla.actions import LIBERO
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from spvla.store import read_episodes
 from spvla.vlas.conventions import decode_image
 from tests.test_train_vla import module
 

@@ -8,7 +8,6 @@ import pytest
 from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import read_episodes
 from spvla.gates.base import Decisions
 from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
@@ -17,6 +16,7 @@ from spvla.pruning import make_pruner
 from spvla.recording import Recorder
 from spvla.shadow import ShadowPolicy
 from spvla.steps import run_lengths
+from spvla.store import read_episodes
 from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 

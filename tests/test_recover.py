@@ -14,8 +14,8 @@ from spvla.vlas.openvla import OpenVLA, from_pretrained
 from spvla.vlas.openvla.weights import save_pretrained
 from tests.test_frames import recorded, write
 from tests.test_train_vla import QUIET, batch, module
-from train.frames import FrameData
 from train.recover import RecoverModule
+from train.vla.frames import FrameData
 
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The PEFT config's:UserWarning")]

@@ -33,8 +33,9 @@ from vla_eval.protocol.messages import Message, MessageType, pack_message
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from spvla.serve.endpoint import MAX_FRAME, Endpoint
 from spvla.serve.interface import Interface, euler_to_axis_angle
-from spvla.serve.server import MAX_FRAME, Endpoint, PolicyServer
+from spvla.serve.server import PolicyServer
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 

@@ -7,7 +7,7 @@ import numpy as np
 from data.inspect import inspect
 from data.relabel import relabel
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter
+from spvla.store import Episode, RolloutWriter
 from tests.test_words_and_cameras import picture
 
 

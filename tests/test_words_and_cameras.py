@@ -19,12 +19,12 @@ from data.cameras import Cameras
 from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
-from data.rlds import RldsSource
+from data.rlds.source import RldsSource
+from data.splits import _scene
 from data.store import RolloutStore
-from data.windows import _scene
 from data.words import Words, split_at_words
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
+from spvla.store import Episode, read_episodes
 
 NAMES = [f"joint_{i}_vel" for i in range(3)]
 TEXTS = ["open the drawer", "take the cup", "close the drawer"]

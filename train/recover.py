@@ -24,7 +24,7 @@ from spvla.pruning.selector import TokenSelector
 from spvla.vlas.openvla.images import pixel_values
 from spvla.vlas.openvla.load import DTYPES, from_pretrained
 from spvla.vlas.openvla.model import OpenVLAModel
-from train.frames import FrameBatch
+from train.vla.frames import FrameBatch
 
 TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d))"
 

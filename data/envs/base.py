@@ -20,6 +20,7 @@ from spvla.observation import MAIN, Observation
 from spvla.vlas.base import VLA
 
 RenderMode = Literal["full", "fast"]
+SplitPart = Literal["training", "calibration", "evaluation"]
 POINTS = ("hand", "place", "item")  # what is located in recorded images
 
 
@@ -67,12 +68,14 @@ class Env(Protocol):
     Attributes:
         task: the task.
         action_space: what :meth:`step` takes, environment units.
+        camera: what recordings call the camera of its images.
         steps: control steps since the reset.
         success: whether the goal holds now.
     """
 
     task: Task
     action_space: ActionSpace
+    camera: str
     steps: int
     success: bool
 
@@ -174,10 +177,12 @@ class Simulator(Protocol):
         action_space: of all its environments.
         conventions: name of what lies between its images and actions and the data that published VLAs were trained on
             (:data:`spvla.vlas.conventions.CONVENTIONS`), or None.
+        camera: what recordings call the camera of its images.
     """
 
     action_space: ActionSpace
     conventions: str | None
+    camera: str
 
     def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> Sequence[Task]:
         """The tasks of a suite, all of them or those named by index or name, in the order given.
@@ -198,6 +203,10 @@ class Simulator(Protocol):
         Raises:
             InputError: it has no such camera (code ``unknown-camera``).
         """
+
+    def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
+        """What a recorded episode may be used for, by its metadata (``init_state``, ``seed``, ``task``, ...). Evaluation data
+        is never trained on. None: no part was fixed for such an episode."""
 
     def expert(self) -> VLA:
         """A scripted policy that does the tasks, from what the simulator knows.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.envs.base import RenderMode, Task, task_index
+from data.envs.base import RenderMode, SplitPart, Task, task_index
 from data.envs.render import Renderer
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
@@ -67,6 +67,8 @@ class MetaWorldObservation(Observation):
 
 class MetaWorldEnv:
     """One task's simulation, an :class:`~data.envs.base.Env`."""
+
+    camera = CAMERA
 
     def __init__(self, task: Task, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> None:
         self.task, self.action_space = task, SPACE
@@ -172,6 +174,7 @@ class MetaWorld:
 
     action_space = SPACE
     conventions = None
+    camera = CAMERA
 
     def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> list[Task]:
         """See :meth:`data.envs.base.Simulator.tasks`."""
@@ -185,6 +188,13 @@ class MetaWorld:
     def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> MetaWorldEnv:
         """See :class:`MetaWorldEnv`."""
         return MetaWorldEnv(task, render, cameras)
+
+    def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
+        """By the seed of the reset, which initial state i has too: 0-19 train, 20-29 calibrate, 30-49 are for evaluation."""
+        seed = facts.get("seed") if facts.get("init_state") is None else facts["init_state"]
+        if not isinstance(seed, int) or seed not in range(INIT_STATES):
+            return None
+        return "evaluation" if seed >= 30 else "calibration" if seed >= 20 else "training"
 
     def expert(self) -> MetaWorldExpert:
         """See :class:`MetaWorldExpert`."""

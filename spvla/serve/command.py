@@ -49,7 +49,8 @@ def serve_policy(
     if max_sessions < 1:
         raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
     with needs_extra("serve"):
-        from spvla.serve.server import Endpoint, PolicyServer
+        from spvla.serve.endpoint import Endpoint
+        from spvla.serve.server import PolicyServer
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     server = PolicyServer(

@@ -61,6 +61,8 @@ class LiberoEnv:
             robosuite names, such as ``frontview``.
     """
 
+    camera = CAMERA
+
     def __init__(
         self, task: LiberoTask, *, render: RenderMode | None = None, image_size: int = 256, cameras: Sequence[str] = (MAIN,)
     ) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
-from spvla.vlas.checkpoint import read_json, refuse_quantised
+from spvla.files import read_json
+from spvla.vlas.checkpoint import refuse_quantised
 from spvla.vlas.vision import ViTConfig, vit_config
 
 SPACE_TOKEN = 29871  # Llama's lone space; the published models were trained with it between prompt and action

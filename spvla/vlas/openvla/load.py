@@ -11,9 +11,10 @@ import torch
 
 from spvla.errors import InputError
 from spvla.fields import naming
+from spvla.hub import resolve_folder
 from spvla.pruning.selector import TokenSelector
 from spvla.vlas.adapter import own_statistics, require_same_inputs, with_adapter_statistics
-from spvla.vlas.checkpoint import checkpoint_folder, read_tokenizer, resolve_folder, weight_files
+from spvla.vlas.checkpoint import checkpoint_folder, read_tokenizer, weight_files
 from spvla.vlas.conventions import CONVENTIONS, Conventions, conventions_by_name
 from spvla.vlas.openvla.config import OpenVLAConfig
 from spvla.vlas.openvla.model import OpenVLAModel
