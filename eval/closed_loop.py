@@ -24,7 +24,7 @@ from eval.timing import measure_time
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import fingerprint, load_export
-from spvla.files import write_text
+from spvla.files import locked, write_text
 from spvla.vlas.registry import VLASource
 
 
@@ -65,7 +65,7 @@ def closed_loop(
         output: folder for summary.json, episodes.csv.gz, traces and timing.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.
         tasks: task indices or names; all if omitted.
@@ -112,36 +112,36 @@ def closed_loop(
     starts = starts_of(load_tasks(suite, tasks, max_steps), init_states, random_resets, seed)
     content = fingerprint(export)
     raw = output / "episodes.jsonl"
-    with Workers[Group[Job], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
-        facts = pool.facts()
-        films = films and facts.needs_images and not real_time
-        fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
-        del fixed["export"]  # cells that use no export are the same with another one
-        output.mkdir(parents=True, exist_ok=True)
-        done = continued(raw, output / "setting.json", fixed)
-        done = [e for e in done if e["generator"] == "none" or e["export"] == content]
-        groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
-        total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for g in groups)
-        from tqdm import tqdm
+    with locked(output):
+        with Workers[Group[Job], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
+            facts = pool.facts()
+            films = films and facts.needs_images and not real_time
+            fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
+            del fixed["export"]  # cells that use no export are the same with another one
+            done = continued(raw, output / "setting.json", fixed)
+            done = [e for e in done if e["generator"] == "none" or e["export"] == content]
+            groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
+            total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for g in groups)
+            from tqdm import tqdm
 
-        for row in tqdm(pool.run(groups), f"closed loop {suite}", total, initial=total - left, unit="episode"):
-            append(raw, row)
-            done.append(row)
-    timing: dict[str, dict[str, float]] = {}
-    beside: dict[str, Any] = {}
-    if timing_episodes:
-        beside = {"load_average_before": os.getloadavg()[0]}  # timings taken beside other work say little
-        timing, timed = measure_time(wanted, in_turn(starts)[:timing_episodes], setting)
-        write_csv(output / "timing.csv.gz", timed)
-    mine = belonging(done, wanted, starts)
-    rows = summarise(mine, timing)
-    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
-    write_traces(output / "traces.json.gz", mine)
-    what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
-    path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
-    extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
-    extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
-    text = table(rows, [*COLUMNS, *extra])
-    write_text(output / "table.txt", text + "\n")
-    print(text)
-    print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
+            for row in tqdm(pool.run(groups), f"closed loop {suite}", total, initial=total - left, unit="episode"):
+                append(raw, row)
+                done.append(row)
+        timing: dict[str, dict[str, float]] = {}
+        beside: dict[str, Any] = {}
+        if timing_episodes:
+            beside = {"load_average_before": os.getloadavg()[0]}  # timings taken beside other work say little
+            timing, timed = measure_time(wanted, in_turn(starts)[:timing_episodes], setting)
+            write_csv(output / "timing.csv.gz", timed)
+        mine = belonging(done, wanted, starts)
+        rows = summarise(mine, timing)
+        write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
+        write_traces(output / "traces.json.gz", mine)
+        what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
+        path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
+        extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
+        extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
+        text = table(rows, [*COLUMNS, *extra])
+        write_text(output / "table.txt", text + "\n")
+        print(text)
+        print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")

@@ -146,7 +146,7 @@ def test_openvla_configurations_use_the_published_weights_and_all_initial_states
     path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
     config = yaml.safe_load(path.read_text())
     assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["vla"] == "openvla"
-    assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
+    assert config["checkpoint"] == f"hf://openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
 

@@ -57,9 +57,9 @@ def fit(arguments: list[str]) -> None:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Raise :class:`InputError` unless ``path`` is a training's checkpoint: tensors and plain values, read without running code.
+    """Raise :class:`InputError` unless ``path`` is a training's checkpoint: tensors and plain values.
 
-    Lightning would make the class that a checkpoint's hyper-parameters name; ours have none.
+    Reading it runs no code. Lightning would make the class that a checkpoint's hyper-parameters name; ours have none.
     """
     import torch
 

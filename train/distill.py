@@ -22,6 +22,7 @@ from data.store import RolloutStore
 from spvla.errors import InputError
 from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
+from spvla.files import locked
 from spvla.gates.classifier import ClassifierConfig
 from spvla.generators import GENERATORS, is_learned, make_network
 from spvla.generators.features import FeatureConfig
@@ -158,48 +159,50 @@ def distill(
         seed: of everything.
     """
     check_arguments(locals())
-    sizes = {"mlp": mlp, "transformer": transformer}
-    data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
-    width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
-    if state_dims and max(state_dims) >= width:
-        raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="lightning")
-    plan = Plan(
-        data={
-            **{"data": data, "calibration_data": calibration_data},
-            **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
-            **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide, "seed": seed, "weights": weights},
-            "calibration_fraction": calibration_fraction,
-        },
-        folder=output / ".stages",
-        learned={name: {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]} for name in generators},
-        gate=gate,
-        steps=steps,
-        gate_steps=gate_steps,
-        folds=folds,
-        tolerance=tolerance,
-    )
-    rollouts, split = plan.rollouts, plan.rollouts.split
-    if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
-        raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
-    print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
-    if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
-        whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
-        print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
-    fits = [Stage("generator", name, without) for name in generators for without in [*range(folds), None]]
-    train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
-    train_stages(plan, [Stage("gate", name) for name in generators], threads)
-    learned = {name: plan.generator(name) for name in generators}
-    gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
-    defaults = {
-        "generator": default_generator,
-        "gate": "learned",
-        "risk": default_risk,
-        "max_generated_run": max_generated_run,
-        **({} if default_pruning is None else {"pruning": default_pruning}),
-    }
-    export = calibrated_export(rollouts, learned, gates, tolerance, defaults)
-    save_export(export, output)
-    print_evidence(export)
-    print(f"exported to {output}")
+    with locked(output):
+        sizes = {"mlp": mlp, "transformer": transformer}
+        data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
+        width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
+        if state_dims and max(state_dims) >= width:
+            raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", module="lightning")
+        plan = Plan(
+            data={
+                **{"data": data, "calibration_data": calibration_data},
+                **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
+                **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide},
+                **{"seed": seed, "weights": weights},
+                "calibration_fraction": calibration_fraction,
+            },
+            folder=output / ".stages",
+            learned={name: {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]} for name in generators},
+            gate=gate,
+            steps=steps,
+            gate_steps=gate_steps,
+            folds=folds,
+            tolerance=tolerance,
+        )
+        rollouts, split = plan.rollouts, plan.rollouts.split
+        if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
+            raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
+        print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
+        if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
+            whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
+            print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
+        fits = [Stage("generator", name, without) for name in generators for without in [*range(folds), None]]
+        train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
+        train_stages(plan, [Stage("gate", name) for name in generators], threads)
+        learned = {name: plan.generator(name) for name in generators}
+        gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
+        defaults = {
+            "generator": default_generator,
+            "gate": "learned",
+            "risk": default_risk,
+            "max_generated_run": max_generated_run,
+            **({} if default_pruning is None else {"pruning": default_pruning}),
+        }
+        export = calibrated_export(rollouts, learned, gates, tolerance, defaults)
+        save_export(export, output)
+        print_evidence(export)
+        print(f"exported to {output}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import logging
 import socket
@@ -20,7 +19,6 @@ from typing import Any
 import anyio.to_thread
 import msgpack
 import numpy as np
-from PIL import Image
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.protocol.image_codec import is_encoded_image
 from vla_eval.protocol.messages import Message, MessageType, make_hello_payload, pack_message
@@ -28,6 +26,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from spvla.errors import InputError
+from spvla.fields import naming
+from spvla.images import open_image
 from spvla.serve.server import PolicyServer
 from spvla.wire import decode_array
 
@@ -56,9 +56,7 @@ def decode(frame: bytes | str) -> dict[str, Any]:
 
 def _decode_array(content: Any) -> Any:
     if is_encoded_image(content) and content["format"] != "raw":
-        with Image.open(io.BytesIO(content["data"]), formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > MAX_PIXELS:  # known before anything is decompressed
-                raise InputError(f"image: {image.height} x {image.width} pixels are more than {MAX_PIXELS}")
+        with naming("image"), open_image(content["data"], MAX_PIXELS) as image:
             return np.array(image)
     return decode_array({"__ndarray__": True, **content} if is_encoded_image(content) else content)
 
