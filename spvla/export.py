@@ -269,7 +269,7 @@ def load_export(path: str | Path) -> Export:
             raise InputError(f"export format {config['format']}, this version reads up to {FORMAT}", code="format")
         space = ActionSpace.from_dict(config["action_space"], "action_space")
         calibration = {k: Calibration.from_dict(v, f"calibration.{k}") for k, v in config["calibration"].items()}
-        digests = config.get("sha256") if config["format"] > 1 else None
+        digests = config.get("sha256", {}) if config["format"] > 1 else None
         check_values({"sha256": digests}, {"sha256": dict[str, str] | None})
     networks: dict[str, dict[str, Any]] = {"generators": {}, "gates": {}}
     for kind, make in (("generators", make_network), ("gates", _make_gate)):

@@ -55,7 +55,7 @@ class EpisodeRows:
     def tasks(self) -> list[str]:
         """The words that ``meta/`` has for the episode as a whole."""
         told = self.meta.get("tasks")
-        return [told] if isinstance(told, str) else [] if told is None else [str(text) for text in told]
+        return [told] if isinstance(told, str) else [str(text) for text in told] if isinstance(told, list) else []
 
 
 class Layout:
@@ -143,9 +143,7 @@ class Layout:
     @cached_property
     def has_words(self) -> bool:
         """Whether the data set puts any of its tasks in words."""
-        listed = [row.meta.get("tasks") or [] for row in self.rows]
-        texts = [*self.tasks.values(), *(t for tasks in listed for t in ([tasks] if isinstance(tasks, str) else tasks))]
-        return any(str(text or "").strip() for text in texts)
+        return any(text.strip() for text in (*self.tasks.values(), *(t for row in self.rows for t in row.tasks)))
 
     def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
         """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.
