@@ -31,6 +31,8 @@ def digest(values: Iterable[object]) -> str:
 def file_content(path: Path) -> str:
     """A fingerprint of a Parquet file: its size and its last :data:`TAIL` bytes; of one that is not there, nothing."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            return ""
         with path.open("rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - TAIL))

@@ -154,7 +154,7 @@ def _stated_extremes(layout: Layout) -> dict[int | None, dict[str, tuple[Any, An
             columns = ["episode_index", *(f"stats/{key}/{end}" for key in there for end in ("min", "max"))]
             stats = pq.read_table(file, columns=columns, page_checksum_verification=True)
             for e in stats.slice(0, EPISODES_CHECKED).to_pylist():
-                out[e["episode_index"]] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
+                out[whole_number(e["episode_index"])] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
         except (pa.ArrowException, OSError, KeyError, InputError):
             break  # told when the episodes were looked up
     return out

@@ -51,10 +51,18 @@ class RldsFolder:
     @cached_property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
         """Per split, its shards: file and number of episodes as the metadata claims it."""
-        return {
-            name: list(zip((inside(self.path, f) for f in split.filepaths), split.shard_lengths, strict=True))
-            for name, split in self.builder.info.splits.items()
-        }
+        try:
+            return {
+                name: [
+                    (inside(self.path, file), length) for file, length in zip(split.filepaths, split.shard_lengths, strict=True)
+                ]
+                for name, split in self.builder.info.splits.items()
+            }
+        except InputError:
+            raise
+        except Exception as error:  # tfds fills in a template that the folder names
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: its splits cannot be read ({reason})", field=str(self.path)) from None
 
     def leaf(self, key: str) -> Any:
         """The feature called ``key`` (path with slashes inside a step). Raises :class:`InputError` if there is none."""

@@ -274,6 +274,8 @@ def _dtype(column: pa.DataType) -> str:
 
 def _image_shape(images: pa.ChunkedArray, what: str) -> list[int]:
     """Height, width and channels of the first image of a column; an :class:`InputError` names ``what`` if it is none."""
+    if not len(images):
+        raise InputError(f"{what}: there are no steps", code="damaged", field=what)
     try:
         with open_image(images[0]["bytes"].as_py()) as image:
             return [image.height, image.width, len(image.getbands())]

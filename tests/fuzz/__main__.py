@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --count N [--kind K] [--seed S] [--first F] [--minutes M] [--output FILE]``; exit code 1 for findings."""
+"""``python -m tests.fuzz --count N [--kind K] [--seed S] [--first F] [--minutes M] [--output FILE]``; findings: exit code 1."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def read_export(folder: Path) -> Outcome:
     from spvla import load_export
 
     export = load_export(folder)
-    parts = [*export.generators.items(), *export.gates.items()]
+    parts: list[tuple[str, Any]] = [*export.generators.items(), *export.gates.items()]
     values = [x for name, part in parts for x in (name, asdict(part.config), *weights(part))]
     curves = {name: c.to_dict() for name, c in export.calibration.items()}
     facts = (export.space.to_dict(), export.tolerance, dict(export.defaults), dict(export.provenance), curves)

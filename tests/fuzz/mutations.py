@@ -1,4 +1,4 @@
-"""Ways to damage a folder: any file's bytes, JSON with a hostile value in it, Parquet, safetensors and TFRecord rewritten whole."""
+"""Ways to damage a folder: any file's bytes, a hostile value in JSON, Parquet, safetensors and TFRecord rewritten whole."""
 
 from __future__ import annotations
 

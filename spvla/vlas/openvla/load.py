@@ -65,7 +65,8 @@ def from_pretrained(
     if extra is not None:
         config = replace(config, norm_stats=with_adapter_statistics(config.norm_stats, folder, extra, unnorm_key))
         require_same_inputs(folder, extra)
-    ActionStatistics.find(config.norm_stats, unnorm_key)
+    with naming(folder):
+        ActionStatistics.find(config.norm_stats, unnorm_key)
     files = weight_files(folder)
     tokenizer = read_tokenizer(folder)
     with naming(folder), torch.device("meta"):
