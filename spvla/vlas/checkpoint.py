@@ -90,7 +90,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """``tokenizer.json``, read as it is: nothing rebuilds its normaliser, nothing truncates a long prompt."""
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
+    file = inside(folder, "tokenizer.json")
     if not file.exists():
         raise InputError(f"{file}: missing (the fast tokenizer's form is the one in use)")
     try:

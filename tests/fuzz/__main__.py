@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.runner import BAD, CLASSES, Result, run
 
-BATCH = 50  # inputs of a kind before the next kind's turn
+BATCH = 100  # inputs of a kind before the next kind's turn
 
 
 def main() -> int:
