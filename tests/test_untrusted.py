@@ -224,7 +224,17 @@ def test_json_lines_nested_too_deep_are_notes(tmp_path):
         parse_json("[" * 100_000, "thing")
 
 
-@pytest.mark.parametrize("features", [[], {"action": 3}, {"action": {"dtype": 3, "shape": "x", "names": 7}}, "x"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        [],
+        {"action": {"shape": 1}},
+        {"action": {"shape": [[3], "x"]}},
+        {"action": 3},
+        {"action": {"dtype": 3, "shape": "x", "names": 7}},
+        "x",
+    ],
+)
 def test_features_of_another_form_are_one_line(tmp_path, features):
     folder = write_set(tmp_path / "set", features=features)
     try:

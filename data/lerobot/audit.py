@@ -46,13 +46,14 @@ def notes(source: LerobotSource) -> list[str]:
         for name, count in found.items()
         if layout.info.get(name) != count
     ]
-    for split, span in (layout.info.get("splits") or {}).items():
+    splits = layout.info.get("splits")
+    for split, span in splits.items() if isinstance(splits, dict) else ():
         last = str(span).rpartition(":")[2]
         if last.isdecimal() and int(last) > len(layout.rows):
             out.append(f"{layout.about}: split {split} claims {span}, there are {len(layout.rows)} episodes")
     for name, width in layout.widths.items():
         shape = (layout.features.get(name) or {}).get("shape")
-        if shape and prod(shape) != width:
+        if shape and prod(whole_number(n) or 0 for n in shape) != width:
             out.append(f"{layout.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
     for camera, of_camera in videos.items():
         if missing := sum(isinstance(video, Problem) for video in of_camera):

@@ -74,8 +74,8 @@ class Layout:
         if not self.about.is_file():
             raise InputError(f"{self.about}: no such file; is this a LeRobot data set?", code="missing", field=str(self.about))
         self.info = read_json(self.about)
-        self.features = self._find_features()
         self.told: list[str] = []  # what came up while opening
+        self.features = self._find_features()
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
@@ -227,6 +227,13 @@ class Layout:
         found = self.info.get("features") or {}
         if not isinstance(found, dict) or not all(isinstance(feature, dict) for feature in found.values()):
             raise InputError(f"{self.about}: features must map names to objects", field=str(self.about))
+        for name, feature in found.items():
+            shape = feature.get("shape") or []
+            if not isinstance(shape, list) or None in map(whole_number, shape):
+                self.told.append(
+                    f"{self.about}: the shape of {name} is {str(shape)[:100]!r}, no list of sizes; it is not looked at"
+                )
+                feature["shape"] = None
         return found
 
     def _find_version(self) -> str:

@@ -52,7 +52,8 @@ class Pictures:
     def image_shape(self, camera: str) -> tuple[int, ...] | None:
         """(H, W, C), whatever order the metadata lists them in, or None where it does not say."""
         feature = self.layout.features[camera]
-        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
+        shape, names = feature.get("shape") or [], feature.get("names")
+        names = names if names and isinstance(names, list) else ["height", "width", "channel"]
         sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
         wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
         numbers = tuple(whole_number(n) for n in wanted)
