@@ -87,10 +87,11 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
             raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
-        if at and names[1] != "learned":
-            raise InputError(f"cell {text!r}: only the learned gate has a risk")
+        has_risk = names[1] in ("learned", "live")
+        if at and not has_risk:
+            raise InputError(f"cell {text!r}: only the learned and the live gate have a risk")
         try:
-            asked = [float(risk)] if at else (list(risks) if names[1] == "learned" else [None])
+            asked = [float(risk)] if at else (list(risks) if has_risk else [None])
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from spvla.files import explained
 from spvla.gates.base import Gate
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
+from spvla.gates.live import LiveGate, LiveOptions, identity_of
 from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import GeneratorConfig, LearnedGenerator
@@ -43,7 +45,7 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT = 1
 PRETRAINED = Path(__file__).parent / "pretrained"
 BUILT_IN_GENERATORS = ("ridge", "ridge_paper", "last")
-GATES = ("learned", "release", "paper")
+GATES = ("learned", "live", "release", "paper")
 DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
 PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
 CONFIG = {
@@ -137,6 +139,19 @@ class Export:
         threshold = self.calibration[generator].threshold(risk)
         return LearnedGate(self.gates[generator], threshold, self.limits(generator, space))
 
+    def live_gate(self, generator: str, risk: float, space: ActionSpace, options: LiveOptions) -> LiveGate:
+        """The gate of ``generator`` under a live controller, which starts at the calibrated threshold of ``risk``; where the
+        calibration episodes are too few for that risk it starts by calling the VLA on every step."""
+        curve = self.calibration.get(generator)
+        calibrated = curve is not None and risk >= curve.smallest_risk
+        inner = self.gate(generator, risk if calibrated else 1.0, space)
+        grid = self.calibration[generator].thresholds
+        start = bisect_right(grid, inner.threshold) / len(grid) if calibrated else 0.0
+        identity = identity_of(self.space, generator, self.calibration[generator].to_dict())
+        return LiveGate(
+            replace(inner, threshold=1.0), grid, start, risk, self.limits(generator, space), self.tolerance, options, identity
+        )
+
 
 def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> None:
     """Raise :class:`InputError` unless ``defaults`` are complete and name one of ``generators`` or a built-in one."""
@@ -194,8 +209,9 @@ def accelerate(
         risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
             None.
         generator: an exported or built-in generator; the export's default if None, ``"none"`` switches scheduling off.
-        gate: ``learned``, ``release`` or ``paper``; the export's default if None.
-        rule: constants of a hand-set rule.
+        gate: ``learned``, ``live`` (the learned one under a controller that keeps the risk by audits; ``policy.live`` saves and
+            loads what it has learned), ``release`` or ``paper``; the export's default if None.
+        rule: constants of a hand-set rule, or :class:`~spvla.gates.live.LiveOptions` of the live gate.
         pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
             or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
         max_generated_run: generated actions in a row; the export's default if None.
@@ -251,10 +267,25 @@ def accelerate(
         if loaded is None:
             raise InputError("accelerate: the learned gate needs an export with a gate")
         decider = loaded.gate(generator, defaults["risk"] if risk is None else risk, space)
+    elif gate == "live":
+        decider = _live_gate(loaded, generator, defaults.get("risk", 0.05) if risk is None else risk, space, rule or {})
     else:
         with naming("accelerate"):
             decider = {"release": ReleaseRule, "paper": PaperRule}[gate](space, **(rule or {}))
     return SPVLAPolicy(vla, part, decider, pruner, **options)
+
+
+def _live_gate(
+    export: Export | None, generator: str, risk: float, space: ActionSpace, options: Mapping[str, Any]
+) -> LiveGate:
+    """A live controller around the learned gate of ``generator``, or where it has none around the published release rule."""
+    with naming("accelerate"):
+        chosen = LiveOptions(**options)
+        if export is not None and generator in export.gates:
+            return export.live_gate(generator, risk, space, chosen)
+        identity = identity_of(space, generator, {"gate": "release"})
+        tolerance = 0.2 if export is None else export.tolerance
+        return LiveGate(ReleaseRule(space), (), 1.0, risk, space, tolerance, chosen, identity)
 
 
 def save_export(export: Export, folder: str | Path) -> Path:

@@ -23,7 +23,8 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate
+from spvla.gates.base import Decision, Gate, Learning
+from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator, Proposal
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
@@ -128,6 +129,7 @@ class SPVLAPolicy:
         self.vla = vla
         self.generator = generator
         self.gate = gate
+        self._learning = gate if isinstance(gate, Learning) else None
         self.pruner = pruner
         self.space = space or vla.action_space
         self.max_generated_run = max_generated_run
@@ -158,6 +160,15 @@ class SPVLAPolicy:
         self._waiting = False
         self.steps = []
         self._record = _Record()
+        if self._learning is not None:
+            self._learning.begin(instruction)
+
+    @property
+    def live(self) -> LiveGate:
+        """The live gate, to save and load what it has learned. Raises :class:`InputError` if the policy has another gate."""
+        if not isinstance(self.gate, LiveGate):
+            raise InputError("policy: there is no live gate; use accelerate(..., gate='live')", field="gate")
+        return self.gate
 
     @property
     def last_step(self) -> StepInfo:
@@ -205,7 +216,9 @@ class SPVLAPolicy:
         planned: VLAOutput | None = None
         keep_mass: float | None = None
         unavailable: str | None = None
-        if proposal is not None and intuitive and not refused and not self.shadow:
+        generates = proposal is not None and intuitive and not refused and not self.shadow
+        if generates and not decision.audit:
+            assert proposal is not None
             action, source = proposal.actions[0], Source.GENERATOR
         elif self._queue:
             action, source = self._queue.popleft(), Source.VLA
@@ -227,7 +240,10 @@ class SPVLAPolicy:
                 times["vla"] = 1e3 * (perf_counter() - asked)
                 times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
                 action, source = output.actions[0], Source.VLA
-                self._queue.extend(output.actions[1:])
+                if generates and proposal is not None:  # an audit that the robot does not wait for
+                    action, source = proposal.actions[0], Source.GENERATOR
+                else:
+                    self._queue.extend(output.actions[1:])
             self._waiting = unavailable is not None
 
         deviates, error = None, None
@@ -235,6 +251,9 @@ class SPVLAPolicy:
             proposed, reference = self.space.normalize(proposal.actions[0]), self.space.normalize(action)
             deviates = bool(self.space.deviation(proposed, reference, self.tolerance))
             error = float(np.abs(proposed - reference)[list(self.space.continuous)].max(initial=0.0))
+        if self._learning is not None and unavailable is None:
+            proposed_action = None if proposal is None else proposal.actions[0]
+            self._learning.observe(proposed_action, None if output is None else output.actions[0])
         skipped = self.shadow and intuitive and not refused
         history.act(action, source, output, maker=Source.GENERATOR if skipped else None)
         self.last_output = planned if output is None else output
@@ -358,8 +377,10 @@ class SPVLAPolicy:
             self._writer.finalize()
 
     def stats(self) -> dict[str, float]:
-        """Counts and costs since the last reset: see :func:`episode_stats`."""
-        return episode_stats(self.steps)
+        """Counts and costs since the last reset: see :func:`episode_stats`; with a live gate ``audits`` of the episode, and
+        the deployment's :meth:`~spvla.gates.live.LiveGate.stats`."""
+        learned = {} if self._learning is None else self._learning.stats()
+        return episode_stats(self.steps) | learned
 
 
 def record_to_episode(
@@ -418,6 +439,7 @@ def episode_stats(steps: list[StepInfo]) -> dict[str, float]:
         "generated": int(generated.sum()),
         "held": sum(s.source == Source.HELD for s in steps),
         "fallbacks": sum(s.fallback for s in steps),
+        "audits": sum(s.reason == "audit" for s in steps),
         "unavailable": sum(s.unavailable is not None for s in steps),
         "switches": int((generated[1:] != generated[:-1]).sum()),
         "generated_runs": len(runs),
