@@ -23,11 +23,12 @@ from data.images import UPRIGHT
 from data.parallel import chunks, run_groups
 from data.rollout import ActionNoise, rollout
 from data.student import Student
+from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
-from spvla.export import accelerate, fingerprint, load_export
-from spvla.policy import episode_stats
+from spvla.export import fingerprint, load_export
+from spvla.steps import episode_stats
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn

@@ -15,7 +15,8 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.episodes import Episode
 from spvla.history import Source
 from spvla.observation import Observation
-from spvla.policy import SPVLAPolicy, StepInfo, record_to_episode
+from spvla.recording import Policy, Record
+from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import encode_jpeg
 
@@ -83,7 +84,7 @@ class Rollout:
         """Control steps from the nudge to the VLA's next look at the scene, None without either."""
         if self.nudged is None:
             return None
-        return next((i for i, s in enumerate(self.steps[self.nudged :]) if "vla" in s.milliseconds), None)
+        return next((i for i, s in enumerate(self.steps[self.nudged :]) if s.called_vla), None)
 
 
 class Driver(Protocol):
@@ -98,7 +99,7 @@ class Driver(Protocol):
 
 def rollout(
     env: Env,
-    policy: SPVLAPolicy,
+    policy: Policy,
     *,
     init_state: int | None,
     seed: int,
@@ -140,20 +141,16 @@ def rollout(
     if driver is not None:
         driver.start(instruction, seed)
     frames: list[bytes] = []
-    actions: list[FloatArray] = []
-    states: list[FloatArray | None] = []
-    labels: list[VLAOutput | None] = []
+    record = Record()
     outputs: list[VLAOutput | None] = []
     privileged: list[FloatArray] = []
     done = False
     nudged: int | None = None
     limit = max_steps or env.task.max_steps
 
-    def execute(action: FloatArray, state: FloatArray, output: VLAOutput | None) -> bool:
+    def execute(action: FloatArray, state: FloatArray, output: VLAOutput | None, source: Source) -> bool:
         nonlocal nudged
-        actions.append(action)
-        states.append(state)
-        labels.append(output)
+        record.add(action, state, output, source)
         if isinstance(env, Privileged):
             privileged.append(env.environment_state())
         over = env.step(action)
@@ -171,9 +168,9 @@ def rollout(
             return seen[0]
 
         action = policy.select_action(observe, state=state)
-        output = policy.last_output
+        output, source = policy.last_output, policy.last_step.source
         outputs.append(output)
-        elsewhere = (driver is not None or noise is not None) and "vla" not in policy.last_step.milliseconds
+        elsewhere = (driver is not None or noise is not None) and not policy.last_step.called_vla
         if teacher is not None and (output is None or elsewhere):  # a plan's later actions are not for where noise led
             output = teacher.predict(observe())
         if driver is not None:
@@ -186,18 +183,18 @@ def rollout(
             frames.append(encode_jpeg(observe().require_image()))
         delay = real_time.delay(policy.last_step, policy.space) if real_time else 0
         if real_time and delay:
-            held = real_time.held(action, actions[-1] if actions else None, policy.space)
+            held = real_time.held(action, record.actions[-1] if record.actions else None, policy.space)
             policy.executed(held)
-            done = execute(held, state, output)
+            done = execute(held, state, output, source)
             for k in range(1, delay + 1):
                 if done or env.steps >= limit:
                     break
                 state = env.state()
                 policy.waited(now := action if k == delay else held, state)
-                done = execute(now, state, None)
+                done = execute(now, state, None, Source.HELD)
         else:
-            done = execute(action, state, output)
-    episode = record_to_episode(actions, states, labels, policy.steps, policy.space)
+            done = execute(action, state, output, source)
+    episode = record.episode(policy.space)
     episode.instruction = instruction
     if images:
         episode.images = {MAIN_CAMERA: frames}

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,16 @@ from data.rollout import Rollout, deviations, rollout
 from eval.film import write_film
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
+from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.export import GATES, Export, accelerate, fingerprint, load_export
+from spvla.export import Export, fingerprint, load_export
 from spvla.files import write_text
+from spvla.gates import GATES, has_risk
 from spvla.history import Source
-from spvla.policy import SPVLAPolicy, run_lengths
 from spvla.pruning.pruner import PRESETS, TokenPruner, make_pruner
+from spvla.recording import Policy
+from spvla.steps import run_lengths
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
@@ -53,6 +56,7 @@ COLUMNS = (
     *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
     *("visual_tokens_mean", "policy_ms_per_step_p50", "policy_seconds_per_episode", "policy_speedup"),
 )
+LIVE = ("live_risk", "live_risk_bound95", "threshold", "live_steps", "drift_alarms")
 UNTIMED = dict.fromkeys([*(f"policy_ms_per_step_p{q}" for q in (50, 95, 99)), "policy_seconds_per_episode"])
 
 
@@ -72,6 +76,11 @@ class Cell:
         pruning = "" if self.pruning == "none" else f"+{self.pruning}"
         return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
 
+    @property
+    def live(self) -> bool:
+        """The gate learns from episode to episode: all episodes of the cell are one deployment, in order."""
+        return self.gate == "live"
+
 
 def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cell]:
     """Cells from their names; the VLA alone always leads.
@@ -87,11 +96,10 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
             raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
-        has_risk = names[1] in ("learned", "live")
-        if at and not has_risk:
-            raise InputError(f"cell {text!r}: only the learned and the live gate have a risk")
+        if at and not has_risk(names[1]):
+            raise InputError(f"cell {text!r}: the gate {names[1]!r} has no risk")
         try:
-            asked = [float(risk)] if at else (list(risks) if has_risk else [None])
+            asked = [float(risk)] if at else (list(risks) if has_risk(names[1]) else [None])
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
@@ -135,9 +143,10 @@ class Group:
     setting: Setting
     films: Path | None = None  # where films of the episode below go, of every cell
     filmed: tuple[int | None, int] | None = None  # initial state, seed
+    learned: dict[str, dict[str, Any]] = field(default_factory=dict)  # by cell, what its live gate has learned before
 
 
-def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> SPVLAPolicy:
+def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -> Policy:
     """The policy of a cell around ``vla``. Raises :class:`InputError` that names the cell if there can be none."""
     try:
         return accelerate(
@@ -151,7 +160,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Setting) -
             max_generated_run=setting.max_generated_run,
         )
     except InputError as error:
-        hint = "; learned cells need --export" if export is None and cell.gate == "learned" else ""
+        hint = "; learned cells need --export" if export is None and cell.gate != "none" and has_risk(cell.gate) else ""
         raise InputError(f"cell {cell.name}: {error}{hint}") from None
 
 
@@ -160,19 +169,31 @@ def _environment(task: Task, setting: Setting, vla: VLA) -> Env:
     return make_env(task, render=render, wrist_camera=needs_wrist_image(vla))
 
 
+def _run_deployment(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """Groups one after another; each goes on with what the live gates have learned in those before."""
+    learned: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for row in _run_group(replace(group, learned=group.learned | learned)):
+            if row["live"] is not None:
+                learned[row["cell"]] = row["live"]
+            yield row
+
+
 def _run_group(group: Group) -> Iterator[dict[str, Any]]:
     setting = group.setting
     export = load_export(setting.export) if setting.export else None
     source = (setting.vla, setting.checkpoint, setting.vla_options, group.task.suite)
     vla = load_vla(*source)
     teacher = second_vla(vla, *source) if setting.label else None
-    policies: dict[Cell, SPVLAPolicy] = {}
+    policies: dict[Cell, Policy] = {}
     tolerance = export.tolerance if export else 0.2
     content = fingerprint(setting.export)
     with _environment(group.task, setting, vla) as env:
         for cell, init_state, seed in group.jobs:
             if cell not in policies:
                 policies[cell] = make_policy(cell, vla, export, setting)
+                if cell.name in group.learned:
+                    policies[cell].live.restore(group.learned[cell.name])
             policy = policies[cell]
             film = group.films is not None and (init_state, seed) == group.filmed
             result = rollout(
@@ -210,6 +231,9 @@ def _run_group(group: Group) -> Iterator[dict[str, Any]]:
                 "reaction": result.reaction,
                 "fallbacks": int(stats["fallbacks"]),
                 "switches": int(stats["switches"]),
+                "audits": int(stats["audits"]),
+                **{k: stats.get(k) for k in LIVE},
+                "live": policy.live.to_dict() if cell.live else None,
                 "visual_tokens_mean": stats.get("visual_tokens_mean"),
                 "visual_tokens_total": max((s.visual_tokens[1] for s in result.steps if s.visual_tokens), default=None),
                 "generated_run_lengths": run_lengths(generated).tolist(),
@@ -234,7 +258,7 @@ def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:
     return None if counts is None else counts.tolist()
 
 
-def _film(folder: Path, cell: Cell, policy: SPVLAPolicy, result: Rollout) -> None:
+def _film(folder: Path, cell: Cell, policy: Policy, result: Rollout) -> None:
     """Write the film of an episode, as the VLA sees it where it says how."""
     (frames,) = result.episode.images.values()
     view = getattr(policy.vla, "view", lambda image: image)
@@ -351,6 +375,8 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         if counted := [e for e in seeing if e.get("kept") is not None]:
             kept = np.sum([e["kept"] for e in counted], axis=0)
             row["kept_share"] = (kept / sum(e["vla_calls"] for e in counted)).round(3).tolist()
+        if (last := max(es, key=lambda e: e["live_steps"] or 0))["live_steps"] is not None:
+            row |= {"audits_per_episode": float(np.mean([e["audits"] for e in es])), **{k: last[k] for k in LIVE}}
         row["deviation_rate"] = None
         labelled = [e for e in es if e["deviating"] is not None]
         if labelled:
@@ -398,7 +424,8 @@ def closed_loop(
     """Evaluate cells of generator x gate x pruning in closed loop, paired against the VLA alone.
 
     Stopped, it continues where it was when called again with the same output. With another export there, only the cells
-    that use it run anew.
+    that use it run anew. All episodes of a cell with a live gate are one deployment: its tasks one after another, in one
+    worker, whatever the number of workers.
 
     Args:
         suite: the simulator's suite of tasks, for example libero_object.
@@ -449,8 +476,8 @@ def closed_loop(
     if hold != "stop" and not real_time:
         raise InputError("hold: counts in real time only; add --real_time true")
     for name in rules:
-        if name not in GATES or name == "learned":
-            raise InputError(f"rules: {name!r} is no rule; there are: {', '.join(n for n in GATES if n != 'learned')}")
+        if name not in GATES:
+            raise InputError(f"rules: gate {name!r} is unknown; there are: {', '.join(GATES.names())}")
     for name in pruning:
         cell_pruner(name, pruning)
     for cell in wanted:
@@ -481,18 +508,26 @@ def closed_loop(
     content = fingerprint(export)
     done = [e for e in continued(raw, output / "setting.json", fixed) if e["generator"] == "none" or e["export"] == content]
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
-    groups, left = [], 0
+    groups: list[tuple[Group, ...]] = []  # each for one worker
+    deployments: dict[str, list[Group]] = {c.name: [] for c in wanted if c.live}
+    learned = {e["cell"]: e["live"] for e in sorted(done, key=lambda e: e["live_steps"] or 0) if e["live"] is not None}
+    left = 0
     for task, episodes in jobs.items():
         waiting = [(c, i, s) for i, s in episodes for c in wanted if (c.name, task.index, i, s) not in have]
         left += len(waiting)
-        parts = max(1, min(workers, len(waiting) // 10)) if waiting else 0
         film = (output / "films", episodes[0]) if films and task == chosen[0] else (None, None)
-        groups += [Group(task, tuple(part), setting, *film) for part in chunks(waiting, parts)]
+        apart = [job for job in waiting if not job[0].live]
+        parts = max(1, min(workers, len(apart) // 10))
+        groups += [(Group(task, tuple(part), setting, *film),) for part in chunks(apart, parts)] if apart else []
+        for name, deployment in deployments.items():
+            mine = tuple(job for job in waiting if job[0].name == name)
+            deployment += [Group(task, mine, setting, *film, learned=learned)] if mine else []
+    groups += [tuple(deployment) for deployment in deployments.values() if deployment]
     from tqdm import tqdm
 
     total = len(wanted) * sum(map(len, jobs.values()))
     with tqdm(total=total, initial=total - left, desc=f"closed loop {suite}", unit="episode") as bar:
-        for result in run_groups(_run_group, groups, workers):
+        for result in run_groups(_run_deployment, groups, workers):
             append(raw, result)
             done.append(result)
             bar.update()
@@ -512,11 +547,12 @@ def closed_loop(
         timing, timed = measure_time(wanted, sorted(turns[:timing_episodes], key=lambda turn: turn[0].index), setting)
         write_csv(output / "timing.csv.gz", timed)
     rows = summarise(mine, timing)
-    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
+    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept", "live")} for e in mine])
     _write_traces(output / "traces.json.gz", mine)
     facts = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in chosen], **fixed}
     path = write_summary(output, "closed_loop", rows, export=content, **facts, timing_episodes=timing_episodes, **beside)
     extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
+    extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if deployments else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     text = table(rows, [*COLUMNS, *extra])
     write_text(output / "table.txt", text + "\n")

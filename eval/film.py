@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.history import Source
-from spvla.policy import StepInfo
+from spvla.steps import StepInfo
 from spvla.vlas.base import VLAOutput
 
 Image = NDArray[np.uint8]

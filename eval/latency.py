@@ -19,11 +19,12 @@ import torch
 from eval.output import table, write_summary
 from eval.vla_latency import time_vla
 from spvla.actions import ActionSpace, FloatArray
+from spvla.assemble import accelerate
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.export import Export, accelerate, load_export
+from spvla.export import Export, load_export
 from spvla.observation import Observation
-from spvla.policy import SPVLAPolicy
+from spvla.recording import Policy
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.registry import load_vla
 
@@ -143,16 +144,16 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         measured = policy.steps[WARM_UP:]
         total = np.array([s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in measured])
         assert policy.generator is not None and policy.gate is not None
-        proposal = policy.generator.propose(policy.history)
+        proposal = policy.generator.propose(policy.history.window())[:, 0]
 
-        def propose(policy: SPVLAPolicy = policy) -> Any:
+        def propose(policy: Policy = policy) -> Any:
             assert policy.generator is not None and policy.history.last_action is not None
             policy.history.amend(policy.history.last_action)  # else the features would be there already
-            return policy.generator.propose(policy.history)
+            return policy.generator.propose(policy.history.window())
 
         stages: dict[str, Callable[[], Any]] = {
             "proposal": propose,
-            "gate": lambda p=policy, q=proposal: p.gate.decide(p.history, q),  # type: ignore[misc]
+            "gate": lambda p=policy, q=proposal: p.gate.decide(p.history.window(), q),  # type: ignore[misc]
         }
         row: dict[str, Any] = {"generator": name, "parameters": _parameters(loaded, name)}
         row |= {f"step_ms_p{q}": float(np.percentile(total, q)) for q in (50, 95, 99)}

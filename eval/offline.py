@@ -58,7 +58,7 @@ def judge_store(windows: Windows, export: Export, names: Sequence[str]) -> Judge
             continue
         batch = windows.batch(np.arange(first + 1, first + info.length, dtype=np.int64))
         for name, generator in generators.items():
-            actions = generator.propose_windows(batch.window)[:, :horizon]
+            actions = generator.propose(batch.window)[:, :horizon]
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
             if name in verdicts:

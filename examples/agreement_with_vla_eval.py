@@ -29,8 +29,8 @@ from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState, Sc
 from data.envs.libero.tasks import LiberoTask
 from data.rollout import rollout
 from spvla.actions import LIBERO
+from spvla.assemble import accelerate
 from spvla.errors import InputError
-from spvla.export import accelerate
 from spvla.files import write_text
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput

@@ -8,10 +8,13 @@ action = policy.select_action(observation)
 from importlib.metadata import PackageNotFoundError, version
 
 from spvla.actions import LIBERO, ActionSpace
+from spvla.assemble import accelerate
 from spvla.errors import InputError
-from spvla.export import Export, accelerate, load_export, save_export
+from spvla.export import Export, load_export, save_export
 from spvla.observation import Observation
-from spvla.policy import SPVLAPolicy, StepInfo
+from spvla.policy import SPVLAPolicy
+from spvla.recording import Recorder
+from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
 
 try:
@@ -26,6 +29,7 @@ __all__ = [
     "Export",
     "InputError",
     "Observation",
+    "Recorder",
     "SPVLAPolicy",
     "StepInfo",
     "VLAOutput",

@@ -51,6 +51,7 @@ def check_values(
     types: Mapping[str, Any],
     at_least: Mapping[str, float] | None = None,
     infinite: tuple[str, ...] = (),
+    at_most: Mapping[str, float] | None = None,
 ) -> None:
     """Check ``values`` by name against type annotations, as far as both have the name.
 
@@ -59,6 +60,7 @@ def check_values(
         types: annotations; what is neither a number, text, list nor map is checked as a class.
         at_least: lower bounds of numbers, and of those in lists.
         infinite: names of numbers that may be infinite, though never NaN.
+        at_most: upper bounds of numbers, and of those in lists.
 
     Raises:
         InputError: names the first value that does not fit, and what would.
@@ -71,12 +73,20 @@ def check_values(
         numbers = value if isinstance(value, list | tuple) else [value]
         if least is not None and any(v < least for v in numbers if v is not None):
             raise InputError(f"{name} must be at least {least}, got {_short(value)}")
+        most = (at_most or {}).get(name)
+        if most is not None and any(v > most for v in numbers if v is not None):
+            raise InputError(f"{name} must be at most {most}, got {_short(value)}", code="too-large", field=name)
 
 
-def check_fields(config: Any, at_least: Mapping[str, float] | None = None, infinite: tuple[str, ...] = ()) -> None:
+def check_fields(
+    config: Any,
+    at_least: Mapping[str, float] | None = None,
+    infinite: tuple[str, ...] = (),
+    at_most: Mapping[str, float] | None = None,
+) -> None:
     """:func:`check_values` of a frozen dataclass's fields; lists become tuples where the annotation says so."""
     types = _types(config.__class__)
-    check_values(vars(config), types, at_least, infinite)
+    check_values(vars(config), types, at_least, infinite, at_most)
     for name, hint in types.items():
         value = getattr(config, name)
         if isinstance(value, list | np.ndarray) and any(get_origin(h) is tuple for h in (hint, *get_args(hint))):

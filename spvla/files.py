@@ -57,6 +57,23 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all, see :func:`writing`."""
+    with writing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def is_running(process: str) -> bool:
+    """Whether ``process``, a number as in a temporary file's name, runs on this machine. What it left is in use then."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` for the block to fill and to move; what is left of it at the end is removed."""

@@ -41,6 +41,8 @@ class Window:
         vla_age: steps since that call, (B,): 1 directly after it, 0 if it was never asked.
         vla_confidence: the VLA's confidence in that action, (B, D), or None if it reports none.
         vla_features: its pooled features, (B, F), or None.
+        credited: 1 where hand-set rules count the step as the generator's, (B, n); None: as ``sources``. They differ in shadow
+            mode, where the VLA acts in the place of the generator.
     """
 
     actions: FloatArray
@@ -52,6 +54,7 @@ class Window:
     vla_age: FloatArray
     vla_confidence: FloatArray | None = None
     vla_features: FloatArray | None = None
+    credited: FloatArray | None = None
 
 
 class ActionHistory:
@@ -73,11 +76,11 @@ class ActionHistory:
         """Forget everything: a new episode starts."""
         n, d = self.length, self.space.dim
         self.steps = 0  # actions executed in this episode
-        self.generated_run = 0  # generated actions since the VLA last acted
+        self.generated_run = self._run_before = 0  # generated actions since the VLA last acted, now and a step ago
         self.actions = np.zeros((n, d), np.float32)  # environment units
         self.normalized = np.zeros((n, d), np.float32)
         self.sources = np.zeros(n, np.float32)  # 1 where the generator acted
-        self.makers = np.zeros(n, np.uint8)  # Source of each step, as rules and run limit count it
+        self.credited = np.zeros(n, np.float32)  # 1 where rules count the step as the generator's
         self.mask = np.zeros(n, np.float32)
         self.states: FloatArray | None = None  # (n + 1, S) once a state was observed
         self.vla_output: VLAOutput | None = None
@@ -113,24 +116,22 @@ class ActionHistory:
             self.states[-1] = state
         self._observed = True
 
-    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None, *, maker: Source | None = None) -> None:
+    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
         """Take in an executed action.
 
         Args:
             action: (D,), environment units.
             source: who made it.
             output: the VLA's output if it was asked.
-            maker: who counts as its maker for rules and run limit, if that is another: in shadow mode whoever would have.
         """
         action = self._checked(action)
-        maker = source if maker is None else maker
         self._window = None
         normalized = self.space.normalize(action)
         for buffer, value in (
             (self.actions, action),
             (self.normalized, normalized),
             (self.sources, float(source == Source.GENERATOR)),
-            (self.makers, maker),
+            (self.credited, float(source == Source.GENERATOR)),
             (self.mask, 1.0),
         ):
             buffer[:-1] = buffer[1:]
@@ -138,7 +139,8 @@ class ActionHistory:
         self.steps += 1
         self._observed = False
         self.vla_age += self.vla_age > 0
-        self.generated_run = 0 if maker == Source.VLA else self.generated_run + (maker == Source.GENERATOR)
+        self._run_before = self.generated_run
+        self.generated_run = 0 if source == Source.VLA else self.generated_run + (source == Source.GENERATOR)
         if source == Source.VLA:
             # The VLA's own words, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
@@ -147,6 +149,13 @@ class ActionHistory:
                 self.vla_state = self.states[-1].copy()
             if output is not None:
                 self.vla_output = output
+
+    def credit(self, source: Source) -> None:
+        """Let hand-set rules and the run limit count the last step as ``source``'s, though another made it: in shadow mode the
+        VLA acts where the generator would have."""
+        self._window = None
+        self.credited[-1] = float(source == Source.GENERATOR)
+        self.generated_run = 0 if source == Source.VLA else self._run_before + (source == Source.GENERATOR)
 
     def amend(self, action: FloatArray) -> None:
         """Replace the last executed action (D,), environment units: something downstream changed it."""
@@ -176,11 +185,6 @@ class ActionHistory:
         k = min(n, self.steps, self.length)
         return self.actions[self.length - k :]
 
-    def recent_makers(self, n: int) -> NDArray[np.uint8]:
-        """Who made :meth:`recent`'s actions (:class:`Source`): (k <= n,)."""
-        k = min(n, self.steps, self.length)
-        return self.makers[self.length - k :]
-
     def window(self) -> Window:
         """This history as a batch of one, the same object until the next change. The arrays are views: read them before."""
         if self._window is not None:
@@ -200,5 +204,6 @@ class ActionHistory:
             vla_age=np.array([self.vla_age], np.float32),
             vla_confidence=None if confidence is None else confidence[None],
             vla_features=None if features is None else features[None],
+            credited=self.credited[None],
         )
         return self._window

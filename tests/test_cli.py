@@ -157,7 +157,7 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
             "student_checkpoint",
         ),
         (("data", "collect", "--suite", "libero_object", "--init_states", "0", "--output", "/proc/o"), "/proc/o"),
-        (("eval", "closed_loop", *LOOP, "--rules", "{{relase: {{step_skip: 2}}}}"), "'relase' is no rule"),
+        (("eval", "closed_loop", *LOOP, "--rules", "{{relase: {{step_skip: 2}}}}"), "'relase' is unknown"),
         (("eval", "closed_loop", *LOOP, "--pruning", "{{half: {{keep: 7}}}}"), "keep must lie in (0, 1], got 7"),
         (("eval", "closed_loop", *LOOP, "--hold", "last"), "hold: counts in real time only"),
         (("eval", "closed_loop", "--suite", "libero_object", "--cells", "mlp", "--output", "{tmp}/c"), "mlp"),

@@ -1,6 +1,8 @@
 """Export folders: round trip, what is refused, and that a robot needs nothing but spvla."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,22 +17,23 @@ from spvla.actions import LIBERO
 from spvla.export import Export, fingerprint
 from spvla.gates.calibration import calibrate
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.generators import make_network
 from spvla.generators.features import FeatureConfig
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.learned import GeneratorConfig
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 ROOT = Path(__file__).parents[1]
 
 
-def make_export(dim: int = 7, **changes) -> Export:
-    torch.manual_seed(0)
+def make_export(dim: int = 7, seed: int = 0, **changes) -> Export:
+    torch.manual_seed(seed)
     g = np.random.default_rng(0)
     features = FeatureConfig(dim, 6, (0, 2), (-1, -1), (1, 1))
     p = [g.random(40) for _ in range(60)]
     curve = calibrate(p, [g.random(40) < 0.3 * x for x in p])
     networks = {
-        "mlp": LearnedGenerator(GeneratorConfig("mlp", features, (6,), width=16, depth=1)),
-        "transformer": LearnedGenerator(GeneratorConfig("transformer", features, (6,), width=16, depth=1, heads=2)),
+        "mlp": make_network(vars(GeneratorConfig("mlp", features, (6,), width=16, depth=1))),
+        "transformer": make_network(vars(GeneratorConfig("transformer", features, (6,), width=16, depth=1, heads=2))),
     }
     gates = {n: ActionTypeClassifier(ClassifierConfig(features, width=8, depth=1)) for n in (*networks, "ridge")}
     defaults = {"generator": "mlp", "gate": "learned", "risk": 0.1, "max_generated_run": 8}
@@ -201,6 +204,75 @@ def test_an_export_takes_the_place_of_an_older_one_whole(folder):
     assert [p.name for p in (folder / "generators").iterdir()] == ["mlp.safetensors"]
 
 
+def save_and_die(export, folder, moment):
+    """Save in a child process that is killed before its file operation number ``moment``; False if it ended before that."""
+    child = os.fork()
+    if not child:
+        operations = {"os.rename", "os.rmdir", "os.remove", "os.mkdir", "shutil.rmtree", "open"}
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event in operations and str(folder) in str(arguments[0]):
+                count += 1
+                if count == moment:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        save_export(export, folder)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_anywhere_leaves_the_old_export_or_the_new_one(folder):
+    old, new = make_export(seed=0), make_export(seed=1, tolerance=0.3)
+    left = set()
+    for moment in itertools.count(1):
+        save_export(old, folder)
+        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "gates", "generators"]
+        if not save_and_die(new, folder, moment):
+            break
+        loaded = load_export(folder)
+        expected = {0.2: old, 0.3: new}[loaded.tolerance]
+        for name, network in expected.generators.items():
+            for mine, theirs in zip(loaded.generators[name].parameters(), network.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        left.add(loaded.tolerance)
+    assert moment > 30 and left == {0.2, 0.3}
+
+
+def test_exchanged_and_damaged_weights_are_refused(folder):
+    generators = folder / "generators"
+    gates = folder / "gates"
+    for a, b in ((gates / "ridge.safetensors", gates / "mlp.safetensors"), (generators / "mlp.safetensors", None)):
+        kept = a.read_bytes()
+        a.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]) if b is None else b.read_bytes())
+        with pytest.raises(InputError) as error:
+            load_export(folder)
+        assert (error.value.code, error.value.field) == ("damaged", str(a))
+        a.write_bytes(kept)
+    load_export(folder)
+
+
+@pytest.mark.parametrize(("kind", "option", "value"), [("generators", "depth", 10**7), ("gates", "width", 10**9)])
+def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, option, value):
+    config = json.loads((folder / "config.json").read_text())
+    config[kind]["mlp"][option] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        load_export(folder)
+    assert (error.value.code, error.value.field) == ("too-large", option)
+
+
+def test_names_that_leave_the_folder_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["generators"]["../../elsewhere"] = config["generators"].pop("mlp")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is not a name"):
+        load_export(folder)
+
+
 @pytest.mark.parametrize("what", ["a folder in it", "values no JSON holds"])
 def test_an_export_that_cannot_be_replaced_is_left_as_it_was(folder, what):
     export = make_export()
@@ -239,7 +311,7 @@ def test_a_state_too_short_is_told(folder, state):
         ({"risk": 7, "gate": "release"}, r"risk must lie in \(0, 1\], got 7"),
         ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
         ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; there are: learned, release, paper"),
-        ({"rule": {"z_max": 1}}, "rule: there is no hand-set rule that its constants"),
+        ({"rule": {"z_max": 1}}, "z_max"),
         ({"gate": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
         ({"gate": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),
         ({"max_generated_run": 2.5}, "max_generated_run must be a whole number, got 2.5"),

@@ -9,8 +9,7 @@ import pytest
 
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace, read_space
-from spvla.gates.base import Decision
-from spvla.generators.base import Proposal
+from spvla.gates.base import Decisions
 from spvla.generators.ridge import LastActionGenerator
 from spvla.history import Source
 from spvla.vlas.foreign import ForeignVLA, LeRobotVLA, as_vla
@@ -72,14 +71,13 @@ def test_accelerate_takes_it_as_it_is(tmp_path):
 class Counted:
     """A gate that lets the generator make a given number of actions after each chunk."""
 
-    history_length = 1
-
     def __init__(self, run):
-        self.run, self.asked = run, 0
+        self.run, self.asked, self.history_length = run, 0, max(1, run)
 
-    def decide(self, history, proposal):
+    def decide(self, window, proposals):
         self.asked += 1
-        return Decision(history.generated_run < self.run, "counted")
+        generated = window.sources[0, -self.run :].sum() if self.run else 0
+        return Decisions(np.array([generated < self.run]), np.array(["counted"]))
 
 
 @pytest.mark.parametrize("run", [0, 3])
@@ -96,8 +94,8 @@ def test_the_scheduler_decides_when_a_chunk_is_used_up_and_only_then(run):
 
 def test_a_refused_proposal_after_a_chunk_means_a_new_plan():
     class Wild(LastActionGenerator):
-        def propose(self, history):
-            return Proposal(np.full((1, 7), np.nan, np.float32))
+        def propose(self, window):
+            return np.full((1, 1, 7), np.nan, np.float32)
 
     policy = SPVLAPolicy(ForeignVLA(Planning(), LIBERO), Wild(LIBERO), Always())
     out = drive(policy, 16)

@@ -11,18 +11,17 @@ from spvla.errors import InputError
 from spvla.gates.calibration import Calibration, calibrate, worst_of
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate
 from spvla.gates.rules import PaperRule, ReleaseRule
-from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig
 from spvla.history import ActionHistory, Source
 
-PROPOSAL = Proposal(np.zeros((1, 7), np.float32))
+PROPOSALS = np.zeros((1, 7), np.float32)
 
 
 def pattern(rule, action, steps):
     history, out = ActionHistory(LIBERO, 6), ""
     for _ in range(steps):
         history.observe(None)
-        source = Source.GENERATOR if rule.decide(history, PROPOSAL).intuitive else Source.VLA
+        source = Source.GENERATOR if rule.decide(history.window(), PROPOSALS)[0].intuitive else Source.VLA
         history.act(np.asarray(action, np.float32), source)
         out += "VG"[source]
     return out
@@ -125,12 +124,12 @@ def test_a_nan_classifier_is_deliberative_and_the_threshold_decides():
     history.observe(None)
     history.act(np.zeros(7, np.float32), Source.VLA)
     history.observe(None)
-    decision = LearnedGate(classifier, 1.0, LIBERO).decide(history, PROPOSAL)
+    decision = LearnedGate(classifier, 1.0, LIBERO).decide(history.window(), PROPOSALS)[0]
     assert decision.intuitive and 0 < decision.probability < 1
-    assert not LearnedGate(classifier, -1.0, LIBERO).decide(history, PROPOSAL).intuitive
+    assert not LearnedGate(classifier, -1.0, LIBERO).decide(history.window(), PROPOSALS)[0].intuitive
     with torch.no_grad():
         classifier.net[0].bias.fill_(float("nan"))
-    assert not LearnedGate(classifier, 1.0, LIBERO).decide(history, PROPOSAL).intuitive
+    assert not LearnedGate(classifier, 1.0, LIBERO).decide(history.window(), PROPOSALS)[0].intuitive
 
 
 def test_a_state_that_no_training_saw_is_deliberative():
@@ -143,7 +142,7 @@ def test_a_state_that_no_training_saw_is_deliberative():
             history.observe(np.array(state, np.float32))
             history.act(np.zeros(7, np.float32), Source.VLA)
         history.observe(np.array(state, np.float32))
-        return gate.decide(history, PROPOSAL)
+        return gate.decide(history.window(), PROPOSALS)[0]
 
     assert decide(2, 1e6, 0.3).intuitive  # the second entry is not read
     for state in ((1000, 0, 0.1), (0, 0, -1000), (-11, 0, 0.1), (0, 0, 1.2)):

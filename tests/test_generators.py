@@ -1,5 +1,6 @@
 """Generators: the linear one against its closed forms and scikit-learn, the learned ones against their contracts."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis.extra import numpy as hnp
 
 from spvla.actions import LIBERO, ActionSpace
 from spvla.errors import InputError
+from spvla.generators import make_network
 from spvla.generators.features import FeatureConfig, HistoryFeatures, feature_names, to_device
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.learned import GeneratorConfig
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator, extrapolate, ridge_filter, validity_clip
-from spvla.history import ActionHistory, Source
+from spvla.history import ActionHistory, Source, Window
 from spvla.vlas.base import VLAOutput
 
 XYZ = np.array(
@@ -63,8 +65,8 @@ def test_validity_clip_bounds_value_and_change(y):
 def test_release_form_copies_rotation_and_gripper_paper_form_only_the_gripper():
     history = filled(8)
     last = history.last_action
-    release = RidgeGenerator(LIBERO).propose(history).actions[0]
-    paper = RidgeGenerator(LIBERO, form="paper").propose(history).actions[0]
+    release = LIBERO.denormalize(RidgeGenerator(LIBERO).propose(history.window())[0, 0])
+    paper = LIBERO.denormalize(RidgeGenerator(LIBERO, form="paper").propose(history.window())[0, 0])
     np.testing.assert_array_equal(release[3:], last[3:])
     np.testing.assert_allclose(paper[:6], extrapolate(history.recent(6))[0, :6], atol=1e-6)
     assert paper[6] == last[6] and not np.allclose(paper[3:6], last[3:6])
@@ -74,23 +76,24 @@ def test_release_form_needs_translation():
     joints = ActionSpace("arm", "joint_velocity", 10, (-1,) * 7, (1,) * 7, (-1,) * 7, (1,) * 7, gripper=(6,))
     with pytest.raises(InputError, match="translation"):
         RidgeGenerator(joints)
-    RidgeGenerator(joints, form="paper").propose(filled(6, space=joints))
+    RidgeGenerator(joints, form="paper").propose(filled(6, space=joints).window())
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
-def test_windows_and_histories_give_the_same_proposals(steps):
-    history = filled(steps)
+def test_a_batch_of_histories_gives_the_proposals_of_each():
+    histories = [filled(steps) for steps in (0, 1, 2, 5, 9)]
+    windows = [h.window() for h in histories]
+    together = Window(*(np.concatenate([getattr(w, f.name) for w in windows]) for f in fields(Window)[:7]))
     torch.manual_seed(0)
-    learned = LearnedGenerator(GeneratorConfig("mlp", FEATURES, gripper=(6,))).bind(LIBERO)
+    learned = make_network(vars(GeneratorConfig("mlp", FEATURES, gripper=(6,)))).bind(LIBERO)
     for generator in (RidgeGenerator(LIBERO), RidgeGenerator(LIBERO, "paper"), LastActionGenerator(LIBERO), learned):
-        batched = LIBERO.denormalize(generator.propose_windows(history.window()))[0]
-        np.testing.assert_allclose(generator.propose(history).actions, batched, atol=1e-5)
+        alone = np.concatenate([generator.propose(w) for w in windows])
+        np.testing.assert_allclose(generator.propose(together), alone, atol=1e-5)
 
 
 def test_every_change_of_a_history_reaches_the_network():
     """Features are computed once a step: never those of the step before."""
     torch.manual_seed(0)
-    network = LearnedGenerator(GeneratorConfig("mlp", FEATURES)).eval()
+    network = make_network(vars(GeneratorConfig("mlp", FEATURES))).eval()
     history = filled(20)
     changes = (
         lambda: history.observe(np.full(5, 0.3, np.float32)),
@@ -108,26 +111,20 @@ def test_every_change_of_a_history_reaches_the_network():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])
-def test_learned_generators(kind, tmp_path):
+def test_learned_generators(kind):
     torch.manual_seed(0)
-    network = LearnedGenerator(GeneratorConfig(kind, FEATURES, gripper=(6,), horizon=3, width=32, depth=2)).eval()
+    network = make_network(vars(GeneratorConfig(kind, FEATURES, gripper=(6,), horizon=3, width=32, depth=2))).eval()
     window = filled(20).window()
-    proposal = network.bind(LIBERO).propose(filled(20))
-    assert proposal.actions.shape == (3, 7) and set(np.abs(proposal.actions[:, 6])) == {1.0}
+    proposal = network.bind(LIBERO).propose(window)
+    assert proposal.shape == (1, 3, 7) and set(np.abs(proposal[0, :, 6])) == {1.0}
     with torch.inference_mode():  # arrays and tensors take different routes to the same features
         torch.testing.assert_close(network(window), network(to_device(window, "cpu")))
-    network.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json", ".md"}
-    again = LearnedGenerator.from_pretrained(tmp_path).eval()
-    assert again.config == network.config
-    with torch.inference_mode():
-        torch.testing.assert_close(again(window), network(window), rtol=0, atol=0)
 
 
 def test_transformer_blocks_are_causal():
     """A step's representation cannot change the ones before it."""
     torch.manual_seed(0)
-    network = LearnedGenerator(GeneratorConfig("transformer", FEATURES, width=32, depth=2)).eval()
+    network = make_network(vars(GeneratorConfig("transformer", FEATURES, width=32, depth=2))).eval()
     block = network.blocks[0]
     x = torch.randn(1, 6, 32)
     y = x.clone()
@@ -149,29 +146,29 @@ def test_features_are_exactly_what_the_design_allows():
 
 
 def test_a_generator_of_another_robot_is_refused():
-    network = LearnedGenerator(GeneratorConfig("mlp", FeatureConfig(4, 12)))
+    network = make_network(vars(GeneratorConfig("mlp", FeatureConfig(4, 12))))
     with pytest.raises(InputError, match="4 action dimensions"):
         network.bind(LIBERO)
-    lacking = LearnedGenerator(GeneratorConfig("mlp", FeatureConfig(7, 12, vla_features=8))).bind(LIBERO)
+    lacking = make_network(vars(GeneratorConfig("mlp", FeatureConfig(7, 12, vla_features=8)))).bind(LIBERO)
     with pytest.raises(InputError, match="vla_features"):
-        lacking.propose(filled(3))
-    lacking.propose(filled(0))  # before the first call nobody has anything to report
+        lacking.propose(filled(3).window())
+    lacking.propose(filled(0).window())  # before the first call nobody has anything to report
 
 
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])
 def test_what_the_vla_reports_of_itself_is_an_input(kind):
     config = FeatureConfig(7, 12, vla_confidence=True, vla_features=3)
-    generator = LearnedGenerator(GeneratorConfig(kind, config, width=16, depth=1, heads=2)).bind(LIBERO)
+    generator = make_network(vars(GeneratorConfig(kind, config, width=16, depth=1, heads=2))).bind(LIBERO)
 
     def proposal(features: list[float], confidence: float = 0.5) -> np.ndarray:
         history = ActionHistory(LIBERO, 12)
         history.observe(np.zeros(3))
-        before = generator.propose(history).actions
+        before = generator.propose(history.window())[0]
         sure, pooled = np.full(7, confidence, np.float32), np.array(features, np.float32)
         output = VLAOutput(np.zeros((1, 7), np.float32), confidence=sure, features=pooled)
         history.act(output.actions[0], Source.VLA, output)
         history.observe(np.zeros(3))
-        return np.array([before[0], generator.propose(history).actions[0]])
+        return np.array([before[0], generator.propose(history.window())[0, 0]])
 
     first = proposal([0, 0, 0])
     for other in (proposal([0, 0, 1]), proposal([0, 0, 0], 0.9)):

@@ -8,6 +8,7 @@ from spvla.errors import InputError
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.recording import Recorder
 from tests.conftest import ScriptedVLA
 
 BAD = [(np.full(7, np.nan), "NaN or infinity"), (np.zeros(6), r"shape \(7,\), got \(6,\)"), (np.zeros((1, 7)), "shape")]
@@ -28,7 +29,7 @@ def test_executed_actions_must_be_whole(action, told):
 
 @pytest.mark.parametrize(("action", "told"), BAD)
 def test_a_refused_report_leaves_the_recording_as_it_was(tmp_path, action, told):
-    policy = SPVLAPolicy(ScriptedVLA(np.full((5, 7), 0.25)), record=tmp_path)
+    policy = Recorder(SPVLAPolicy(ScriptedVLA(np.full((5, 7), 0.25))), tmp_path)
     policy.reset("go")
     policy.select_action(Observation(state=np.zeros(3, np.float32)))
     for call in (policy.executed, lambda a: policy.waited(a, np.zeros(3, np.float32))):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from spvla import InputError, Observation, SPVLAPolicy, accelerate, load_export
 from spvla.actions import LIBERO
-from spvla.gates.base import Decision
+from spvla.gates.base import Decisions
 from spvla.gates.live import LiveGate, LiveOptions, advance
 from spvla.gates.meter import RUN_LENGTH, DriftAlarm, losses_bound
+from spvla.gates.rules import ReleaseRule
 from spvla.history import Source
 from tests.conftest import ScriptedVLA
 from tests.test_policy import Fixed, run
@@ -112,7 +113,7 @@ def test_the_meter_covers_at_all_times(world, audit):
         covered += (total <= bound[found]).all(0).sum()
         runs += SEEDS
     assert covered >= 0.95 * runs - 3 * np.sqrt(0.05 * 0.95 * runs)
-    assert bound[found[-1]].mean() <= 2.5 * total[-1].mean() + 4 / audit  # and it is not an empty one
+    assert bound[found[-1]].mean() <= 2 * total[-1].mean() + 8 / audit  # and it is not an empty one
 
 
 @pytest.mark.slow
@@ -153,9 +154,10 @@ class Scored:
     def __init__(self, scores):
         self.scores, self.count = scores, 0
 
-    def decide(self, history, proposal):
+    def decide(self, window, proposals):
         self.count += 1
-        return Decision(True, "scored", self.scores[(self.count - 1) % len(self.scores)])
+        score = self.scores[(self.count - 1) % len(self.scores)]
+        return Decisions(np.array([True]), np.array(["scored"]), np.array([score]))
 
 
 def live(start=1.0, scores=(0.5,), risk=0.05, **options):
@@ -169,7 +171,7 @@ def play(gate, answers):
     gate.observe(A, answers[0])  # the first step is the VLA's
     out = []
     for answer in answers[1:]:
-        decision = gate.decide(None, SimpleNamespace(actions=A[None]))
+        decision = gate.decide(None, A[None])[0]
         out.append("G" if decision.intuitive and not decision.audit else decision.reason[0])
         gate.observe(A, None if out[-1] == "G" else answer)
     return "".join(out)
@@ -182,7 +184,7 @@ def test_the_coin_depends_on_the_seed_alone():
     assert agree != play(live(step=1e-6, agreement=False, seed=1), [A] * 300)
     # Nor on what the gate does: where half of the steps are called, the coins of the others are the same.
     half = play(live(0.7, step=1e-6, scores=(0.2, 0.9), agreement=False), [A] * 300)
-    assert [x for x in half[::2]] == [x for x in agree[::2]] and set(half[1::2]) == {"s"}
+    assert half[::2] == agree[::2] and set(half[1::2]) == {"s"}
 
 
 def test_after_a_disagreement_the_vla_acts_until_they_agree():
@@ -197,7 +199,7 @@ def test_the_gate_moves_as_the_formula_says():
     threshold = 0.8
     gate.begin("do it")
     for _ in range(200):
-        decision = gate.decide(None, SimpleNamespace(actions=A[None]))
+        decision = gate.decide(None, A[None])[0]
         gate.observe(A, B if decision.audit else None)
         threshold = advance(threshold, 4.0 if decision.audit else 0.0, 0.05 / 0.75, 0.01, 0.25)
         assert gate.state.threshold == pytest.approx(threshold)
@@ -238,16 +240,16 @@ def test_a_deployment_goes_on_where_it_was(tmp_path):
 
 
 def test_tasks_apart_on_request(tmp_path):
-    gate = live(audit=0.3, per_task=True)
+    gate = live(audit=0.3, per_task=True, agreement=False)
     gate.begin("one")
-    for _ in range(50):
-        gate.decide(None, SimpleNamespace(actions=A[None]))
+    for _ in range(150):
+        gate.decide(None, A[None])[0]
         gate.observe(A, B)
     sunk = gate.state.threshold
     gate.begin("two")
     assert gate.state.threshold == 1.0 > sunk
     gate.save(tmp_path / "live.json")
-    back = live(audit=0.3, per_task=True)
+    back = live(audit=0.3, per_task=True, agreement=False)
     back.load(tmp_path / "live.json")
     back.begin("one")
     assert back.state.threshold == sunk
@@ -290,8 +292,10 @@ def test_accelerate_makes_live_gates(tmp_path):
         accelerate(vla, export, gate="live", generator="ridge").live.load(tmp_path / "live.json")
     assert accelerate(vla, export, risk=1e-4, gate="live").live.state.threshold == 0  # more than calibration can vouch for
     assert accelerate(vla, export, gate="live", rule={"start": 0.0}).live.state.threshold == 0
-    rule = accelerate(vla, None, risk=0.05, gate="live")
-    assert rule.live.score(None) < rule.live.state.threshold
+    rule = LiveGate(ReleaseRule(LIBERO), (), 1.0, 0.05, LIBERO, 0.2)
+    assert rule.score(None) < rule.state.threshold
+    with pytest.raises(InputError, match="needs an export"):
+        accelerate(vla, None, risk=0.05, gate="live")
     with pytest.raises(InputError, match="live"):
         accelerate(vla, export, gate="live", rule={"audit": 2})
     with pytest.raises(InputError, match="no live gate"):
@@ -302,10 +306,9 @@ def test_a_step_that_failed_keeps_its_coin():
     gate = live(audit=0.5)
     gate.begin("do it")
     gate.observe(A, A)
-    proposal = SimpleNamespace(actions=A[None])
     for _ in range(50):
-        once = gate.decide(None, proposal)
-        assert gate.decide(None, proposal) == once  # the VLA did not answer: the same step again
+        once = gate.decide(None, A[None])[0]
+        assert gate.decide(None, A[None])[0] == once  # the VLA did not answer: the same step again
         gate.observe(A, A if once.audit else None)
 
 

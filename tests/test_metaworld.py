@@ -89,9 +89,10 @@ def test_a_simulator_of_ones_own_comes_in_by_an_entry_point(monkeypatch):
     from importlib.metadata import EntryPoint
 
     import data.envs
+    import spvla.registry
 
-    point = EntryPoint("my_sim", "data.envs.metaworld:MetaWorld", data.envs.GROUP)
-    monkeypatch.setattr(data.envs, "entry_points", lambda group: [point])
+    point = EntryPoint("my_sim", "data.envs.metaworld:MetaWorld", data.envs.SIMULATORS.group)
+    monkeypatch.setattr(spvla.registry, "entry_points", lambda group: [point])
     data.envs.simulator.cache_clear()
     assert type(data.envs.simulator("my_sim_tasks")).__name__ == "MetaWorld"
     data.envs.simulator.cache_clear()

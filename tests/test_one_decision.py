@@ -13,12 +13,14 @@ from spvla.actions import LIBERO
 from spvla.episodes import RolloutWriter
 from spvla.export import Export
 from spvla.gates.calibration import Calibration, calibrate
-from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, judge
+from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate, judge
+from spvla.generators import make_network
 from spvla.generators.features import FeatureConfig
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.learned import GeneratorConfig
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
-from spvla.policy import SPVLAPolicy
+from spvla.recording import Recorder
+from spvla.shadow import ShadowPolicy
 from spvla.vlas.base import VLAOutput
 from tests.conftest import smooth_episode
 from train.calibrate import calibration_curve, choose_default, judge_episode
@@ -61,7 +63,7 @@ def store(tmp_path_factory):
 def export():
     """A generator and a gate that say something different at every step, and a limit that refuses some proposals."""
     torch.manual_seed(1)
-    generator = LearnedGenerator(GeneratorConfig("mlp", FEATURES, (6,), 1, 16, 2))
+    generator = make_network(vars(GeneratorConfig("mlp", FEATURES, (6,), 1, 16, 2)))
     gate = ActionTypeClassifier(ClassifierConfig(FEATURES, 16, 2))
     with torch.no_grad():
         for p in [*generator.parameters(), *gate.parameters()]:
@@ -78,7 +80,7 @@ def online(export, gate, recorded):
     decisions = []
     for t, action in enumerate(recorded.actions):
         history.observe(recorded.states[t])
-        decisions.append(gate.decide(history, generator.propose(history)))
+        decisions.append(gate.decide(window := history.window(), generator.propose(window)[:, 0])[0])
         source = Source(recorded.sources[t])
         output = VLAOutput(recorded.vla_actions[t][None]) if source == Source.VLA else None
         history.act(action, source, output)
@@ -101,7 +103,7 @@ def test_the_three_ways_agree_at_every_step(store, export):
     offline = judged.verdicts["mlp"]
     threshold = between(offline.lowest_threshold)
     classifier, generator = export.gates["mlp"], export.generator("mlp", LIBERO)
-    gate = replace(export.gate("mlp", 0.1, LIBERO), threshold=threshold)
+    gate = replace(LearnedGate.from_export(export, "mlp", 0.1, LIBERO), threshold=threshold)
     data = RolloutData([store], HISTORY)
     reasons, refusals = [], 0
     for e, (_, first, info) in enumerate(windows.episodes):
@@ -137,12 +139,13 @@ def test_the_policy_in_shadow_mode_agrees_with_the_store_that_it_records(export,
             return VLAOutput(self.label[None])
 
     vla = Teacher()
-    probe = [p.probability for r in recorded for p in online(export, export.gate("mlp", 0.1, LIBERO), r)]
-    gate = replace(export.gate("mlp", 0.1, LIBERO), threshold=between(np.array(probe)))
-    policy = SPVLAPolicy(
+    probe = [p.probability for r in recorded for p in online(export, LearnedGate.from_export(export, "mlp", 0.1, LIBERO), r)]
+    gate = replace(LearnedGate.from_export(export, "mlp", 0.1, LIBERO), threshold=between(np.array(probe)))
+    policy = ShadowPolicy(
         *(vla, export.generator("mlp", LIBERO), gate),
-        **{"space": export.limits("mlp", LIBERO), "max_generated_run": 10_000, "shadow": True, "record": tmp_path / "shadow"},
+        **{"space": export.limits("mlp", LIBERO), "max_generated_run": 10_000},
     )
+    policy = Recorder(policy, tmp_path / "shadow")
     steps = []
     for r in recorded:
         policy.reset(r.instruction)
@@ -187,7 +190,7 @@ def test_refused_and_unfamiliar_steps_add_to_neither_coverage_nor_risk(store, ex
 
 def window_and_proposals(data, generator, first, length):
     window = data.windows.batch(np.arange(first, first + length)).window
-    return window, np.ascontiguousarray(generator.propose_windows(window)[:, 0])
+    return window, np.ascontiguousarray(generator.propose(window)[:, 0])
 
 
 def test_nan_and_infinity_never_act(export):

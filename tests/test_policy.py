@@ -9,13 +9,14 @@ from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
 from spvla.episodes import read_episodes
-from spvla.gates.base import Decision
+from spvla.gates.base import Decisions
 from spvla.gates.rules import PaperRule, ReleaseRule
-from spvla.generators.base import Proposal
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
-from spvla.policy import run_lengths
 from spvla.pruning import TokenPruner
+from spvla.recording import Recorder
+from spvla.shadow import ShadowPolicy
+from spvla.steps import run_lengths
 from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 
@@ -25,20 +26,20 @@ class Always:
 
     history_length = 1
 
-    def decide(self, history, proposal):
-        return Decision(True, "always", 0.25)
+    def decide(self, window, proposals):
+        return Decisions(np.array([True]), np.array(["always"]), np.array([0.25]))
 
 
 class Fixed:
     """A generator that proposes one action."""
 
-    history_length = 1
+    history_length, space = 1, LIBERO
 
     def __init__(self, action):
-        self.action = np.asarray(action, np.float32)
+        self.action = LIBERO.normalize(np.asarray(action, np.float32))
 
-    def propose(self, history):
-        return Proposal(self.action[None])
+    def propose(self, window):
+        return self.action[None, None]
 
 
 def actions(steps=50, seed=0):
@@ -64,12 +65,12 @@ def test_everything_off_is_the_vla_bit_for_bit(chunk):
 
 def test_shadow_mode_is_the_vla_bit_for_bit_and_tells_what_it_would_do():
     vla = ScriptedVLA(np.tile(actions(1), (30, 1)))
-    policy = SPVLAPolicy(vla, LastActionGenerator(LIBERO), Always(), shadow=True)
+    policy = ShadowPolicy(vla, LastActionGenerator(LIBERO), Always())
     np.testing.assert_array_equal(run(policy, 30), vla.actions)
     stats = policy.stats()
     counts = [stats[k] for k in ("vla_calls", "generated", "would_skip", "would_deviate")]
     assert counts == [30, 0, 28, 0]  # not the first step, nor the one beyond the run limit of 20
-    noisy = SPVLAPolicy(ScriptedVLA(actions(30)), LastActionGenerator(LIBERO), Always(), shadow=True)
+    noisy = ShadowPolicy(ScriptedVLA(actions(30)), LastActionGenerator(LIBERO), Always())
     out = run(noisy, 30)
     expected = np.delete(LIBERO.deviation(out[:-1], out[1:], 0.2), 20).sum()  # step 21 is beyond the run limit
     assert noisy.stats()["would_deviate"] == expected > 20
@@ -79,14 +80,14 @@ def test_shadow_mode_counts_what_an_acting_policy_would_skip():
     """On a motion that the generator continues exactly, both see the same actions and must come to the same count."""
     vla = ScriptedVLA(np.tile([0.3, 0.2, 0, 0, 0, 0, -1], (60, 1)).astype(np.float32))
     for gate in (ReleaseRule(LIBERO), PaperRule(LIBERO, v_min=0.0), Always()):
-        shadow, acting = (SPVLAPolicy(vla, LastActionGenerator(LIBERO), gate, shadow=s) for s in (True, False))
+        shadow, acting = (made(vla, LastActionGenerator(LIBERO), gate) for made in (ShadowPolicy, SPVLAPolicy))
         run(shadow, 60), run(acting, 60)
         assert shadow.stats()["would_skip"] == acting.stats()["generated"] > 20
         assert shadow.stats()["generated"] == 0
 
 
 def test_two_recorders_fill_one_store(tmp_path):
-    policies = [SPVLAPolicy(ScriptedVLA(actions(5, seed)), record=tmp_path / "s") for seed in (0, 1)]
+    policies = [Recorder(SPVLAPolicy(ScriptedVLA(actions(5, seed))), tmp_path / "s") for seed in (0, 1)]
     for _ in range(3):
         for policy in policies:
             run(policy, 5)
@@ -138,7 +139,7 @@ def test_no_image_is_captured_on_intuitive_steps():
 
 def test_the_actions_of_a_chunk_are_labels_of_their_steps(tmp_path):
     planned = actions(12)
-    policy = SPVLAPolicy(ScriptedVLA(planned, chunk=4), record=tmp_path)
+    policy = Recorder(SPVLAPolicy(ScriptedVLA(planned, chunk=4)), tmp_path)
     policy.reset("x")
     for step in range(6):
         policy.select_action(Observation(state=np.zeros(8)))
@@ -156,7 +157,7 @@ def test_a_recording_holds_what_the_history_held_while_a_chunk_was_played(tmp_pa
             confidence = np.full(7, 0.1 * (self.calls + 1), np.float32)
             return replace(super().predict(observation), confidence=confidence)
 
-    policy = SPVLAPolicy(Sure(actions(8), chunk=4), record=tmp_path)
+    policy = Recorder(SPVLAPolicy(Sure(actions(8), chunk=4)), tmp_path)
     policy.reset("x")
     held = []
     for _ in range(8):
@@ -279,8 +280,8 @@ def test_while_the_vla_does_not_answer_the_action_is_safe_and_then_it_is_the_vla
 
 def test_the_generator_goes_on_within_its_limit_while_the_vla_does_not_answer():
     class Never(Always):
-        def decide(self, history, proposal):
-            return Decision(False, "never")
+        def decide(self, window, proposals):
+            return Decisions(np.array([False]), np.array(["never"]))
 
     vla, policy = flaky(range(2, 100), "generator", run_limit=4)
     policy.gate = Never()

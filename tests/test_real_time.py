@@ -12,7 +12,9 @@ from spvla.actions import LIBERO
 from spvla.episodes import read_episodes
 from spvla.errors import InputError
 from spvla.history import Source
-from spvla.policy import SPVLAPolicy, StepInfo
+from spvla.policy import SPVLAPolicy
+from spvla.recording import Recorder
+from spvla.steps import StepInfo
 from tests.conftest import ScriptedVLA
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
@@ -32,7 +34,7 @@ STATE = np.zeros(8, np.float32)
     ],
 )
 def test_delays_are_computing_time_in_whole_control_steps(vla_ms, rate, milliseconds, delay):
-    step = StepInfo(Source.VLA, False, "off", milliseconds=milliseconds)
+    step = StepInfo(Source.VLA, False, "off", called_vla="vla" in milliseconds, milliseconds=milliseconds)
     assert RealTime(vla_ms).delay(step, replace(LIBERO, control_rate=rate)) == delay
 
 
@@ -49,7 +51,7 @@ def test_what_is_held():
 
 def test_steps_that_nobody_decided_are_in_the_history(tmp_path):
     actions = np.linspace(-0.6, 0.6, 21, dtype=np.float32).reshape(3, 7)
-    policy = SPVLAPolicy(ScriptedVLA(actions), record=tmp_path / "store")
+    policy = Recorder(SPVLAPolicy(ScriptedVLA(actions)), tmp_path / "store")
     with pytest.raises(InputError, match=r"waited\(\) comes after"):
         policy.waited(actions[0])
     policy.reset("wait")
@@ -89,7 +91,7 @@ def test_the_world_moves_on(env):
     x = result.episode.actions[:, 0]
     np.testing.assert_allclose(x, [0, 0, 0.2, 0.2, 0.2, 0.4, 0.4, 0.4, 0.6])
     assert [s.source == Source.HELD for s in result.steps] == [False, True, True] * 3
-    assert [("vla" in s.milliseconds) for s in result.steps] == [True, False, False] * 3
+    assert [s.called_vla for s in result.steps] == [True, False, False] * 3
     moved = np.diff(result.episode.states[:, 0])
     assert abs(moved[0]) < 1e-3 < moved[-1]  # it stands until the first answer, then moves
     instant = rollout(env, policy, init_state=20, seed=0, max_steps=4, real_time=RealTime(vla_ms=0.0))

@@ -30,13 +30,13 @@ def test_options_are_keyword_arguments_of_the_factory():
     assert load_vla(f"{HERE}:prunable", None, {"anything": 1}, "libero_10").suite == "libero_10"
     assert load_vla(f"{HERE}:prunable", None, {"suite": "mine"}, "libero_10").suite == "mine"
     assert load_vla(f"{HERE}:prunable", None, {"anything": 1}).options == {"anything": 1}
-    with pytest.raises(InputError, match=r"policy '.*:scripted' takes no option 'lenght'; it takes: length"):
+    with pytest.raises(InputError, match=r"VLA '.*:scripted' takes no option 'lenght'; it takes: length"):
         load_vla(f"{HERE}:scripted", None, {"lenght": 5})
-    with pytest.raises(InputError, match=r"policy 'expert' takes no option 'unnorm_key'; it takes: suite"):
+    with pytest.raises(InputError, match=r"VLA 'expert' takes no option 'unnorm_key'; it takes: suite"):
         load_vla("expert", None, {"unnorm_key": "x"})
-    with pytest.raises(InputError, match=r"policy 'tests.test_registry:handing_on': .* 'lenght'"):
+    with pytest.raises(InputError, match=r"VLA 'tests.test_registry:handing_on': .* 'lenght'"):
         load_vla(f"{HERE}:handing_on", None, {"lenght": 5})
-    with pytest.raises(InputError, match=r"'nobody' is unknown; there are: .*expert.*openvla"):
+    with pytest.raises(InputError, match=r"'nobody' is unknown; there are: openvla, .*expert"):
         load_vla("nobody")
     with pytest.raises(InputError, match=r"cannot import spvla\.nowhere:load"):
         load_vla("spvla.nowhere:load")
@@ -51,8 +51,8 @@ def test_options_are_keyword_arguments_of_the_factory():
         ("json:loads", r"json:loads\(checkpoint, ...\): the JSON object must be"),
     ],
 )
-def test_what_makes_no_policy_is_refused(name, message):
-    with pytest.raises(InputError, match=f"policy '{name}': {message}"):
+def test_what_makes_no_vla_is_refused(name, message):
+    with pytest.raises(InputError, match=f"VLA '{name}': {message}"):
         load_vla(name)
 
 

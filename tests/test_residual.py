@@ -12,9 +12,10 @@ from data.windows import frames_of
 from spvla import InputError, load_export, save_export
 from spvla.actions import ActionSpace
 from spvla.episodes import Episode, RolloutWriter
-from spvla.export import Export, built_in_generator
+from spvla.export import Export
+from spvla.generators import make_baseline, make_network
 from spvla.generators.features import FeatureConfig, to_device
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
+from spvla.generators.learned import GeneratorConfig
 from spvla.history import ActionHistory, Source
 from train.datamodules import RolloutData, fit_generator
 from train.export import export_onnx
@@ -35,7 +36,7 @@ def arm(kind="joint_position", bound=1.2, **options):
 
 def network(kind, residual=RESIDUAL, seed=0):
     torch.manual_seed(seed)
-    made = LearnedGenerator(GeneratorConfig(kind, FEATURES, (4,), 3, 16, 2, 2, residual=residual)).eval()
+    made = make_network(vars(GeneratorConfig(kind, FEATURES, (4,), 3, 16, 2, 2, residual=residual))).eval()
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(torch.randn_like(p) * 0.3)  # the last layer too, which starts at zero
@@ -63,9 +64,9 @@ def stacked(windows):
 @given(seed=st.integers(0, 99), steps=st.integers(1, 12))
 def test_an_output_of_zero_repeats_the_last_action(kind, seed, steps):
     space, made = arm(), network(kind, seed=seed)
-    made.repeat_last_action()
+    made.start_from_last_action(made.net.linear[-1] if kind == "mlp" else made.head)
     history = moved(space, steps, seed)
-    proposed = made.bind(space).propose_windows(history.window())[0]
+    proposed = made.bind(space).propose(history.window())[0]
     last = history.normalized[-1]
     for d in (0, 2, 3):
         assert (proposed[:, d] == last[d]).all()
@@ -75,9 +76,9 @@ def test_an_output_of_zero_repeats_the_last_action(kind, seed, steps):
 @KINDS
 def test_a_new_generator_starts_as_the_last_action(kind):
     space = arm()
-    fresh = LearnedGenerator(GeneratorConfig(kind, FEATURES, (4,), residual=RESIDUAL)).bind(space)
+    fresh = make_network(vars(GeneratorConfig(kind, FEATURES, (4,), residual=RESIDUAL))).bind(space)
     history = moved(space, 7)
-    np.testing.assert_array_equal(fresh.propose_windows(history.window())[0, 0, [0, 2, 3]], history.normalized[-1, [0, 2, 3]])
+    np.testing.assert_array_equal(fresh.propose(history.window())[0, 0, [0, 2, 3]], history.normalized[-1, [0, 2, 3]])
 
 
 @KINDS
@@ -86,13 +87,13 @@ def test_a_new_generator_starts_as_the_last_action(kind):
 def test_the_output_is_a_change_in_units_of_its_spread(kind, shift):
     """A bias of one on the last layer moves each dimension by its spread, whatever the last action is."""
     space, made = arm(bound=9.0), network(kind)
-    made.repeat_last_action()
+    made.start_from_last_action(made.net.linear[-1] if kind == "mlp" else made.head)
     layer = made.net.linear[-1] if kind == "mlp" else made.head
     with torch.no_grad():
         layer.bias.fill_(1.0)
     history = moved(space, 7)
     history.amend(space.denormalize(history.normalized[-1] + np.float32(shift)))
-    change = made.bind(space).propose_windows(history.window())[0, 0] - history.normalized[-1]
+    change = made.bind(space).propose(history.window())[0, 0] - history.normalized[-1]
     np.testing.assert_allclose(change[[0, 2, 3]], [0.05, 0.02, 0.3], atol=1e-5)
 
 
@@ -101,9 +102,9 @@ def test_one_step_and_a_batch_give_the_same(kind):
     space, made = arm(), network(kind).bind(arm())
     histories = [moved(space, steps, steps) for steps in (0, 1, 2, 5, 6, 9, 20)]
     batch = stacked([h.window() for h in histories])
-    together = made.propose_windows(batch)
+    together = made.propose(batch)
     for row, history in zip(together, histories, strict=True):
-        np.testing.assert_allclose(space.normalize(made.propose(history).actions), row, atol=1e-5)
+        np.testing.assert_allclose(made.propose(history.window())[0], row, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(made.network(batch), made.network(to_device(batch, "cpu")))
 
@@ -169,9 +170,9 @@ def test_learned_is_no_worse_than_the_last_action_in_a_position_space(stores, ki
     rows = batch.window.vla_age > 0
 
     def error(generator):
-        return np.abs(generator.propose_windows(batch.window)[rows, 0, :4] - batch.targets[rows, 0, :4]).max(1).mean()
+        return np.abs(generator.propose(batch.window)[rows, 0, :4] - batch.targets[rows, 0, :4]).max(1).mean()
 
-    learned, last = error(made.bind(data.space)), error(built_in_generator("last", data.space))
+    learned, last = error(made.bind(data.space)), error(make_baseline("last", data.space))
     assert last > 0.01 and learned < 0.8 * last
     defaults = {"generator": kind, "gate": "learned", "risk": 0.1, "max_generated_run": 5}
     export = Export(data.space, 0.2, {kind: made}, {}, {}, defaults)

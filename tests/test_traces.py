@@ -37,7 +37,8 @@ class Recorded:
 
 def compare(policy, trace):
     assert [s.source for s in policy.steps] == trace["sources"].tolist()
-    assert [s.reason for s in policy.steps] == trace["reasons"].tolist()
+    reasons = [reason.replace("share", "fraction") for reason in trace["reasons"].tolist()]  # a word of the time
+    assert [s.reason for s in policy.steps] == reasons
     probability = [np.nan if s.probability is None else s.probability for s in policy.steps]
     np.testing.assert_allclose(probability, trace["probability"], atol=1e-4)
 

@@ -49,7 +49,7 @@ def test_the_learned_generator_beats_the_linear_one(export_folder, store_folder)
     export = load_export(export_folder)
 
     def error(generator):
-        return np.abs(generator.propose_windows(batch.window)[moving, 0, :3] - batch.targets[moving, 0, :3]).max(1).mean()
+        return np.abs(generator.propose(batch.window)[moving, 0, :3] - batch.targets[moving, 0, :3]).max(1).mean()
 
     learned = error(export.generator("mlp", data.space))
     assert learned < 0.6 * error(RidgeGenerator(data.space)) and learned < 0.6 * error(LastActionGenerator(data.space))
@@ -197,7 +197,7 @@ def test_gate_labels_come_from_the_judge_of_the_fold(store_folder):
         def __init__(self, offset):
             self.offset = offset
 
-        def propose_windows(self, window):
+        def propose(self, window):
             return np.full((len(window.actions), 1, 7), self.offset, np.float32)
 
     module = ClassifierModule(data.features, [Judge(0.0), Judge(0.9), Judge(0.0)], fold, data.space, **SMALL)

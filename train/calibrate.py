@@ -74,7 +74,7 @@ def judge_episode(
     """Per step of an episode: the lowest threshold at which the generator acts (infinite where the VLA acts at any, and where
     it was not asked), and whether the generator's proposal deviates, (T,) each."""
     batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
-    proposals = np.ascontiguousarray(generator.propose_windows(batch.window)[:, 0])
+    proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
     threshold = judge(gate, limits, batch.window, proposals).lowest_threshold
     known = batch.valid[:, 0] > 0
     threshold[~known] = np.inf
@@ -88,7 +88,7 @@ def calibration_error(data: RolloutData, generator: ActionGenerator) -> float:
     for part in blocks_of(data.split.calibration, 65536):
         batch = data.windows.batch(part)
         rows = (batch.valid[:, 0] > 0) & (batch.window.vla_age > 0)
-        off = np.abs(generator.propose_windows(batch.window)[rows, 0] - batch.targets[rows, 0])
+        off = np.abs(generator.propose(batch.window)[rows, 0] - batch.targets[rows, 0])
         error += float(off[:, list(data.space.continuous)].max(1, initial=0.0).sum(dtype=np.float64))
         steps += int(rows.sum())
     return error / max(steps, 1)

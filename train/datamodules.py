@@ -17,7 +17,7 @@ from data.store import RolloutStore
 from data.windows import BatchStream, Split, Windows, blocks_of, mixture, split_episodes
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
-from spvla.export import BUILT_IN_GENERATORS, built_in_generator
+from spvla.generators import GENERATORS, is_learned, make_baseline
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
@@ -283,13 +283,13 @@ class GateData(RolloutData):
         **options: Any,
     ) -> None:
         module = None
-        if generator not in BUILT_IN_GENERATORS:
+        if generator not in GENERATORS or is_learned(generator):
             module = load_generator_module(generator)
             options = {"space": module.space.to_dict(), **options}
         super().__init__(data, horizon=module.network.config.horizon if module else 1, **options)
         self.judges: list[ActionGenerator]
         if module is None:
-            self.judges = [built_in_generator(generator, self.space)]
+            self.judges = [make_baseline(generator, self.space)]
             self.fold = np.zeros(len(self.windows), np.uint8)
         else:
             if module.network.config.features != self.features:
@@ -302,5 +302,5 @@ def load_generator_module(checkpoint: str) -> GeneratorModule:
     """A :class:`GeneratorModule` from its checkpoint; an :class:`InputError` names a missing or damaged file."""
     path = Path(checkpoint)
     if not path.is_file():
-        raise InputError(f"{checkpoint}: no such checkpoint, nor one of {', '.join(BUILT_IN_GENERATORS)}")
+        raise InputError(f"{checkpoint}: no such checkpoint, nor a generator without training")
     return GeneratorModule.from_checkpoint(path)

@@ -30,10 +30,11 @@ from data.relabel import relabel_into
 from data.store import RolloutStore
 from spvla.actions import LIBERO
 from spvla.errors import InputError
-from spvla.export import BUILT_IN_GENERATORS, built_in_generator, check_risk, require_export_folder, save_export
+from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.files import writing
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.generators import GENERATORS, is_learned, make_baseline
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
 from spvla.generators.learned import LearnedGenerator
@@ -160,7 +161,7 @@ class Plan:
         """Who judges each fold's frames, the generator itself last; and the folds."""
         space = self.rollouts.space
         if name not in self.learned:
-            return [built_in_generator(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
+            return [make_baseline(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
         return [self.generator(name, k).bind(space) for k in [*range(self.folds), None]], self.fold
 
 
@@ -207,9 +208,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_risk(given["default_risk"])
     generators, baselines = given["generators"], given["baselines"]
     stores = [p.resolve() for p in (*given["data"], *given["calibration_data"])]
-    for name, known in (("generators", LEARNED_GENERATORS), ("baselines", BUILT_IN_GENERATORS)):
-        if unknown := [n for n in given[name] if n not in known]:
-            raise InputError(f"{name}: {unknown[0]!r} is unknown; there are: {', '.join(known)}")
+    for name, learned in (("generators", True), ("baselines", False)):
+        known = [n for n in GENERATORS.names() if is_learned(n) == learned]
+        if unknown := [n for n in given[name] if n not in known and (":" not in n or is_learned(n) != learned)]:
+            raise InputError(f"{name}: {unknown[0]!r} is unknown; there are: {', '.join(known)}", field=name)
     for name, items in (("generators", generators), ("baselines", baselines), ("data", stores)):
         if twice := [i for i in items if items.count(i) > 1]:
             raise InputError(f"{name}: {str(twice[0])!r} is there twice")

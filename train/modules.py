@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,9 +21,9 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.gates.calibration import calibrate
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.generators import make_network
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig, to_device
-from spvla.generators.learned import GeneratorConfig, LearnedGenerator
 
 RISKS = (0.02, 0.05, 0.1, 0.2, 0.3)
 
@@ -65,7 +65,7 @@ class GeneratorModule(_Module):
         self,
         features: FeatureConfig,
         space: ActionSpace,
-        kind: Literal["mlp", "transformer"] = "mlp",
+        kind: str = "mlp",
         width: int = 256,
         depth: int = 3,
         heads: int = 4,
@@ -79,8 +79,9 @@ class GeneratorModule(_Module):
     ) -> None:
         super().__init__()
         gripper = space.gripper if space.binary_gripper else ()
-        config = GeneratorConfig(kind, features, gripper, horizon, width, depth, heads, dropout, tuple(residual))
-        self.network = LearnedGenerator(config)
+        size = {"width": width, "depth": depth, "heads": heads, "horizon": horizon, "dropout": dropout}
+        fixed = {"features": features, "gripper": gripper, "residual": tuple(residual)}
+        self.network = make_network({"kind": kind, **size, **fixed})
         self.space = space
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.later_weight, self.tolerance = later_weight, tolerance
@@ -223,7 +224,7 @@ class ClassifierModule(_Module):
         for k, judge in enumerate(self.judges):
             rows = self.fold[frames] == k
             if rows.any():
-                proposals[rows] = judge.propose_windows(select(window, rows))[:, 0]
+                proposals[rows] = judge.propose(select(window, rows))[:, 0]
         targets = torch.as_tensor(batch.targets)[:, 0].cpu().numpy()
         deviates = self.space.deviation(proposals, targets, self.tolerance)
         known = torch.as_tensor(batch.valid)[:, 0]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 
 from data.envs.base import Env, RenderMode, Simulator, Task
 from spvla.errors import InputError
+from spvla.registry import Registry
 from spvla.vlas.base import VLA
 
-GROUP = "spvla.envs"
-SIMULATORS = {"libero": "data.envs.libero.simulator:Libero", "metaworld": "data.envs.metaworld:MetaWorld"}
+SIMULATORS = Registry(
+    "simulator",
+    "spvla.envs",
+    {"libero": "data.envs.libero.simulator:Libero", "metaworld": "data.envs.metaworld:MetaWorld"},
+)
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def simulator(suite: str) -> Simulator:
     Raises:
         InputError: there is none (code ``unknown-suite``), or its package is not installed.
     """
-    known = {**SIMULATORS, **{point.name: point.value for point in entry_points(group=GROUP)}}
+    known = SIMULATORS.names()
     name = max((n for n in known if suite == n or suite.startswith(f"{n}_")), key=len, default=None)
     if name is None:
         listing = ", ".join(sorted(known))
@@ -35,8 +37,7 @@ def simulator(suite: str) -> Simulator:
             code="unknown-suite",
             field="suite",
         )
-    module, _, factory = known[name].partition(":")
-    made: Simulator = getattr(import_module(module), factory)()
+    made: Simulator = SIMULATORS.get(name)()
     return made
 
 
@@ -51,9 +52,9 @@ def make_env(task: Task, *, render: RenderMode | None = None, wrist_camera: bool
 
 
 def expert(checkpoint: str | None = None, *, suite: str | None = None) -> VLA:
-    """The policy ``expert``: the scripted one of the simulator that ``suite`` belongs to; it has no checkpoint."""
+    """The VLA ``expert``: the scripted one of the simulator that ``suite`` belongs to; it has no checkpoint."""
     if checkpoint is not None:
-        raise InputError(f"policy 'expert' takes no checkpoint, got {checkpoint!r}")
+        raise InputError(f"VLA 'expert' takes no checkpoint, got {checkpoint!r}")
     if suite is None:
-        raise InputError("policy 'expert' belongs to a simulator: name the suite", code="missing", field="suite")
+        raise InputError("VLA 'expert' belongs to a simulator: name the suite", code="missing", field="suite")
     return simulator(suite).expert()

@@ -9,7 +9,7 @@ import numpy as np
 from data.envs.base import Env, Perturbable
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.policy import StepInfo
+from spvla.steps import StepInfo
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class RealTime:
 
     def delay(self, step: StepInfo, space: ActionSpace) -> int:
         """Control steps that go by before the action of ``step`` is there."""
-        asked = "vla" in step.milliseconds
         capture = step.milliseconds.get("capture", 0.0)  # the simulator renders; a camera has its own clock
-        ms = self.vla_ms if asked and self.vla_ms is not None else step.milliseconds["total"] - capture
+        ms = self.vla_ms if step.called_vla and self.vla_ms is not None else step.milliseconds["total"] - capture
         return int(ms * space.control_rate / 1e3 + 0.5)
 
     def held(self, action: FloatArray, last: FloatArray | None, space: ActionSpace) -> FloatArray:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from spvla.actions import FloatArray
-from spvla.generators.base import Proposal
-from spvla.history import ActionHistory
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.history import Window
+
+if TYPE_CHECKING:
+    from spvla.export import Export
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A gate's answer.
+    """A gate's label of one step.
 
     Args:
         intuitive: the generator may act.
@@ -20,7 +25,7 @@ class Decision:
         probability: estimated probability that the proposal deviates from the VLA's action, or None for rules.
         refused: intuitive, but the proposal is known not to be admissible: the VLA acts. The policy holds the proposals of
             every gate to its limits, whether or not the gate has checked them.
-        audit: the VLA is asked as well, whoever acts: an intuitive step that is audited is executed as proposed.
+        audit: the VLA is asked even so, and the gate hears its answer: a silent audit, of which only the answer counts.
     """
 
     intuitive: bool
@@ -30,28 +35,63 @@ class Decision:
     audit: bool = False
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each."""
+
+    intuitive: NDArray[np.bool_]
+    reason: NDArray[np.str_]
+    probability: NDArray[np.float64] | None = None
+    refused: NDArray[np.bool_] | None = None
+    audit: NDArray[np.bool_] | None = None
+
+    def __getitem__(self, step: int) -> Decision:
+        """The label of one step."""
+        return Decision(
+            bool(self.intuitive[step]),
+            str(self.reason[step]),
+            None if self.probability is None else float(self.probability[step]),
+            self.refused is not None and bool(self.refused[step]),
+            self.audit is not None and bool(self.audit[step]),
+        )
+
+
 @runtime_checkable
 class Gate(Protocol):
-    """Stateless apart from what the history holds."""
+    """Decides from what a window holds: on a robot (B = 1), in evaluation without a simulator and in calibration alike."""
 
     @property
     def history_length(self) -> int:
         """Steps of history this gate reads."""
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step."""
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the steps that follow B windows.
+
+        Args:
+            window: B histories of at least ``history_length`` steps, arrays.
+            proposals: what the generator would do next, normalised (B, D).
+        """
 
 
 @runtime_checkable
-class Learning(Gate, Protocol):
-    """A gate that learns while it runs."""
+class LearningGate(Gate, Protocol):
+    """A gate that learns while it runs: it decides one step at a time and hears how each ended."""
 
     def begin(self, instruction: str) -> None:
         """An episode starts."""
 
     def observe(self, proposal: FloatArray | None, answer: FloatArray | None) -> None:
-        """A step is over: the generator's first action and the VLA's (D,), environment units; None where there is none. Steps
-        on which the VLA could not be asked are not reported."""
+        """A step is over: the generator's action and the VLA's (D,), environment units; None where there is none. A step on
+        which the VLA was asked in vain is not reported."""
 
     def stats(self) -> dict[str, float]:
-        """What the gate has learned, for :meth:`~spvla.policy.SPVLAPolicy.stats`."""
+        """What was learned, for :meth:`~spvla.policy.SPVLAPolicy.stats`."""
+
+
+@runtime_checkable
+class TrainedGate(Protocol):
+    """A gate class whose instances come from an export and an allowed risk; any other is made from the action space alone."""
+
+    @classmethod
+    def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace, **options: Any) -> Gate:
+        """The gate for ``generator``'s proposals on a robot of ``space``, at an allowed ``risk``."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
-from spvla.gates.base import Decision
-from spvla.generators.base import Proposal
+from spvla.gates.base import Decisions
 from spvla.generators.features import FeatureConfig, HistoryFeatures
-from spvla.generators.learned import MLP
-from spvla.history import ActionHistory, Window
+from spvla.generators.learned import LARGEST, MLP
+from spvla.history import Window
+
+if TYPE_CHECKING:
+    from spvla.export import Export
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,18 @@ class ClassifierConfig:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         with naming("gate"):
-            check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0})
+            check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0}, at_most=LARGEST)
         if self.dropout >= 1:
             raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
 
 
-class ActionTypeClassifier(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="spvla",
-    tags=["robotics", "action-type-classifier"],
-):
+class ActionTypeClassifier(nn.Module):
     """Probability that a proposed action deviates from the VLA's. It sees the proposal itself, its change against the
     last executed action and against the VLA's own last action, beside the history's features."""
 
-    def __init__(self, config: ClassifierConfig | dict[str, Any]) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
-        self.config = config = ClassifierConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
+        self.config = config
         self.features = HistoryFeatures(config.features)
         size = self.features.size + 3 * config.features.action_dim
         self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
@@ -159,13 +155,18 @@ class LearnedGate:
         """Steps of history the classifier reads."""
         return self.classifier.config.features.history
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step: :func:`judge` for one step."""
-        verdicts = judge(self.classifier, self.space, history.window(), self.space.normalize(proposal.actions[:1]))
-        reason = "classifier" if verdicts.familiar[0] else "unfamiliar state"
-        return Decision(
-            bool(verdicts.intuitive(self.threshold)[0]),
-            reason if verdicts.started[0] else "first step",
-            float(verdicts.probability[0]),
-            refused=bool(verdicts.refused(self.threshold)[0]),
+    @classmethod
+    def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
+        """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
+        if generator not in export.gates:
+            raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(export.gates))}")
+        threshold = export.calibration[generator].threshold(risk)
+        return cls(export.gates[generator], threshold, export.limits(generator, space))
+
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the steps that follow B windows by :func:`judge` and the threshold."""
+        verdicts = judge(self.classifier, self.space, window, proposals)
+        reason = np.where(verdicts.started, np.where(verdicts.familiar, "classifier", "unfamiliar state"), "first step")
+        return Decisions(
+            verdicts.intuitive(self.threshold), reason, verdicts.probability, refused=verdicts.refused(self.threshold)
         )

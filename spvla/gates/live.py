@@ -8,8 +8,8 @@ and the threshold moves by
     L <- min(1, max(-eta/p, L + eta (a - h)))
 
 **Scale.** u is the rank of the inner gate's probability among those of the export's calibration steps, and 1 for a probability
-beyond all of them. So L is a fraction of the calibration steps: L = 0.8 lets the generator act on what were the 80 % most certain
-ones, and a step size eta of 0.01 moves that by one per cent of the steps. At L <= 0 nothing is generated.
+beyond all of them. So L is a fraction of the calibration steps: at L = 0.8 the generator may act on what were the 80 % most
+certain ones; found deviations lower it by eta/p, 0.1 by default. At L <= 0 nothing is generated.
 
 **Promise.** Let l = 1 on steps that are generated (or audited) and deviate, else 0. Given everything before the coin, h has the
 mean l: the coin is independent of the answer. The lower clip never acts: at L <= 0 the VLA is called on every step, h = 0 and L
@@ -17,21 +17,22 @@ rises; at L > 0 one step leads no lower than L - eta/p. So L_{T+1} <= L_1 + eta 
 
     E[(1/T) sum l]  <=  a + (L_1 + eta/p) / (eta T).
 
-Nothing else is assumed: the world may change, be an adversary, or know the threshold and all coins thrown so far. It is a bound on
-the average over a deployment of T steps, not on any one episode. An *executed* audit puts the VLA's action in the place of the
-proposal, so of the losses a fraction of only 1 - p happens; the allowed rate is then a = risk / (1 - p). In the line of conformal
-decision theory (arXiv 2310.05921) with intermittent feedback (2410.08852, 2503.10345).
+Nothing else is assumed: the world may change, be an adversary, or know the threshold and all coins thrown so far. It is a
+bound on the average over a deployment of T steps, not on any one episode. An *executed* audit puts the VLA's action in the
+place of the proposal, so of the losses a fraction of only 1 - p happens; the allowed rate is then a = risk / (1 - p), and
+what happens on average is at most risk + (1 - p) (L_1 + eta/p) / (eta T). In the line of conformal decision theory
+(arXiv 2310.05921) with intermittent feedback (2410.08852, 2503.10345).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,12 +40,17 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.files import write_text
-from spvla.gates.base import Decision, Gate
+from spvla.gates.base import Decisions, Gate
+from spvla.gates.classifier import LearnedGate
 from spvla.gates.meter import DriftAlarm, losses_bound
-from spvla.generators.base import Proposal
-from spvla.history import ActionHistory
+from spvla.history import Window
+
+if TYPE_CHECKING:
+    from spvla.export import Export
 
 FORMAT = 1
+NO, YES = np.array([False]), np.array([True])
+AUDIT, DISAGREED = np.array(["audit"]), np.array(["disagreed"])
 PATH_LENGTH = 512  # remembered thresholds; of a longer path every second one goes
 
 
@@ -147,6 +153,26 @@ class LiveGate:
         self._first = True  # the episode's first step, at which a generator knows nothing yet
         self.begin("")
 
+    @classmethod
+    def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace, **options: Any) -> LiveGate:
+        """The learned gate of ``generator`` under a controller that starts at the calibrated threshold of ``risk``; where the
+        calibration episodes are too few for that risk it starts by calling the VLA on every step."""
+        chosen = LiveOptions(**options)
+        inner = LearnedGate.from_export(export, generator, 1.0, space)
+        curve = export.calibration[generator]
+        calibrated = curve.threshold(risk) if risk >= curve.smallest_risk else -1.0
+        grid = curve.thresholds
+        return cls(
+            replace(inner, threshold=1.0),
+            grid,
+            bisect_right(grid, calibrated) / len(grid),
+            risk,
+            export.limits(generator, space),
+            export.tolerance,
+            chosen,
+            identity_of(export.space, generator, curve.to_dict()),
+        )
+
     @property
     def history_length(self) -> int:
         """Steps of history that the inner gate reads."""
@@ -162,22 +188,25 @@ class LiveGate:
         """A probability's rank among the calibration steps, in [0, 1]: the generator may act where it is below L."""
         return 0.5 if probability is None else bisect_left(self.grid, probability) / len(self.grid)
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step; an audit has the reason "audit"."""
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the coming step (B = 1); an audit has the reason "audit"."""
+        if len(proposals) != 1:
+            raise InputError(f"gate 'live': decides one step at a time, got {len(proposals)}")
         if self._coin is None:
             self._coin = bool(self.rng.random() < self.options.audit)
         self._audited = False
-        inner = self.gate.decide(history, proposal)
-        if not inner.intuitive or inner.refused:
+        inner = self.gate.decide(window, proposals)
+        step = inner[0]
+        if not step.intuitive or step.refused:
             return inner
-        if self.score(inner.probability) >= self.state.threshold:
-            return replace(inner, intuitive=False)
+        if self.score(step.probability) >= self.state.threshold:
+            return replace(inner, intuitive=NO)
         if self._disagreed:
-            return replace(inner, intuitive=False, reason="disagreed")
+            return replace(inner, intuitive=NO, reason=DISAGREED)
         self._audited = self._coin
         if not self._audited:
             return inner
-        return replace(inner, intuitive=not self.options.executed, reason="audit", audit=True)
+        return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
 
     def observe(self, proposal: FloatArray | None, answer: FloatArray | None) -> None:
         """Take in a step's end.
@@ -207,19 +236,21 @@ class LiveGate:
         self._coin, self._audited, self._first = None, False, False
 
     def stats(self) -> dict[str, float]:
-        """The deployment so far, of this episode's task if thresholds are kept per task: ``live_risk`` (estimated fraction
-        of the steps that were generated and deviated), ``live_risk_bound95`` (the true one is below it with a probability of 95 %, at
-        all times), ``threshold`` (L), ``live_steps``, ``drift_alarms``."""
-        state, p = self.state, self.options.audit
-        happened = 1 - p if self.options.executed else 1.0
-        most = losses_bound(state.found, p) - (state.found if self.options.executed else 0)
-        steps = max(1, state.steps)
+        """The deployment so far, over all tasks.
+
+        ``live_risk`` is the estimated fraction of the steps that were generated and deviated; the true one is below
+        ``live_risk_bound95`` with a probability of 95 %, at all times. Also ``live_steps``, ``drift_alarms`` and ``threshold``
+        (L), where thresholds are kept per task that of the running one."""
+        found, steps, alarms = (sum(getattr(s, k) for s in self.states.values()) for k in ("found", "steps", "alarms"))
+        p, executed = self.options.audit, self.options.executed
+        happened = 1 - p if executed else 1.0
+        most = losses_bound(found, p) - (found if executed else 0)
         return {
-            "live_risk": happened * state.found / p / steps,
-            "live_risk_bound95": min(1.0, most / steps),
-            "threshold": state.threshold,
-            "live_steps": state.steps,
-            "drift_alarms": state.alarms,
+            "live_risk": happened * found / p / max(1, steps),
+            "live_risk_bound95": min(1.0, most / max(1, steps)),
+            "threshold": self.state.threshold,
+            "live_steps": steps,
+            "drift_alarms": alarms,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,8 +265,8 @@ class LiveGate:
         }
 
     def restore(self, values: Mapping[str, Any], where: str = "live state") -> None:
-        """Go on from :meth:`to_dict`'s form. Raises :class:`InputError` if it belongs to another export, generator, action space,
-        or was watched in another way; ``where`` names it."""
+        """Go on from :meth:`to_dict`'s form. Raises :class:`InputError` if it belongs to another export, generator or
+        action space, or was audited in another way; ``where`` names it."""
         mine = json.loads(json.dumps(self.to_dict()))
         for name in ("format", "identity", "audit", "executed"):
             if values.get(name) != mine[name]:
@@ -263,6 +294,6 @@ class LiveGate:
 
 
 def identity_of(space: ActionSpace, generator: str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What a saved live state belongs to: the action space, the generator, and a short hash of what the gate was calibrated as."""
+    """What a saved live state belongs to: action space, generator, and a short hash of the space and the gate's calibration."""
     text = json.dumps([space.to_dict(), facts], sort_keys=True)
     return {"action_space": space.name, "generator": generator, "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16]}

@@ -8,16 +8,17 @@ in ``configs/``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spvla.actions import ActionSpace
+from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
-from spvla.gates.base import Decision
-from spvla.generators.base import Proposal
-from spvla.history import ActionHistory, Source
+from spvla.gates.base import Decisions
+from spvla.history import Window
 
 
 def _require_translation(space: ActionSpace, rule: str, dims: int) -> None:
@@ -25,6 +26,21 @@ def _require_translation(space: ActionSpace, rule: str, dims: int) -> None:
         raise InputError(
             f"rule {rule!r} reads {dims} translation dimensions, action space {space.name!r} has {len(space.translation)}"
         )
+
+
+def _count(window: Window, buffer: int) -> tuple[FloatArray, FloatArray]:
+    """How many of the last ``buffer`` steps there are, and how many of them count as the VLA's, (B,) each."""
+    mask = window.mask[:, -buffer:]
+    generated = (window.sources if window.credited is None else window.credited)[:, -buffer:]
+    return mask.sum(1), ((generated == 0) * mask).sum(1)
+
+
+def _first_objection(objections: Mapping[str, NDArray[np.bool_]]) -> Decisions:
+    """Intuitive where nothing objects, (B,); else the first of the ``objections`` (B,) is the reason."""
+    held = np.array(list(objections.values()))  # (reasons, B)
+    against = np.asarray(held.any(0))
+    names = np.array([*objections, "intuitive"])
+    return Decisions(~against, names[np.where(against, held.argmax(0), len(objections))])
 
 
 @dataclass(frozen=True)
@@ -53,17 +69,18 @@ class PaperRule:
         """Steps of history this rule reads."""
         return self.buffer
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step."""
-        makers = history.recent_makers(self.buffer)
-        if not len(makers):
-            return Decision(False, "no history")
-        if not (makers != Source.GENERATOR).mean() > self.tau:
-            return Decision(False, "VLA share")
-        speed = np.abs(history.actions[-1, list(self.space.translation)])
-        if (speed < self.v_min).any():
-            return Decision(False, "slow")
-        return Decision(True, "intuitive") if (speed <= self.v_max).all() else Decision(False, "fast")
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the steps that follow B windows; the proposals do not matter."""
+        steps, by_vla = _count(window, self.buffer)
+        speed = np.abs(self.space.denormalize(window.actions[:, -1])[:, list(self.space.translation)])
+        return _first_objection(
+            {
+                "no history": steps == 0,
+                "VLA fraction": ~(by_vla > self.tau * steps),
+                "slow": np.any(speed < self.v_min, axis=1),
+                "fast": ~np.all(speed <= self.v_max, axis=1),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class ReleaseRule:
     z_xy_rate: float = 0.6
     z_max: float = 0.5
     buffer: int = 6
-    vla_share: float = 4 / 6
+    vla_fraction: float = 4 / 6
 
     def __post_init__(self) -> None:
         _require_translation(self.space, "release", 3)
@@ -92,12 +109,16 @@ class ReleaseRule:
         """Steps of history this rule reads."""
         return max(self.buffer, self.step_skip)
 
-    def decide(self, history: ActionHistory, proposal: Proposal) -> Decision:
-        """Label the coming step."""
-        if history.steps < self.step_skip:
-            return Decision(False, "no history")
-        if (history.recent_makers(self.buffer) != Source.GENERATOR).sum() / self.buffer < self.vla_share - 1e-9:
-            return Decision(False, "VLA share")
-        xyz = np.abs(history.recent(self.step_skip)[:, list(self.space.translation[:3])])
-        planar = (xyz[:, 2] / np.maximum(xyz[:, :2].max(1), 1e-4) < self.z_xy_rate) & (xyz[:, 2] < self.z_max)
-        return Decision(True, "intuitive") if planar.all() else Decision(False, "not planar")
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label the steps that follow B windows; the proposals do not matter."""
+        _, by_vla = _count(window, self.buffer)
+        actions = self.space.denormalize(window.actions[:, -self.step_skip :])
+        xyz = np.abs(actions[..., list(self.space.translation[:3])])  # (B, step_skip, 3)
+        planar = (xyz[..., 2] / np.maximum(xyz[..., :2].max(-1), 1e-4) < self.z_xy_rate) & (xyz[..., 2] < self.z_max)
+        return _first_objection(
+            {
+                "no history": window.mask[:, -self.step_skip :].sum(1) < self.step_skip,
+                "VLA fraction": by_vla / self.buffer < self.vla_fraction - 1e-9,
+                "not planar": ~np.all(planar, axis=1),
+            }
+        )

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from spvla.actions import FloatArray
-from spvla.history import ActionHistory, Window
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a generator would do next.
-
-    Args:
-        actions: float32 (H, D), environment units; only the first is ever executed, the rest show where it leads.
-    """
-
-    actions: FloatArray
+from spvla.actions import ActionSpace, FloatArray
+from spvla.history import Window
 
 
 @runtime_checkable
@@ -25,12 +13,16 @@ class ActionGenerator(Protocol):
     """Generators are interchangeable everywhere: they see the history, never the image."""
 
     @property
+    def space(self) -> ActionSpace:
+        """The action space in whose scale its normalised actions are."""
+
+    @property
     def history_length(self) -> int:
         """Steps of history this generator reads."""
 
-    def propose(self, history: ActionHistory) -> Proposal:
-        """Propose the next actions. At the start of an episode, with nothing executed yet, the proposal means nothing; the
-        policy never executes that one, since the VLA always acts first."""
+    def propose(self, window: Window) -> FloatArray:
+        """The next H actions after each of B windows of at least ``history_length`` steps: normalised, float32 (B, H, D).
 
-    def propose_windows(self, window: Window) -> FloatArray:
-        """The same for B histories at once: normalised actions (B, H, D)."""
+        Only the first is ever executed; the others show where it leads. A window without any executed action gives a proposal
+        that means nothing: the policy never executes that one, since the VLA always acts first.
+        """

@@ -1,7 +1,7 @@
-"""Learned action generators: an MLP and a causal transformer over the history, distilled from a VLA's rollouts.
+"""Learned action generators: small networks over the history, distilled from a VLA's rollouts.
 
-Both map a :class:`~spvla.history.Window` to the teacher's next H actions in normalised units. Continuous dimensions are
-regressed, binary grippers are logits. They are small (tens of thousands to a few hundred thousand parameters), since
+They map a :class:`~spvla.history.Window` to the teacher's next H actions in normalised units. Continuous dimensions are
+regressed, binary grippers are logits. They have tens of thousands to a few hundred thousand parameters, since
 their cost is paid at every control step.
 """
 
@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
-from spvla.generators.base import Proposal
 from spvla.generators.features import FeatureConfig, HistoryFeatures
-from spvla.history import ActionHistory, Window
+from spvla.history import Window
+
+# Far beyond every sensible network: what a damaged or hostile file could ask for is refused before anything is built.
+LARGEST = {"horizon": 1000, "width": 16384, "depth": 100, "heads": 1024}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GeneratorConfig:
     """Architecture of a learned generator.
 
     Args:
-        kind: ``"mlp"`` or ``"transformer"``.
+        kind: the network's name: ``"mlp"``, ``"transformer"``, or that of another package's (see :mod:`spvla.generators`).
         features: its inputs.
         gripper: indices of binary gripper dimensions (predicted as logits); continuous grippers are not listed.
         horizon: actions predicted (H). Only the first is executed; the others sharpen the features and show in reports.
@@ -43,7 +44,7 @@ class GeneratorConfig:
             earlier actions as changes too. Zero where it predicts the action itself; empty: everywhere.
     """
 
-    kind: Literal["mlp", "transformer"]
+    kind: str
     features: FeatureConfig
     gripper: tuple[int, ...] = ()
     horizon: int = 4
@@ -58,7 +59,7 @@ class GeneratorConfig:
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         least = {"gripper": 0, "horizon": 1, "width": 1, "depth": 0, "heads": 1, "dropout": 0, "residual": 0}
         with naming("generator"):
-            check_fields(self, at_least=least)
+            check_fields(self, at_least=least, at_most=LARGEST)
         if self.residual and len(self.residual) != self.features.action_dim:
             raise InputError(
                 f"generator: residual has {len(self.residual)} entries, there are {self.features.action_dim} action dimensions",
@@ -73,8 +74,6 @@ class GeneratorConfig:
             )
         if max(self.gripper, default=0) >= self.features.action_dim:
             raise InputError(f"generator: gripper {self.gripper} lies outside 0..{self.features.action_dim - 1}")
-        if self.kind == "transformer" and self.width % self.heads:
-            raise InputError(f"generator: width {self.width} is no multiple of heads {self.heads}")
         if self.dropout >= 1:
             raise InputError(f"generator: dropout must lie below 1, got {self.dropout}")
 
@@ -105,64 +104,36 @@ class MLP(nn.Sequential):
         return F.linear(x, last.weight, last.bias)
 
 
-class CausalBlock(nn.Module):
-    """A pre-norm transformer block with causal attention."""
+class LearnedGenerator(nn.Module):
+    """A small network that continues the motion; :meth:`bind` makes it a robot's generator.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = MLP([width, 4 * width, width], dropout)
+    A kind of network is a subclass with :meth:`outputs`, which calls :meth:`start_from_last_action` with its last layer.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, w = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, nh, n, hs)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(a.transpose(1, 2).reshape(b, n, w))
-        return x + self.mlp(self.norm2(x))
-
-
-class LearnedGenerator(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="spvla",
-    tags=["robotics", "action-generator"],
-):
-    """A small network that continues the motion. ``forward`` is the network, :meth:`propose` the generator."""
-
+    config_class: ClassVar[type[GeneratorConfig]] = GeneratorConfig
     residual: Tensor
     scale: Tensor
 
-    def __init__(self, config: GeneratorConfig | dict[str, Any]) -> None:
+    def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
-        self.config = config = GeneratorConfig(**config) if isinstance(config, dict) else config  # config.json holds a dict
+        self.config = config
         self.features = HistoryFeatures(config.features)
-        self.out = config.horizon * config.features.action_dim
+        self.out = config.horizon * config.features.action_dim  # H D
+        self.changes_size = config.features.action_dim if config.residual else 0  # D, or 0 where there are none
         scale = torch.tensor(config.residual or [0.0] * config.features.action_dim)
         self.register_buffer("residual", (scale > 0).float(), persistent=False)  # 1 where a change is predicted, (D,)
         self.register_buffer("scale", torch.where(scale > 0, scale, 1.0), persistent=False)  # of an output, (D,)
-        w, changes = config.width, config.features.action_dim if config.residual else 0
-        if config.kind == "mlp":
-            self.net = MLP(
-                [self.features.size + config.features.history * changes, *[w] * config.depth, self.out], config.dropout
-            )
-        else:
-            self.embed = nn.Linear(self.features.token_size + changes, w)
-            self.embed_now = nn.Linear(self.features.token_size + self.features.global_size, w)
-            self.position = nn.Parameter(torch.randn(config.features.history + 1, w) * 0.02)
-            self.blocks = nn.ModuleList(CausalBlock(w, config.heads, config.dropout) for _ in range(config.depth))
-            self.norm = nn.LayerNorm(w)
-            self.head = nn.Linear(w, self.out)
-        if config.residual:
-            self.repeat_last_action()
 
-    def repeat_last_action(self) -> None:
-        """Zero the last layer: every dimension that is predicted as a change then repeats the last action."""
-        last = self.net.linear[-1] if self.config.kind == "mlp" else self.head
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+    def outputs(self, window: Window, changes: Tensor | None) -> Tensor:
+        """The last layer's outputs, (B, H D), from a window and the executed actions as ``changes`` against the last one,
+        (B, n, D), or None where no dimension is predicted as a change."""
+        raise NotImplementedError
+
+    def start_from_last_action(self, last_layer: nn.Linear) -> None:
+        """Zero the last layer where changes are predicted: an untrained network then repeats the last action."""
+        if self.config.residual:
+            nn.init.zeros_(last_layer.weight)
+            nn.init.zeros_(last_layer.bias)
 
     @property
     def history_length(self) -> int:
@@ -172,20 +143,7 @@ class LearnedGenerator(
     def forward(self, window: Window) -> Tensor:
         """A window of tensors to (B, H, D): normalised actions, logits at binary grippers (positive: +1)."""
         last = torch.as_tensor(window.actions)[:, -1:] if self.config.residual else None  # (B, 1, D)
-        if self.config.kind == "mlp":
-            x = self.features(window)
-            if last is not None:
-                x = torch.cat([x, self._changes(window, last).flatten(1)], dim=1)
-            out = self.net(x)
-        else:
-            tokens, rest = self.features.tokens(window)  # (B, n + 1, token), (B, G)
-            now, steps = self.embed_now(torch.cat([tokens[:, -1], rest], dim=1)), tokens[:, :-1]
-            if last is not None:
-                steps = torch.cat([steps, self._changes(window, last)], dim=2)
-            x = torch.cat([self.embed(steps), now[:, None]], dim=1) + self.position  # (B, n + 1, W)
-            for block in self.blocks:
-                x = block(x)
-            out = self.head(self.norm(x[:, -1]))
+        out = self.outputs(window, None if last is None else self._changes(window, last))
         out = out.view(-1, self.config.horizon, self.config.features.action_dim)  # (B, H, D)
         return out if last is None else last * self.residual + out * self.scale
 
@@ -213,6 +171,20 @@ class LearnedGenerator(
         return BoundGenerator(self.eval(), space)
 
 
+class MLPGenerator(LearnedGenerator):
+    """An MLP over all features at once."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__(config)
+        inputs = self.features.size + config.features.history * self.changes_size
+        self.net = MLP([inputs, *[config.width] * config.depth, self.out], config.dropout)
+        self.start_from_last_action(self.net.linear[-1])
+
+    def outputs(self, window: Window, changes: Tensor | None) -> Tensor:
+        x = self.features(window)
+        return self.net(x if changes is None else torch.cat([x, changes.flatten(1)], dim=1))
+
+
 @dataclass(frozen=True)
 class BoundGenerator:
     """A learned generator with the action space it acts in."""
@@ -233,13 +205,10 @@ class BoundGenerator:
         """Steps of history this generator reads."""
         return self.network.history_length
 
-    def propose(self, history: ActionHistory) -> Proposal:
-        """The network's H actions; one with NaN stays as it is, for the policy to refuse."""
-        return Proposal(self.space.denormalize(self.propose_windows(history.window())[0]))
-
     @torch.inference_mode()
-    def propose_windows(self, window: Window) -> FloatArray:
-        """The network's H actions after B windows, within the space's bounds: normalised (B, H, D)."""
+    def propose(self, window: Window) -> FloatArray:
+        """The network's H actions after B windows, within the space's bounds: normalised (B, H, D). NaN stays NaN, for the
+        policy to refuse."""
         out: FloatArray = self.network(window).numpy()
         np.copysign(np.float32(1), out, where=self.gripper, out=out)
         return np.minimum(np.maximum(out, self.low), self.high)  # as np.clip, at a third of its cost

@@ -14,23 +14,22 @@ import numpy as np
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.generators.base import Proposal
-from spvla.history import ActionHistory, Window
+from spvla.history import Window
 
 
 @cache
-def ridge_filter(n: int, horizon: int = 1, ridge: float = 1e-4) -> FloatArray:
+def ridge_filter(n: int, horizon: int = 1, penalty: float = 1e-4) -> FloatArray:
     """Weights (horizon, n) that map the last n values, oldest first, to their ridge extrapolations at t = n, n + 1, ..."""
     t = np.arange(n, dtype=np.float64)
     x = np.stack([t, np.ones(n)], axis=1)  # (n, 2)
     future = np.stack([n + np.arange(horizon), np.ones(horizon)], axis=1)  # (horizon, 2)
-    weights: FloatArray = (future @ np.linalg.solve(x.T @ x + ridge * np.eye(2), x.T)).astype(np.float32)
+    weights: FloatArray = (future @ np.linalg.solve(x.T @ x + penalty * np.eye(2), x.T)).astype(np.float32)
     return weights
 
 
-def extrapolate(actions: FloatArray, horizon: int = 1, ridge: float = 1e-4) -> FloatArray:
+def extrapolate(actions: FloatArray, horizon: int = 1, penalty: float = 1e-4) -> FloatArray:
     """Ridge extrapolation of ``actions`` (..., n, D), oldest first, to (..., horizon, D)."""
-    return np.asarray(ridge_filter(actions.shape[-2], horizon, ridge) @ actions, np.float32)
+    return np.asarray(ridge_filter(actions.shape[-2], horizon, penalty) @ actions, np.float32)
 
 
 def validity_clip(proposed: FloatArray, actions: FloatArray, limit: float = 0.9) -> FloatArray:
@@ -54,14 +53,14 @@ class RidgeGenerator:
             ``"paper"`` extrapolates every dimension but the gripper's, which is copied. Published for translations in
             [-1, 1] a step; ``limit`` is in environment units.
         buffer: number of past actions the line is fitted to (n).
-        ridge: lambda; it penalises the intercept too, as published.
+        penalty: lambda; it penalises the intercept too, as published.
         horizon: steps to extrapolate (H).
     """
 
     space: ActionSpace
     form: Literal["release", "paper"] = "release"
     buffer: int = 6
-    ridge: float = 1e-4
+    penalty: float = 1e-4
     limit: float = 0.9
     horizon: int = 1
     fitted: list[int] = field(init=False, repr=False, compare=False)
@@ -81,33 +80,27 @@ class RidgeGenerator:
         """Steps of history this generator reads."""
         return self.buffer
 
-    def propose_batch(self, actions: FloatArray) -> FloatArray:
+    def continue_actions(self, actions: FloatArray) -> FloatArray:
         """Continue ``actions`` (..., n, D), environment units, oldest first, to (..., H, D)."""
         last = actions[..., -1:, :]
         out = np.repeat(last, self.horizon, axis=-2)
         if actions.shape[-2] >= 2:
             fitted = actions[..., self.fitted]
-            line = extrapolate(fitted, self.horizon, self.ridge)
+            line = extrapolate(fitted, self.horizon, self.penalty)
             if self.form == "release":
                 line = validity_clip(line, fitted, self.limit)
             out[..., self.fitted] = line
         return out
 
-    def propose(self, history: ActionHistory) -> Proposal:
-        """Continue the last ``buffer`` executed actions, whoever made them."""
-        actions = history.recent(self.buffer)
-        if not len(actions):
-            return Proposal(self.space.denormalize(np.zeros((self.horizon, self.space.dim), np.float32)))
-        return Proposal(self.propose_batch(actions))
-
-    def propose_windows(self, window: Window) -> FloatArray:
-        """Continue B windows (of at least ``buffer`` steps): normalised (B, H, D). Short histories use their own filter."""
+    def propose(self, window: Window) -> FloatArray:
+        """Continue the last ``buffer`` executed actions of B windows, whoever made them: normalised (B, H, D). A shorter
+        history uses the filter of its own length."""
         out = np.zeros((len(window.actions), self.horizon, self.space.dim), np.float32)
         counts = np.minimum(window.mask.sum(1).astype(int), self.buffer)
         for k in np.unique(counts[counts > 0]):
             rows = counts == k
             actions = self.space.denormalize(window.actions[rows, window.actions.shape[1] - k :])
-            out[rows] = self.space.normalize(self.propose_batch(actions))
+            out[rows] = self.space.normalize(self.continue_actions(actions))
         return out
 
 
@@ -119,13 +112,16 @@ class LastActionGenerator:
     horizon: int = 1
     history_length: int = 1
 
-    def propose(self, history: ActionHistory) -> Proposal:
-        """The last action, ``horizon`` times."""
-        last = history.last_action
-        if last is None:
-            last = self.space.denormalize(np.zeros(self.space.dim, np.float32))
-        return Proposal(np.repeat(last[None], self.horizon, axis=0))
-
-    def propose_windows(self, window: Window) -> FloatArray:
+    def propose(self, window: Window) -> FloatArray:
         """The last action of B windows, ``horizon`` times: normalised (B, H, D)."""
         return np.repeat(window.actions[:, -1:], self.horizon, axis=1)
+
+
+def ridge(space: ActionSpace) -> RidgeGenerator:
+    """The form of the published code, or where a space has no translation that of the paper."""
+    return RidgeGenerator(space, form="release" if space.translation else "paper")
+
+
+def ridge_paper(space: ActionSpace) -> RidgeGenerator:
+    """The form of the paper: every dimension but the gripper's is extrapolated."""
+    return RidgeGenerator(space, form="paper")

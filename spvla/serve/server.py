@@ -38,8 +38,9 @@ from vla_eval.protocol.messages import Message, MessageType, make_hello_payload,
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+from spvla.assemble import accelerate
 from spvla.errors import InputError
-from spvla.export import accelerate, load_export
+from spvla.export import load_export
 from spvla.fields import naming
 from spvla.history import ActionHistory
 from spvla.observation import Observation
@@ -133,12 +134,14 @@ class PolicyServer(ModelServer):
         history = ActionHistory(policy.space, policy.history.length)
         history.observe(None)
         with naming("interface.state is not given, though the generator or its gate needs it"):
-            policy.gate.decide(history, policy.generator.propose(history))
+            window = history.window()
+            policy.gate.decide(window, policy.generator.propose(window)[:, 0])
 
     def _make(self, first: bool = False) -> _Session:
         # A VLA that cannot share its weights serves the first session itself; further ones load their own.
         vla = self._vla if first and not isinstance(self._vla, PrunableVLA) else second_vla(self._vla, *self._source)
         policy = accelerate(vla, self._export, **self._parts)
+        assert isinstance(policy, SPVLAPolicy), "a server records nothing"
         policy.vla = InTurn(policy.vla, self._turn)
         return _Session(policy, vla)
 

@@ -1,7 +1,7 @@
-"""Policies by name: a built-in, an entry point of the group ``spvla.vlas``, or ``package.module:factory``.
+"""VLAs by name: a built-in, an entry point of the group ``spvla.vlas``, or ``package.module:factory``.
 
 A factory is called as ``factory(checkpoint, **options)`` and returns a :class:`~spvla.vlas.base.VLA`; ``checkpoint`` is a
-path, a hub id or None. One that declares a parameter ``suite`` is told which LIBERO suite it will act in, if any.
+path, a hub id or None. One that declares a parameter ``suite`` is given the simulator's suite that it will act in, if any.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import gc
 import hashlib
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
+from spvla.registry import Registry
 from spvla.vlas.base import VLA, PrunableVLA
 
 BUILT_IN = {
@@ -26,13 +25,6 @@ BUILT_IN = {
     "remote": "spvla.vlas.remote:load",
 }
 REPOSITORY = {"expert": "data.envs:expert"}  # the package `data` comes with a checkout, not with an installed spvla
-GROUP = "spvla.vlas"
-
-
-def known_names() -> list[str]:
-    """Every policy name that works in this installation."""
-    checkout = REPOSITORY if _in_repository() else {}
-    return sorted({*BUILT_IN, *checkout, *(e.name for e in entry_points(group=GROUP))})
 
 
 def _in_repository() -> bool:
@@ -42,61 +34,53 @@ def _in_repository() -> bool:
         return False
 
 
+VLAS = Registry("VLA", "spvla.vlas", {**BUILT_IN, **(REPOSITORY if _in_repository() else {})})
+
+
 def load_vla(
     name: str,
     checkpoint: str | None = None,
     options: Mapping[str, Any] | None = None,
     suite: str | None = None,
 ) -> VLA:
-    """The policy called ``name``.
+    """The VLA called ``name``.
 
     Args:
         name: a built-in, an entry point, or ``package.module:factory``.
         checkpoint: path or hub id, for the factory.
         options: keyword arguments for the factory.
-        suite: the LIBERO suite that it will act in, for factories that ask for it.
+        suite: the simulator's suite that it will act in, for factories that take it.
 
     Raises:
         InputError: an unknown name or option; the message lists the known ones.
     """
-    target = {**BUILT_IN, **REPOSITORY}.get(name)
-    if target is None:
-        target = next((e.value for e in entry_points(group=GROUP) if e.name == name), None)
-    if target is None and ":" in name:
-        target = name
-    if target is None:
-        known = ", ".join(known_names())
-        raise InputError(f"policy {name!r} is unknown; there are: {known}, or name a 'package.module:factory'")
     if name in REPOSITORY and not _in_repository():
         raise InputError(
-            f"policy {name!r} needs the project's repository: clone it and run there; an installed spvla has no simulators",
+            f"VLA {name!r} needs the project's repository: clone it and run there; an installed spvla has no simulators",
             code="needs-repository",
-            field="policy",
+            field="vla",
         )
-    module, _, attribute = target.partition(":")
-    try:
-        factory = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no name of a module
-        raise InputError(f"policy {name!r}: cannot import {target} ({error})") from None
+    factory = VLAS.get(name)
+    target = VLAS.targets.get(name, name)
     if not callable(factory):
-        raise InputError(f"policy {name!r}: {target} is no factory but {type(factory).__name__}")
+        raise InputError(f"VLA {name!r}: {target} is no factory but {type(factory).__name__}")
     keywords = dict(options or {})
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     takes_any = len(takes) < len(parameters)
     for option in keywords:
         if option not in takes and not takes_any:
-            raise InputError(f"policy {name!r} takes no option {option!r}; it takes: {', '.join(takes) or 'none'}")
+            raise InputError(f"VLA {name!r} takes no option {option!r}; it takes: {', '.join(takes) or 'none'}")
     if suite is not None and "suite" in takes:
         keywords.setdefault("suite", suite)
-    with naming(f"policy {name!r}"):
+    with naming(f"VLA {name!r}"):
         check_options(factory, keywords)
     try:
         vla = factory(checkpoint, **keywords)
     except TypeError as error:  # no factory, or one that takes any option and handed it on to one that does not
-        raise InputError(f"policy {name!r}: {target}(checkpoint, ...): {error}") from error
+        raise InputError(f"VLA {name!r}: {target}(checkpoint, ...): {error}") from error
     if not isinstance(vla, VLA):
-        raise InputError(f"policy {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
+        raise InputError(f"VLA {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
     return vla
 
 

@@ -1,0 +1,51 @@
+"""The model card of an export."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spvla.export import Export
+
+
+def model_card(export: Export) -> str:
+    """The export's README.md."""
+    lines = [
+        "---",
+        "library_name: spvla",
+        "tags: [robotics, vision-language-action, sp-vla]",
+        "license: mit",
+        "---",
+        "",
+        f"# SP-VLA generator and gates for {export.space.name}",
+        "",
+        f"Action generators distilled from the teacher **{export.provenance.get('teacher', 'unknown')}** and one calibrated "
+        "action-type classifier per generator. Use with the same VLA, in the same action space:",
+        "",
+        "```python",
+        'policy = spvla.accelerate(vla, "this/folder")',
+        "```",
+        "",
+        "| generator | gate | calibration episodes | smallest risk | coverage at the default risk |",
+        "|---|---|---|---|---|",
+    ]
+    risk = float(export.defaults.get("risk", 0.05))
+    for name, curve in export.calibration.items():
+        lines.append(f"| {name} | learned | {curve.episodes} | {curve.smallest_risk:.4f} | {curve.coverage_at(risk):.1%} |")
+    lines += [
+        "",
+        f"Defaults: `{json.dumps(dict(export.defaults))}`. A step deviates if the largest error over the continuous "
+        f"dimensions exceeds {export.tolerance} (normalised units) or a gripper is wrong. Risk is the expected fraction of an "
+        "episode's steps that are generated and deviate; the bound holds for trajectories like those of the calibration "
+        "set. Steps in unfamiliar states, and those whose proposal is refused (out of bounds, or a larger jump than any in "
+        "training), are the VLA's.",
+        *(f"\nNote: {note}." for note in export.notes()),
+        "",
+        "Provenance:",
+        "",
+        "```json",
+        json.dumps(dict(export.provenance), indent=1),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

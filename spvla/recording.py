@@ -1,0 +1,135 @@
+"""Episodes of a policy as records: in memory, and a policy around a policy that writes them to a rollout store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.actions import ActionSpace, FloatArray
+from spvla.episodes import Episode, RolloutWriter
+from spvla.history import Source
+from spvla.observation import Observation
+from spvla.policy import SPVLAPolicy
+from spvla.vlas.base import VLAOutput
+
+
+@dataclass
+class Record:
+    """The running episode, one entry a control step.
+
+    Args:
+        actions: what was executed, (D,), environment units.
+        states: proprioception before it, (S,), or None.
+        outputs: the VLA's output at that step, or None where it was not asked.
+        sources: who made the action.
+    """
+
+    actions: list[FloatArray] = field(default_factory=list)
+    states: list[FloatArray | None] = field(default_factory=list)
+    outputs: list[VLAOutput | None] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+
+    def add(self, action: FloatArray, state: NDArray[np.floating] | None, output: VLAOutput | None, source: Source) -> None:
+        """Append a step; arrays are copied."""
+        self.actions.append(np.array(action, np.float32))
+        self.states.append(None if state is None else np.array(state, np.float32))
+        self.outputs.append(output)
+        self.sources.append(source)
+
+    def episode(self, space: ActionSpace) -> Episode:
+        """The steps so far as an episode in ``space``, its instruction empty. Where the VLA was not asked its rows are NaN."""
+        outputs = self.outputs
+        return Episode(
+            actions=np.asarray(self.actions, np.float32),
+            instruction="",
+            timestamps=np.arange(len(self.actions)) / space.control_rate,
+            states=_rows(self.states),
+            sources=np.array(self.sources, np.uint8),
+            vla_actions=_rows([None if o is None else o.actions[0] for o in outputs]),
+            vla_confidence=_rows([None if o is None else o.confidence for o in outputs]),
+            vla_features=_rows([None if o is None else o.features for o in outputs]),
+        )
+
+
+def _rows(values: list[FloatArray | None]) -> FloatArray | None:
+    """Vectors as rows, NaN where there is none; None where there is none at all."""
+    width = next((len(v) for v in values if v is not None), 0)
+    if not width:
+        return None
+    out = np.full((len(values), width), np.nan, np.float32)
+    for row, value in zip(out, values, strict=True):
+        if value is not None:
+            row[:] = value
+    return out
+
+
+class Recorder:
+    """A policy around ``policy`` that writes its finished episodes to a rollout store. Everything else is ``policy``'s own.
+
+    Args:
+        policy: what acts.
+        folder: the rollout store; several recorders may fill one.
+    """
+
+    def __init__(self, policy: SPVLAPolicy, folder: str | Path) -> None:
+        self.policy = policy
+        self._writer = RolloutWriter(folder, policy.space, policy=type(policy.vla).__name__)
+        # Jobs sort by time, and no two recorders have the same ones.
+        self._name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:8]}"
+        self._episodes = 0
+        self._instruction = ""
+        self._record = Record()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode. One that :meth:`finish` did not close is kept, its success unknown."""
+        self.finish()
+        self.policy.reset(instruction)
+        self._instruction = instruction
+
+    def select_action(
+        self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
+    ) -> FloatArray:
+        """See :meth:`SPVLAPolicy.select_action`."""
+        action = self.policy.select_action(observation, state)
+        state = observation.state if isinstance(observation, Observation) else state
+        self._record.add(action, state, self.policy.last_output, self.policy.last_step.source)
+        return action
+
+    def executed(self, action: FloatArray) -> None:
+        """See :meth:`SPVLAPolicy.executed`."""
+        self.policy.executed(action)
+        self._record.actions[-1] = np.array(action, np.float32)
+
+    def waited(self, action: FloatArray, state: NDArray[np.floating] | None = None) -> None:
+        """See :meth:`SPVLAPolicy.waited`."""
+        self.policy.waited(action, state)
+        self._record.add(action, state, None, self.policy.last_step.source)
+
+    def finish(self, success: bool | None = None, **metadata: Any) -> None:
+        """Close the episode and write it, with whether it succeeded and other facts about it."""
+        record, self._record = self._record, Record()
+        if not record.actions:
+            return
+        episode = record.episode(self.policy.space)
+        episode.instruction, episode.success, episode.metadata = self._instruction, success, metadata
+        self._writer.write(f"{self._name}-{self._episodes:06d}", [episode])
+        self._episodes += 1
+
+    def close(self) -> None:
+        """Finish the running episode and finalise the store."""
+        self.finish()
+        if any(self._writer.shards.glob("*.parquet")):
+            self._writer.finalize()
+
+
+Policy: TypeAlias = SPVLAPolicy | Recorder  # what :func:`spvla.accelerate` returns

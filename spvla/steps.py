@@ -1,0 +1,96 @@
+"""What happened in a control step, and the statistics of an episode's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spvla.history import Source
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in one control step and what it cost.
+
+    Args:
+        source: who made the executed action.
+        intuitive: the gate's label (False if it was not asked).
+        reason: what decided.
+        probability: the gate's probability that the proposal deviates, or None.
+        fallback: labelled intuitive, but the proposal was refused and the VLA acted in the same step.
+        deviates: shadow mode only: whether the skipped proposal would have deviated from the VLA's action.
+        error: shadow mode only: its largest absolute error over the continuous dimensions, normalised units.
+        called_vla: the VLA was asked and answered in this step.
+        keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
+        visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
+        unavailable: why the VLA could not be asked, or None; the action is then the safe one.
+        milliseconds: wall clock by stage: ``capture`` (of a callable observation), ``scheduling`` (generator and gate),
+            ``vla``, the VLA's own stages as ``vla/<stage>``, ``unavailable`` (asking in vain), ``total``.
+    """
+
+    source: Source
+    intuitive: bool
+    reason: str
+    probability: float | None = None
+    fallback: bool = False
+    deviates: bool | None = None
+    error: float | None = None
+    called_vla: bool = False
+    keep_mass: float | None = None
+    visual_tokens: tuple[int, int] | None = None
+    unavailable: str | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Lengths of the maximal runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], generated.astype(np.int8), [0]])))
+    return np.asarray(edges[1::2] - edges[::2], np.int64)
+
+
+def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
+    """Counts and costs of an episode's steps.
+
+    Returns ``steps, vla_calls, generated, held, fallbacks, audits, unavailable, switches`` (changes of who acts),
+    ``generated_runs``, ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode
+    ``would_skip`` and ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
+    """
+    if not steps:
+        return {
+            "steps": 0,
+            "vla_calls": 0,
+            "generated": 0,
+            "held": 0,
+            "fallbacks": 0,
+            "audits": 0,
+            "unavailable": 0,
+            "switches": 0,
+        }
+    generated = np.array([s.source == Source.GENERATOR for s in steps])
+    runs = run_lengths(generated)
+    ms = np.array([s.milliseconds["total"] for s in steps if "total" in s.milliseconds])
+    out: dict[str, float] = {
+        "steps": len(steps),
+        "vla_calls": sum(s.called_vla for s in steps),
+        "generated": int(generated.sum()),
+        "held": sum(s.source == Source.HELD for s in steps),
+        "fallbacks": sum(s.fallback for s in steps),
+        "audits": sum(s.reason == "audit" for s in steps),
+        "unavailable": sum(s.unavailable is not None for s in steps),
+        "switches": int((generated[1:] != generated[:-1]).sum()),
+        "generated_runs": len(runs),
+        "generated_run_length_mean": float(runs.mean()) if len(runs) else 0.0,
+        "policy_seconds": float(ms.sum() / 1e3),
+    }
+    out |= {f"policy_ms_p{q}": float(np.percentile(ms, q)) for q in (50, 95, 99)}
+    shadow = [s for s in steps if s.deviates is not None]
+    if shadow:
+        out["would_skip"] = sum(s.intuitive and not s.fallback for s in shadow)
+        out["would_deviate"] = sum(s.intuitive and not s.fallback and bool(s.deviates) for s in shadow)
+    tokens = [s.visual_tokens[0] for s in steps if s.visual_tokens is not None]
+    if tokens:
+        out["visual_tokens_mean"] = float(np.mean(tokens))
+    return out
