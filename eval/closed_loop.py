@@ -375,7 +375,7 @@ def summarise(episodes: Sequence[dict[str, Any]], timing: Mapping[str, Mapping[s
         if counted := [e for e in seeing if e.get("kept") is not None]:
             kept = np.sum([e["kept"] for e in counted], axis=0)
             row["kept_share"] = (kept / sum(e["vla_calls"] for e in counted)).round(3).tolist()
-        if (last := max(es, key=lambda e: e["live_steps"] or 0))["live_steps"] is not None:
+        if (last := max(es, key=lambda e: e.get("live_steps") or 0)).get("live_steps") is not None:
             row |= {"audits_per_episode": float(np.mean([e["audits"] for e in es])), **{k: last[k] for k in LIVE}}
         row["deviation_rate"] = None
         labelled = [e for e in es if e["deviating"] is not None]
@@ -510,18 +510,19 @@ def closed_loop(
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
     groups: list[tuple[Group, ...]] = []  # each for one worker
     deployments: dict[str, list[Group]] = {c.name: [] for c in wanted if c.live}
-    learned = {e["cell"]: e["live"] for e in sorted(done, key=lambda e: e["live_steps"] or 0) if e["live"] is not None}
+    learned = {e["cell"]: e["live"] for e in sorted(done, key=lambda e: e.get("live_steps") or 0) if e.get("live")}
     left = 0
     for task, episodes in jobs.items():
         waiting = [(c, i, s) for i, s in episodes for c in wanted if (c.name, task.index, i, s) not in have]
         left += len(waiting)
-        film = (output / "films", episodes[0]) if films and task == chosen[0] else (None, None)
+        filmed = films and task == chosen[0]
+        group = Group(task, (), setting, output / "films" if filmed else None, episodes[0] if filmed else None, learned)
         apart = [job for job in waiting if not job[0].live]
         parts = max(1, min(workers, len(apart) // 10))
-        groups += [(Group(task, tuple(part), setting, *film),) for part in chunks(apart, parts)] if apart else []
+        groups += [(replace(group, jobs=tuple(part)),) for part in chunks(apart, parts)] if apart else []
         for name, deployment in deployments.items():
-            mine = tuple(job for job in waiting if job[0].name == name)
-            deployment += [Group(task, mine, setting, *film, learned=learned)] if mine else []
+            if own := tuple(job for job in waiting if job[0].name == name):
+                deployment.append(replace(group, jobs=own))
     groups += [tuple(deployment) for deployment in deployments.values() if deployment]
     from tqdm import tqdm
 

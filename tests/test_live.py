@@ -32,7 +32,8 @@ def deploy(world, allowed=0.05, step=0.01, audit=0.1, start=0.8, steps=STEPS, se
         seen.coin = coins.random(seeds) < audit
         seen.loss = (score < seen.threshold) & deviates
         losses[t], thrown[t] = seen.loss, seen.coin
-        seen.threshold = advance(seen.threshold, (seen.coin & seen.loss) / audit, allowed, step, audit)
+        moved = seen.threshold + step * (allowed - (seen.coin & seen.loss) / audit)  # as advance() does, for all at once
+        seen.threshold = np.minimum(1.0, np.maximum(-step / audit, moved))
         assert (seen.threshold >= -step / audit - 1e-12).all() and (seen.threshold <= 1).all()
     return losses, thrown
 

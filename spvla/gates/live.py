@@ -109,9 +109,9 @@ class LiveState:
     every: int = 16  # steps between two entries of the path
 
 
-def advance(threshold: Any, estimate: Any, allowed: float, step: float, audit: float) -> Any:
-    """The next threshold, given the estimate h of this step's loss; both may be arrays, of many deployments."""
-    return np.minimum(1.0, np.maximum(-step / audit, threshold + step * (allowed - estimate)))
+def advance(threshold: float, estimate: float, allowed: float, step: float, audit: float) -> float:
+    """The next threshold, given the estimate h of this step's loss."""
+    return min(1.0, max(-step / audit, threshold + step * (allowed - estimate)))
 
 
 class LiveGate:
@@ -225,7 +225,7 @@ class LiveGate:
             state.audits += 1
             state.found += deviates
             estimate = deviates / self.options.audit
-        state.threshold = float(advance(state.threshold, estimate, self.allowed, self.options.step, self.options.audit))
+        state.threshold = advance(state.threshold, estimate, self.allowed, self.options.step, self.options.audit)
         state.evidence, alarm = self.alarm.advance(state.evidence, estimate)
         state.alarms += alarm
         if state.steps % state.every == 0:
