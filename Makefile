@@ -1,8 +1,9 @@
 # Everything sets itself up on a fresh Debian/Ubuntu machine with Python 3.11 or newer.
 #   make demo          the whole system on the packaged small VLA, from pixels: a paired evaluation, its films and a report
 #   make distill-demo  record that VLA, distil a generator and its gate from it, evaluate them
-#   make check         lint, types and the unit tests, in two minutes
+#   make check         lint, types, documentation and the unit tests, in two minutes
 #   make test          the same and everything slow
+#   make docs          the documentation as a site in site/
 # PIP_ARGS is passed to pip, for example to choose a CPU build of torch:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -21,7 +22,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo distill-demo check unit test test-lerobot lint clean
+.PHONY: setup system demo distill-demo check unit test test-lerobot lint docs clean
 
 setup: system $(READY)
 
@@ -39,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) torch
-	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,dev]"
+	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,docs,dev]"
 	$(BIN)/pip install -q --no-deps $(PIP_ARGS) metaworld==3.1.1  # it asks for another MuJoCo than LIBERO, and runs with LIBERO's
 	@touch $(READY)
 
@@ -79,7 +80,11 @@ test-lerobot:
 	$(LEROBOT_VENV)/bin/pip install -q --no-deps -e .
 	$(LEROBOT_VENV)/bin/python -m pytest -q tests/test_foreign.py
 
-lint: $(READY)
+# Strict: a broken link is an error. Nothing is loaded from the network.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lint: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -6,10 +6,9 @@ extended by another call ends with exactly the episodes it should have.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from math import ceil
 from pathlib import Path
@@ -17,74 +16,49 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.envs import load_tasks, make_env
-from data.envs.base import Instructable, Privileged, Task
+from data.envs import load_tasks
+from data.envs.base import Env, Instructable, Privileged, Task
 from data.images import UPRIGHT
-from data.parallel import chunks, run_groups
+from data.jobs import Group, Setting, environment, episode_seed, parse_range, parts_for, require_init_states, split
+from data.parallel import Workers
 from data.rollout import ActionNoise, rollout
 from data.student import Student
+from spvla.actions import ActionSpace
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
-from spvla.episodes import RolloutWriter
 from spvla.errors import InputError
-from spvla.export import fingerprint, load_export
 from spvla.steps import episode_stats
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, second_vla, weights_stamp
+from spvla.store import Episode, RolloutWriter, finalize
+from spvla.vlas.registry import VLASource, weights_stamp
 
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
 
-def parse_range(text: str, what: str = "init_states") -> list[int]:
-    """``"0-19"``, ``"3"`` or ``"0-4,10,12-14"`` to a list of numbers. Raises :class:`InputError` for anything else."""
-    out: list[int] = []
-    for part in str(text).split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise InputError(f"{what} {text!r}: expected numbers and ranges such as 0-19 or 0-4,10")
-        out += range(int(first), int(last) + 1)
-    return out
+@dataclass(frozen=True, kw_only=True)
+class Collecting(Setting):
+    """What determines an episode besides task, initial state and repetition: the options of :func:`collect`."""
 
-
-def require_init_states(task: Task, states: Sequence[int], text: str) -> None:
-    """Raise :class:`InputError` if ``task`` lacks one of the official initial states, which ``text`` asked for."""
-    available = task.init_states
-    if max(states) >= available:
-        raise InputError(f"init_states {text}: {task.suite} task {task.index} has {available} initial states")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What determines an episode beside task, initial state and repetition."""
-
-    vla: str
-    checkpoint: str | None
-    export: str | None
     shadow: bool
     risk: float | None
     generator: str | None
     gate: str | None
-    max_generated_run: int | None
     noise: float
     seed: int
     images: bool = False
     instructions: str = "task"
     student: str | None = None
     student_checkpoint: str | None = None
-    vla_options: dict[str, Any] | None = None
     pruning: dict[str, Any] | str | None = None
-    max_steps: int | None = None
     shuffle: bool = False
     weights: str | None = None
 
-    @property
-    def tag(self) -> str:
-        """A short hash that tells settings apart in job ids; an export counts by its content, not its folder's name."""
-        unset = {f.name: f.default for f in fields(self)}
-        values = {k: v for k, v in asdict(self).items() if v != unset[k]}  # options added later change no earlier id
-        if self.export is not None:
-            values["export"] = fingerprint(self.export)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    def check(self) -> None:
+        """Raise :class:`InputError` for options that belong to another one which is not given."""
+        for name in ("shadow", "risk", "generator", "gate", "max_generated_run"):
+            if getattr(self, name) not in (None, False) and self.export is None:
+                raise InputError(f"{name}: belongs to an accelerated policy; give its --export too", field=name)
+        if self.student_checkpoint is not None and self.student is None:
+            raise InputError("student_checkpoint: give --student too", field="student_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -97,22 +71,6 @@ class Job:
     seed: int
 
 
-@dataclass(frozen=True)
-class Group:
-    """Jobs of one task: a worker process makes the environment once for all of them."""
-
-    task: Task
-    jobs: tuple[Job, ...]
-    setting: Setting
-    output: str
-
-
-def episode_seed(seed: int | str, task: Task, init_state: int | None, repetition: int) -> int:
-    """The seed of an episode, from what identifies it; another ``seed`` makes another episode of the same initial state."""
-    text = f"{seed}/{task.suite}/{task.name}/{init_state}/{repetition}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") & 0x7FFFFFFF
-
-
 def choose_instruction(options: Sequence[str], seed: int) -> str:
     """Half of the time the first of a scene's instructions, which is its task's own, else one of the others."""
     rng = np.random.default_rng([seed, 1])
@@ -120,72 +78,97 @@ def choose_instruction(options: Sequence[str], seed: int) -> str:
     return options[0] if own else options[int(rng.integers(1, len(options)))]
 
 
-def _collect_group(group: Group) -> Iterator[dict[str, Any]]:
-    setting = group.setting
-    source = (setting.vla, setting.checkpoint, setting.vla_options, group.task.suite)
-    vla = load_vla(*source)
-    perturbed = bool(setting.noise) or setting.student is not None
-    teacher = second_vla(vla, *source) if perturbed or setting.export is not None else None
-    if setting.export is None:
-        policy = accelerate(vla, generator="none", pruning=setting.pruning)
-    else:
-        policy = accelerate(
-            vla,
-            setting.export,
-            setting.risk,
-            generator=setting.generator,
-            gate=setting.gate,
-            pruning=setting.pruning,
-            max_generated_run=setting.max_generated_run,
-            shadow=setting.shadow,
-        )
-    writer = RolloutWriter(group.output, policy.space, policy=setting.vla)
-    noise = ActionNoise(setting.noise) if setting.noise else None
-    student = None if setting.student is None else Student(setting.student, setting.student_checkpoint, policy.space)
-    rendered = setting.images or student is not None or needs_images(vla)
-    with make_env(group.task, render="fast" if rendered else None, wrist_camera=needs_wrist_image(vla)) as env:
-        asked: list[str] = []
-        if setting.instructions == "scene":
-            if not isinstance(env, Instructable):
-                told = f"instructions: in scenes of {group.task.suite} only the task's own can be given; use task"
-                raise InputError(told, code="unsupported", field="instructions")
-            env.reset(group.jobs[0].init_state)
-            asked = env.instructions()
-        for job in group.jobs:
-            instruction = choose_instruction(asked, job.seed) if asked else group.task.instruction
-            result = rollout(
-                env,
-                policy,
-                init_state=job.init_state,
-                seed=job.seed,
-                noise=noise,
-                teacher=teacher,
-                driver=student,
-                instruction=instruction,
-                images=setting.images,
-                shuffle=setting.shuffle,
-            )
-            result.episode.metadata = {
-                "suite": group.task.suite,
-                "task": group.task.index,
-                "task_name": group.task.name,
-                "init_state": job.init_state,
-                "repetition": job.repetition,
-                "seed": job.seed,
-                "accelerated": setting.export is not None and not setting.shadow,
-                "risk": setting.risk,
-                "noise": setting.noise,
-            }
-            if setting.shuffle:
-                result.episode.metadata["shuffled"] = True
-            if setting.images:
-                result.episode.metadata["images"] = UPRIGHT
-                if isinstance(env, Privileged):
-                    result.episode.metadata["scene"] = env.scene_facts(instruction)
-            if student is not None:
-                result.episode.metadata["student"] = {"policy": setting.student, "helped": student.helped}
-            writer.write(job.id, [result.episode])
-            yield {"job": job.id, "success": result.episode.success, **episode_stats(result.steps)}
+class Collector:
+    """What a worker process keeps: the policy, its teacher and the store. Loading happens here, once."""
+
+    def __init__(self, setting: Collecting, output: Path) -> None:
+        self.setting = setting
+        self.vla = setting.source.load()
+        perturbed = bool(setting.noise) or setting.student is not None
+        self.teacher = setting.source.second(self.vla) if perturbed or setting.export is not None else None
+        parts: dict[str, Any] = {"generator": "none"}
+        if setting.export is not None:
+            names = ("export", "risk", "generator", "gate", "max_generated_run", "shadow")
+            parts = {name: getattr(setting, name) for name in names}
+        self.policy = accelerate(self.vla, pruning=setting.pruning, **parts)
+        self.noise = ActionNoise(setting.noise) if setting.noise else None
+        self.student: Student | None = None
+        if setting.student is not None:
+            self.student = Student(setting.student, setting.student_checkpoint, self.policy.space)
+        self.output = output
+
+    def run(self, group: Group[Job]) -> Iterator[dict[str, Any]]:
+        """Play and store the episodes of a task; yields what they came to."""
+        setting, task = self.setting, group.task
+        writer = RolloutWriter(self.output, self.policy.space, policy=setting.source.name)
+        rendered = setting.images or self.student is not None
+        with environment(task, self.vla, "fast", rendered) as env:
+            asked = self._instructions(env, group.jobs[0]) if setting.instructions == "scene" else []
+            for job in group.jobs:
+                result = rollout(
+                    env,
+                    self.policy,
+                    init_state=job.init_state,
+                    seed=job.seed,
+                    noise=self.noise,
+                    teacher=self.teacher,
+                    driver=self.student,
+                    instruction=choose_instruction(asked, job.seed) if asked else task.instruction,
+                    images=setting.images,
+                    shuffle=setting.shuffle,
+                )
+                result.episode.metadata = self._metadata(job, env, result.episode)
+                writer.write(job.id, [result.episode])
+                yield {"success": result.episode.success, **episode_stats(result.steps)}
+
+    def _instructions(self, env: Env, job: Job) -> list[str]:
+        if not isinstance(env, Instructable):
+            told = f"instructions: scenes of {env.task.suite} have no others than the task's own; use task"
+            raise InputError(told, code="unsupported", field="instructions")
+        env.reset(job.init_state)
+        return list(env.instructions())
+
+    def _metadata(self, job: Job, env: Env, episode: Episode) -> dict[str, Any]:
+        setting, task = self.setting, env.task
+        metadata: dict[str, Any] = {
+            "suite": task.suite,
+            "task": task.index,
+            "task_name": task.name,
+            "init_state": job.init_state,
+            "repetition": job.repetition,
+            "seed": job.seed,
+            "accelerated": setting.export is not None and not setting.shadow,
+            "risk": setting.risk,
+            "noise": setting.noise,
+        }
+        if setting.shuffle:
+            metadata["shuffled"] = True
+        if setting.images:
+            metadata["images"] = UPRIGHT
+            if isinstance(env, Privileged):
+                metadata["scene"] = env.scene_facts(episode.instruction)
+        if self.student is not None:
+            metadata["student"] = {"policy": setting.student, "helped": self.student.helped}
+        return metadata
+
+
+def _load(setting: Collecting, output: Path) -> tuple[Any, tuple[str | None, ActionSpace]]:
+    collector = Collector(setting, output)
+    return collector.run, (weights_stamp(collector.vla), collector.vla.action_space)
+
+
+def jobs_of(task: Task, states: Sequence[int], random_resets: int, count: int, setting: Collecting) -> list[Job]:
+    """``count`` episodes of a task: seeded random resets, or ``states`` in turn."""
+    jobs = []
+    for i in range(count):
+        if random_resets:
+            init, repetition, name = None, i, f"random{i:04d}"
+        else:
+            init, repetition = states[i % len(states)], i // len(states)
+            name = f"init{init:02d}-{repetition:02d}"
+        id = f"{task.suite}-{task.index:02d}-{name}-{setting.tag}"
+        jobs.append(Job(id, init, repetition, episode_seed(setting.seed, task, init, repetition)))
+    return jobs
 
 
 def collect(
@@ -236,8 +219,8 @@ def collect(
         risk: allowed risk of the accelerated policy; the export's default if omitted.
         generator: generator of the accelerated policy; the export's default if omitted.
         gate: gate of the accelerated policy; the export's default if omitted.
-        pruning: visual tokens that the VLA keeps where it acts: release, readme, none, or fields of
-            spvla.pruning.TokenPruner; the export's default if omitted.
+        pruning: visual tokens that the VLA keeps where it acts: fast_fewer, slow_fewer, none, or fields (see
+            spvla.pruning.make_pruner); the export's default if omitted.
         max_generated_run: longest run of generated actions; the export's default if omitted.
         max_steps: step limit of an episode; the suite's if omitted.
         images: store what the camera saw at every step, as JPEG.
@@ -253,62 +236,48 @@ def collect(
     """
     states = parse_range(init_states)
     count = random_resets or episodes_per_task or len(states)
-    setting = Setting(vla, checkpoint, export, shadow, risk, generator, gate, max_generated_run, noise, seed)
-    setting = replace(
-        setting,
+    setting = Collecting(
+        source=VLASource(vla, checkpoint, vla_options, suite),
+        export=export,
+        shadow=shadow,
+        risk=risk,
+        generator=generator,
+        gate=gate,
+        pruning=pruning,
+        max_generated_run=max_generated_run,
+        max_steps=max_steps,
+        noise=noise,
         images=images,
         instructions=instructions,
         student=student,
         student_checkpoint=student_checkpoint,
         shuffle=shuffle,
+        seed=seed,
     )
-    setting = replace(setting, vla_options=dict(vla_options) or None, pruning=pruning, max_steps=max_steps)
-    accelerated = {"shadow": shadow or None, "risk": risk, "generator": generator, "gate": gate}
-    for name, value in (*accelerated.items(), ("max_generated_run", max_generated_run)):
-        if value is not None and export is None:
-            raise InputError(f"{name}: belongs to an accelerated policy; name its --export")
-    if student_checkpoint is not None and student is None:
-        raise InputError("student_checkpoint: whose? name the --student")
-    teacher = load_vla(vla, checkpoint, vla_options, suite)  # a VLA that cannot be made is told before any worker starts
-    setting, space = replace(setting, weights=weights_stamp(teacher)), teacher.action_space
-    del teacher
-    free_memory()
-    if export is not None:
-        load_export(export)
-    shards = output / ".shards"
-    by_task: list[list[Group]] = []
-    total, left = 0, 0
-    for task in load_tasks(suite, tasks, max_steps):
-        if not random_resets:
-            require_init_states(task, states[:count], init_states)
-        jobs = []
-        for i in range(count):
-            state, repetition = states[i % len(states)], i // len(states)
-            if random_resets:
-                state_id, repetition, init = f"random{i:04d}", i, None
-            else:
-                state_id, init = f"init{state:02d}-{repetition:02d}", state
-            name = f"{suite}-{task.index:02d}-{state_id}-{setting.tag}"
-            jobs.append(Job(name, init, repetition, episode_seed(seed, task, init, repetition)))
-        total += len(jobs)
-        waiting = [job for job in jobs if not (shards / f"{job.id}.parquet").exists()]
-        left += len(waiting)
-        # Enough parts to keep every worker busy, few enough that making environments stays cheap.
-        parts = max(1, min(workers, len(waiting) // 10)) if waiting else 0
-        if student is not None:
-            parts = ceil(len(waiting) / ROUND)
-        by_task.append([Group(task, tuple(part), setting, str(output)) for part in chunks(waiting, parts)])
-    RolloutWriter(output, space)  # a folder that cannot be a store of this robot is told now too
-    groups = [group for parts in zip_longest(*by_task) for group in parts if group is not None]  # tasks in turn
+    setting.check()
+    chosen = load_tasks(suite, tasks, max_steps)
+    for task in chosen if not random_resets else ():
+        require_init_states(task, states[:count], init_states)
     from tqdm import tqdm
 
-    successes = 0
-    with tqdm(total=total, initial=total - left, desc=f"collect {suite}", unit="episode") as bar:
-        for i, result in enumerate(run_groups(_collect_group, groups, workers)):
-            successes += bool(result["success"])
-            bar.set_postfix(success=f"{successes / (i + 1):.0%}", calls=int(result["vla_calls"]))
-            bar.update()
-    from spvla.episodes import finalize
-
+    with Workers[Group[Job], dict[str, Any], Any](partial(_load, setting, output), workers) as pool:
+        weights, space = pool.facts()
+        setting = replace(setting, weights=weights)
+        writer = RolloutWriter(output, space)
+        by_task: list[list[Group[Job]]] = []
+        total, left = 0, 0
+        for task in chosen:
+            jobs = jobs_of(task, states, random_resets, count, setting)
+            waiting = [job for job in jobs if not writer.finished(job.id)]
+            total, left = total + len(jobs), left + len(waiting)
+            parts = parts_for(len(waiting), workers) if student is None else ceil(len(waiting) / ROUND)
+            by_task.append(split(task, waiting, parts))
+        groups = [group for parts in zip_longest(*by_task) for group in parts if group is not None]  # tasks in turn
+        successes = 0
+        with tqdm(total=total, initial=total - left, desc=f"collect {suite}", unit="episode") as bar:
+            for i, result in enumerate(pool.run(groups)):
+                successes += bool(result["success"])
+                bar.set_postfix(success=f"{successes / (i + 1):.0%}", calls=int(result["vla_calls"]))
+                bar.update()
     finalize(output)
     print(f"{output}: {total} episodes of this call, {left} of them new; finalised")

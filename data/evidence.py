@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
-from spvla.episodes import read_action_space, read_parquet, read_vectors
 from spvla.gripper import NEAR
+from spvla.store import read_action_space
+from spvla.store.columns import read_parquet, read_vectors
 
 READINGS = ("position", "delta", "velocity")
 CLAIMS = {

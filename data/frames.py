@@ -20,23 +20,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.envs import simulator
-from data.envs.base import POINTS, Annotator
+from data.envs import recorded_by, training_part
+from data.envs.base import POINTS, Annotator, SplitPart
 from data.images import is_upside_down
 from data.store import cache_directory
-from data.windows import CALIBRATION_INIT_STATES, EVALUATION_INIT_STATES
 from spvla.actions import ActionSpace
-from spvla.episodes import read_parquet, read_vectors, shard_info
 from spvla.errors import InputError
 from spvla.files import writing
+from spvla.store.columns import read_parquet, read_vectors
+from spvla.store.shards import shard_info
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
 UNKNOWN = {"label": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of what nobody labelled
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
-HELD_OUT = 10  # of the episodes without an initial state every tenth, by its name's hash, is for validation
+HELD_OUT = 10  # of the episodes that no simulator assigns every tenth, by its name's hash, is for validation
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,16 @@ class Frames:
 
     Args:
         folders: rollout stores, finalised or not.
-        validation: frames of initial states 20-29 that no student visited; else of all other episodes.
+        validation: frames of calibration episodes (:meth:`data.envs.base.Simulator.split`) that no student visited; else of all
+            other episodes.
         others: also what the expert would do at each state if asked for the scene's other objects; needs a simulator that
             knows (:class:`~data.envs.base.Annotator`).
         labelled: frames with the teacher's label, of demonstrations and of students. Without, images and instructions
-            are enough: every episode counts, of any robot, and one in ten of those without initial states is for validation.
-        camera: whose images; None: the first.
+            are enough: every episode counts, of any robot, and one in ten of those that no simulator assigns is for validation.
+        camera: whose images; None: the main one of the simulator, else the first.
 
     Raises:
-        InputError: an episode of initial states 30-49, which are for evaluation only, or a shard without such images.
+        InputError: an episode that is evaluation data, or a shard without such images.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Frames:
         if self.labelled and len(episodes) != 1:
             raise InputError(f"{shard}: {len(episodes)} episodes in one shard, expected 1")
         for i, episode in enumerate(episodes):
-            if self._belongs(episode, f"{shard.stem} {i}", shard):
+            if self._belongs(episode, f"{shard.stem} {i}", training_part(episode["metadata"], space.name, str(shard))):
                 if whole is None:
                     whole = self._mapped(shard, episode, space)
                 asked = json.loads((whole.schema.metadata or {}).get(b"others", b"[]"))
@@ -171,15 +172,11 @@ class Frames:
                 self._shards[shard].append((whole.slice(first, length), episode["instruction"], asked))
             first += episode["length"]
 
-    def _belongs(self, episode: dict[str, Any], name: str, shard: Path) -> bool:
-        """Whether an episode is among these frames."""
-        facts = episode["metadata"]
-        state = facts.get("init_state")
-        if state in EVALUATION_INIT_STATES:
-            raise InputError(f"{shard}: holds initial state {state}; 30-49 are for evaluation only, never for training")
-        held_out = state in CALIBRATION_INIT_STATES
+    def _belongs(self, episode: dict[str, Any], name: str, part: SplitPart | None) -> bool:
+        """Whether an episode, which its simulator assigns to ``part``, is among these frames."""
+        facts, held_out = episode["metadata"], part == "calibration"
         if not self.labelled:
-            return self.validation == (held_out if state is not None else crc32(name.encode()) % HELD_OUT == 0)
+            return self.validation == (held_out if part is not None else crc32(name.encode()) % HELD_OUT == 0)
         if held_out != self.validation or (held_out and "student" in facts):
             return False
         return bool(episode["success"] or "student" in facts)  # the teacher's own failure teaches nothing
@@ -196,7 +193,9 @@ class Frames:
         if not path.exists():
             names = pq.read_schema(shard).names
             cameras = [n for n in names if n.startswith("observation.images.")]
-            wanted = cameras[:1] if self.camera is None else [n for n in cameras if n == f"observation.images.{self.camera}"]
+            known = recorded_by(episode["metadata"], space.name)
+            camera = known.camera if self.camera is None and known is not None else self.camera
+            wanted = [n for n in cameras if n == f"observation.images.{camera}"] or (cameras[:1] if self.camera is None else [])
             if not cameras:
                 raise InputError(f"{shard}: holds no images; collect with --images true")
             if not wanted:
@@ -233,7 +232,7 @@ def _labelled(
 ) -> pa.Table:
     """The labelled frames of the shard ``what``; with its ``instruction`` also what else could have been asked for."""
     actions, labels, states = (read_vectors(raw, name, what) for name in LABELS)
-    known = simulator(facts["suite"]) if "scene" in facts and "suite" in facts else None
+    known = recorded_by(facts, space.name) if "scene" in facts else None
     annotator = known if isinstance(known, Annotator) else None
     points = np.full((len(labels), 2 * len(POINTS)), np.nan, np.float32)
     places = np.full((len(labels), 3 * len(POINTS)), np.nan, np.float32)

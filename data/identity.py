@@ -5,16 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spvla.episodes import shard_info
 from spvla.errors import InputError
-
-if TYPE_CHECKING:
-    from data.convert import Setting, Shards
-    from data.sources import Source
 
 TAIL = 32 * 2**10  # bytes read of a Parquet file: its footer, with sizes and extremes of all columns; small files whole
 
@@ -57,7 +51,7 @@ def number_of(metadata: Mapping[str, Any]) -> int | None:
 
 
 def read_note(note: Path) -> dict[str, Any]:
-    """What is kept beside a shard (see :class:`data.convert.Shards`), empty where a recorder wrote it. Raises
+    """What is kept beside a shard (see :class:`data.derive.Shards`), empty where a recorder wrote it. Raises
     :class:`InputError` if it is damaged."""
     try:
         values = json.loads(note.read_text())
@@ -67,61 +61,3 @@ def read_note(note: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{note}: not readable ({error!r}); delete it to make its shard anew") from None
     return {"changed": {}, "path": None, "part": None, "content": None, "apart": "", **known}
-
-
-def settle(output: Path, setting: Setting, source: Source) -> Setting:
-    """``setting`` with what tells the data set apart in the store from another one whose folder has the same name. A data set
-    that its publisher named needs none, and one that was moved is known by its data."""
-    if source.named:
-        return setting
-    contents = {part.id: part.content for part in source.parts}
-    notes = [read_note(note) for note in sorted((output / ".shards").glob("*.json"))]
-    namesakes = [n for n in notes if n["part"] in contents]
-    for n in namesakes:
-        if n["path"] == place_of(setting.path) or n["content"] == contents[n["part"]]:
-            return replace(setting, apart=n["apart"])
-    place = hashlib.sha256(place_of(setting.path).encode()).hexdigest()[:6]
-    return replace(setting, apart=f"-{place}") if namesakes else setting
-
-
-def require_new(shards: Shards, source: Source) -> None:
-    """Raise :class:`InputError`, code ``episode-twice``, if the store would hold episodes of ``source`` twice: those that are
-    there were made with other options, or read from a copy or another state of it elsewhere."""
-    setting = shards.setting
-    mine = {setting.job(part) for part in source.parts}
-    wanted = {f"{part.id}{setting.apart}" for part in source.parts}
-    chosen = source.contents.keys() if setting.episodes is None else set(setting.episodes)
-    contents = {content for number, content in source.contents.items() if number in chosen}
-    for shard in sorted(shards.writer.shards.glob("*.parquet")):
-        if shard.stem in mine:
-            continue
-        there = [e["metadata"] for e in shard_info(shard)["episodes"]]
-        how = "made with other options"
-        if shard.stem.rpartition("-")[0] in wanted:
-            twice = [m for m in there if setting.episodes is None or number_of(m) in setting.episodes]
-        else:
-            twice = [m for m in there if {(m.get("content"),), (m.get("content"), m.get("part"))} & contents]
-            how = f"read from {read_note(shard.with_suffix('.json')).get('path')}"
-        if twice:
-            raise _twice(shard, f"holds {len(twice)} of these episodes already, {how}")
-    _require_same_place(shards, source)
-
-
-def _require_same_place(shards: Shards, source: Source) -> None:
-    """The same for shards of the very same jobs. A stopped run goes on from a copy of the data set, a finished one does not."""
-    place = place_of(shards.setting.path)
-    notes = {part: read_note(shards.note(part)) for part in source.parts if shards.note(part).exists()}
-    elsewhere = {part: n for part, n in notes.items() if n["path"] not in (None, place)}
-    for part, n in elsewhere.items():
-        if source.named and n["content"] != part.content:
-            told = f"holds these episodes of {source.name} already, in another state, read from {n['path']}"
-            raise _twice(shards.note(part), told)
-    if len(elsewhere) == len(source.parts) and all(map(shards.finished, source.parts)):
-        there = next(n["path"] for n in elsewhere.values())
-        if Path(there).exists():
-            raise _twice(shards.writer.folder, f"holds all episodes of {place} already, read from {there}")
-
-
-def _twice(where: Path, told: str) -> InputError:
-    message = f"{where}: {told}; name another --output or other --episodes"
-    return InputError(message, code="episode-twice", field=str(where))

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from spvla.episodes import Episode
 from spvla.errors import InputError
+from spvla.store import Episode
 from spvla.vlas.conventions import encode_jpeg
 
 UPRIGHT = "upright"  # what a recorded episode's metadata say of its images

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tabulate import tabulate
 
-from data.convert import make_setting, require_one, tell
+from data.derive import make_setting, require_one, tell
 from data.parts import Problem
 from data.sources import Source, SourceName
 from data.store import RolloutStore
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
 from spvla.history import Source as Actor
+from spvla.store import Episode, read_episodes
 
 MOST_STEPS = 2_000_000  # whose actions are looked at in one go
 BARS = " ▁▂▃▄▅▆▇█"
@@ -149,11 +150,11 @@ def _lengths(lengths: NDArray[Any]) -> None:
 
 
 def _actions(actions: NDArray[np.float32], space: ActionSpace, name: str = "action", what: str = "as executed") -> None:
-    quantiles = "  ".join(f"{q:>7}" for q in ("q01", "q25", "q50", "q75", "q99"))
-    print(f"{name:10s}{quantiles}   ({what}, environment units)")
     idle = np.abs(np.delete(actions, list(space.gripper), axis=1)).max(1) < 1e-3
-    for d, row in enumerate(np.quantile(actions, [0.01, 0.25, 0.5, 0.75, 0.99], axis=0).T):
-        print(f"  {d:3d}     " + "  ".join(f"{v:7.3f}" for v in row) + f"   {histogram(actions[:, d])}   {space.role(d)}")
+    quantiles = np.quantile(actions, [0.01, 0.25, 0.5, 0.75, 0.99], axis=0).T
+    rows = [[d, *row, histogram(actions[:, d]), space.role(d)] for d, row in enumerate(quantiles)]
+    headers = [name, "q01", "q25", "q50", "q75", "q99", f"({what}, environment units)"]
+    print(tabulate(rows, [*headers, ""], "plain", floatfmt=".3f"))
     if not space.kind.endswith(("absolute", "position")):
         print(f"standing  {idle.mean():.1%} of the steps (every dimension but the gripper below 0.001)")
 

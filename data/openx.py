@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from data.conversions import CONVERSIONS, apply, require_form
 from data.parts import Problem
 from spvla.actions import KINDS, ActionSpace, FloatArray
-from spvla.episodes import Episode
 from spvla.errors import InputError
+from spvla.store import Episode
 
 TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
 ROLES = ("translation", "rotation", "gripper", "joint")

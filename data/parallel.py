@@ -1,22 +1,24 @@
-"""Groups of jobs over a few worker processes, results as they come.
+"""Worker processes that load once and then work off groups of jobs, results as they come.
 
-A simulator wants a process of its own per scene, and all jobs of a scene together: that is a *group*. Workers are
-spawned, use one thread each, and end with their group.
+A simulator wants all jobs of a scene together: that is a *group*. Workers are spawned and use one thread each.
 """
 
 from __future__ import annotations
 
 import multiprocessing as mp
-import queue
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 from spvla.errors import InputError
 from spvla.machine import machine_fault
 
+F = TypeVar("F")
 G = TypeVar("G")
 R = TypeVar("R")
 
@@ -28,68 +30,117 @@ def chunks(items: Sequence[G], count: int) -> list[list[G]]:
     return [list(items[a:b]) for a, b in pairwise(bounds)]
 
 
-def _work(function: Callable[[Any], Iterator[Any]], group: Any, index: int, results: Any) -> None:
+def _serve(load: Callable[[], tuple[Callable[[Any], Iterator[Any]], Any]], connection: Connection) -> None:
+    """A worker process: loads, then works off one group after another until none is left."""
     try:
         import torch
 
         torch.set_num_threads(1)
-        parent = mp.parent_process()
-        for result in function(group):
-            if parent is not None and not parent.is_alive():  # killed: nobody reads the results
-                results.cancel_join_thread()
-                return
-            results.put(("result", index, result))
-        results.put(("done", index, None))
-    except InputError as error:
-        results.put(("input", index, (str(error), error.code, error.field)))
-    except KeyboardInterrupt:
-        pass
+        work, facts = load()
+        connection.send(("facts", facts))
+        while (group := connection.recv()) is not None:
+            for result in work(group):
+                connection.send(("result", result))
+            connection.send(("done", None))
     except BaseException as error:
-        fault = machine_fault(error)
+        parent = mp.parent_process()
+        if isinstance(error, KeyboardInterrupt) or (parent is not None and not parent.is_alive()):
+            return  # stopped, or the parent was killed and nobody reads the results
+        fault = error if isinstance(error, InputError) else machine_fault(error)
         if fault is None:
-            results.put(("crash", index, traceback.format_exc()))
+            connection.send(("crash", traceback.format_exc()))
         else:
-            results.put(("input", index, (str(fault), fault.code, fault.field)))
+            connection.send(("input", (str(fault), fault.code, fault.field)))
 
 
-def run_groups(function: Callable[[G], Iterator[R]], groups: Sequence[G], workers: int) -> Iterator[R]:
-    """Yield what ``function(group)`` yields for every group, at most ``workers`` groups at a time.
+class Workers(Generic[G, R, F]):
+    """Processes that share the groups of a run. Use it in a ``with`` block: at its end they are stopped.
 
-    ``function`` and the groups must pickle. Raises :class:`InputError` if a worker raised it, RuntimeError with the
-    worker's traceback if it crashed; the other workers are stopped then, and when the caller stops iterating.
+    Each process is started when there is a group for it, and stays for further ones.
+
+    Args:
+        load: called once in each process. Returns the function that yields the results of a group, and what this process is
+            to know of what was loaded. Must pickle, as must groups, results and facts.
+        count: most processes at a time.
     """
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    context = mp.get_context("spawn")
-    results: Any = context.Queue()
-    waiting = deque(enumerate(groups))
-    running: dict[int, Any] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                index, group = waiting.popleft()
-                process = context.Process(target=_work, args=(function, group, index, results), daemon=True)
-                process.start()
-                running[index] = process
-            try:
-                kind, index, value = results.get(timeout=1.0)
-            except queue.Empty:
-                dead = [i for i, p in running.items() if not p.is_alive()]
-                if dead and results.empty():
-                    code = running[dead[0]].exitcode
-                    raise RuntimeError(f"a worker process died with exit code {code}") from None
-                continue
-            if kind == "result":
-                yield value
-            elif kind == "done":
-                running.pop(index).join()
-            elif kind == "input":
-                message, code, field = value
-                raise InputError(message, code=code, field=field)
-            else:
-                raise RuntimeError(f"a worker process failed:\n{value}")
-    finally:
-        for process in running.values():
+
+    def __init__(self, load: Callable[[], tuple[Callable[[G], Iterator[R]], F]], count: int) -> None:
+        if count < 1:
+            raise InputError(f"workers must be at least 1, got {count}", field="workers")
+        self._load, self._count = load, count
+        self._processes: dict[Connection, Any] = {}
+
+    def __enter__(self) -> Workers[G, R, F]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self._processes.values():
             process.terminate()
-        for process in running.values():
+        for connection, process in self._processes.items():
             process.join()
+            connection.close()
+
+    def facts(self) -> F:
+        """What the first process says about what it loaded; once, before :meth:`run`. Raises what :meth:`run` raises."""
+        facts: F = self._receive(self._start())[1]
+        return facts
+
+    def run(self, groups: Iterable[G]) -> Iterator[R]:
+        """Yield the results of every group as they come; groups begin in their order.
+
+        Raises:
+            InputError: a worker raised it.
+            RuntimeError: a worker crashed (its traceback is in the message) or was killed.
+        """
+        waiting, idle, busy = deque(groups), deque(self._processes), set[Connection]()
+        while waiting or busy:
+            while waiting and (idle or len(busy) < self._count):
+                connection = idle.popleft() if idle else self._start()
+                try:
+                    connection.send(waiting.popleft())
+                except OSError:
+                    raise self._died(connection) from None
+                busy.add(connection)
+            ready: Any = wait(busy)
+            for connection in ready:
+                kind, value = self._receive(connection)
+                if kind == "result":
+                    yield value
+                elif kind == "done":
+                    busy.remove(connection)
+                    idle.append(connection)
+
+    def _start(self) -> Connection:
+        context = mp.get_context("spawn")
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(self._load, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that a dead worker ends the connection
+        self._processes[mine] = process
+        return mine
+
+    def _receive(self, connection: Connection) -> tuple[str, Any]:
+        try:
+            kind, value = connection.recv()
+        except (EOFError, OSError):
+            raise self._died(connection) from None
+        if kind == "input":
+            message, code, field = value
+            raise InputError(message, code=code, field=field)
+        if kind == "crash":
+            raise RuntimeError(f"a worker process failed:\n{value}")
+        return kind, value
+
+    def _died(self, connection: Connection) -> RuntimeError:
+        self._processes[connection].join(timeout=5)
+        return RuntimeError(f"a worker process died with exit code {self._processes[connection].exitcode}")
+
+
+def _loaded(work: Callable[[G], Iterator[R]]) -> tuple[Callable[[G], Iterator[R]], None]:
+    return work, None
+
+
+def run_groups(work: Callable[[G], Iterator[R]], groups: Sequence[G], workers: int) -> Iterator[R]:
+    """Yield what ``work(group)`` yields for every group, where there is nothing to load; see :class:`Workers`."""
+    with Workers(partial(_loaded, work), workers) as pool:
+        yield from pool.run(groups)

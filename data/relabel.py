@@ -12,7 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,116 +23,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data.convert import OnError, Setting, Shards, make_setting, record_of, require_apart, require_one, tell, tell_end
-from data.identity import hub_name, require_new, settle
-from data.images import ImageCheck, encode_images, is_upside_down, read_rgb
-from data.parts import DataError, Part, Problem, deal
+from data.batches import Frames, FrameStream, without_traceback
+from data.derive import (
+    OnError,
+    Setting,
+    Shards,
+    finalize_and_report,
+    make_setting,
+    require_apart,
+    require_new,
+    require_one,
+    settle,
+    tell,
+)
+from data.identity import hub_name
+from data.parts import DataError, deal
 from data.sources import SourceName
-from spvla.episodes import Episode
 from spvla.errors import InputError
 from spvla.fields import naming
-from spvla.observation import Observation
-from spvla.vlas.base import VLA, VLAOutput
+from spvla.observation import MAIN, Observation
+from spvla.store import Episode
+from spvla.vlas.base import VLA, BatchedVLA, VLAOutput
 from spvla.vlas.registry import load_vla
 
 SECONDS_SHOWN = 2.0  # between two states of the progress bar, however small a batch is
 
 
-@dataclass(frozen=True)
-class Frames:
-    """Decoded frames for one call of the VLA.
-
-    Args:
-        images: uint8 (B, H, W, 3).
-        states: float32 (B, S), or None.
-        instructions: one per frame.
-        episodes: which episode of the part each frame is of, (B,).
-    """
-
-    images: torch.Tensor
-    states: torch.Tensor | None
-    instructions: list[str]
-    episodes: list[int]
-
-
-@dataclass(frozen=True)
-class End:
-    """A part has been read: its good episodes by their number in :class:`Frames`, and the problems of the others."""
-
-    part: Part
-    episodes: dict[int, Episode]
-    problems: list[Problem]
-
-
-class FrameStream(torch.utils.data.IterableDataset[Any]):
-    """The frames of parts, decoded, in batches; after each part its :class:`End`.
-
-    Args:
-        setting: the data set.
-        parts: which parts of it.
-        batch_size: frames per batch (B).
-    """
-
-    def __init__(self, setting: Setting, parts: Sequence[Part], batch_size: int) -> None:
-        self.setting, self.parts, self.batch_size = setting, list(parts), batch_size
-
-    def __iter__(self) -> Iterator[Frames | End]:
-        torch.set_num_threads(1)
-        source = self.setting.open()
-        for part in self.parts:
-            yield from self._part(source, part)
-
-    def _part(self, source: Any, part: Part) -> Iterator[Frames | End]:
-        episodes: dict[int, Episode] = {}
-        problems: list[Problem] = []
-        waiting: list[tuple[NDArray[np.uint8], Any, str, int]] = []
-        for number, found in enumerate(self.setting.read(source, part, images=True)):
-            if isinstance(found, Problem):
-                problems.append(found)
-                continue
-            (images,) = found.images.values()
-            check = ImageCheck(source.image_shape)
-            reason = None if found.instruction.strip() else "has no instruction: a VLA cannot be asked"
-            for t in range(len(found)) if reason is None else ():
-                image = None
-                try:
-                    image = images[t]
-                    frame = read_rgb(image) if isinstance(image, bytes) else image
-                except InputError as error:
-                    reason = f"the image of step {t} {error}" if isinstance(image, bytes) else str(error)
-                    break
-                reason = check.add(frame)
-                if reason is not None:
-                    break
-                frame = frame[::-1, ::-1] if is_upside_down(found.metadata) else frame
-                if waiting and (len(waiting) == self.batch_size or waiting[0][0].shape != frame.shape):
-                    yield _batch(waiting)
-                    waiting = []
-                state = None if found.states is None else found.states[t]
-                waiting.append((frame, state, found.instruction, number))
-            reason = reason or check.end()
-            if reason is None and self.setting.images:
-                reason = encode_images(found, source.image_shape)
-            if reason is None:
-                found.images = found.images if self.setting.images else {}
-                episodes[number] = found
-            else:
-                problems.append(Problem(part.file, reason, record_of(found), source.camera))
-        if waiting:
-            yield _batch(waiting)
-        yield End(part, episodes, problems)
-
-
-def _batch(frames: list[tuple[NDArray[np.uint8], Any, str, int]]) -> Frames:
-    images, states, instructions, episodes = zip(*frames, strict=True)
-    stacked = None if states[0] is None else torch.from_numpy(np.stack(states))
-    return Frames(torch.from_numpy(np.stack(images)), stacked, list(instructions), list(episodes))
-
-
 def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutput]:
-    """The VLA's output for each of the frames, in one call where it can (``predict_batch``).
+    """The VLA's output for each of the frames, in one call where it can (:class:`BatchedVLA`).
 
     Args:
         vla: the policy.
@@ -140,10 +59,9 @@ def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutpu
         running: the episode that the frame before these was of; a VLA that is asked frame by frame is not reset within one.
     """
     states = [None] * len(frames.images) if frames.states is None else list(frames.states.numpy())
-    seen = [Observation(image, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
-    predict_batch = getattr(vla, "predict_batch", None)
-    if predict_batch is not None:
-        return list(predict_batch(seen, frames.instructions))
+    seen = [Observation({MAIN: image}, state) for image, state in zip(frames.images.numpy(), states, strict=True)]
+    if isinstance(vla, BatchedVLA):
+        return list(vla.predict_batch(seen, frames.instructions))
     outputs = []
     for observation, instruction, episode in zip(seen, frames.instructions, frames.episodes, strict=True):
         if episode != running:
@@ -163,14 +81,6 @@ def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
     episode.vla_confidence = stack([o.confidence for o in outputs])
     episode.vla_features = stack([o.features for o in outputs])
     return episode
-
-
-def told_plainly(items: Iterable[Frames | End]) -> Iterator[Frames | End]:
-    """The same items; an :class:`InputError` of the worker that makes them without its traceback."""
-    try:
-        yield from items
-    except InputError as error:
-        raise InputError(str(error).strip().rpartition(f"{InputError.__name__}: ")[2]) from None
 
 
 @dataclass(frozen=True)
@@ -211,7 +121,7 @@ def _run(job: Job, fabric: Any) -> None:
     name = f"relabel {source.name}"
     done = total - sum(p.count for p in waiting)
     with tqdm(total=total, initial=done, desc=name, unit="episode", disable=fabric.global_rank != 0) as bar:
-        for item in told_plainly(loader):
+        for item in without_traceback(loader):
             if isinstance(item, Frames):
                 for episode, output in zip(item.episodes, label(vla, item, running), strict=True):
                     outputs.setdefault(episode, []).append(output)
@@ -231,7 +141,7 @@ def _run(job: Job, fabric: Any) -> None:
             bar.update(min(item.part.count * fabric.world_size, total - bar.n))  # the others are about as far
     fabric.barrier()
     if fabric.global_rank == 0:
-        tell_end(Path(job.output), shards, source.parts)
+        finalize_and_report(Path(job.output), shards, source.parts)
 
 
 def relabel(

@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 from data.envs.base import Env, Privileged
 from data.envs.perturb import Nudge, RealTime
 from spvla.actions import ActionSpace, FloatArray
-from spvla.episodes import Episode
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.recording import Policy, Record
 from spvla.steps import StepInfo
+from spvla.store import Episode
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.conventions import encode_jpeg
-
-MAIN_CAMERA = "agentview"  # what recordings call it; LIBERO's name, which its published data sets use too
 
 
 @dataclass
@@ -197,7 +195,7 @@ def rollout(
     episode = record.episode(policy.space)
     episode.instruction = instruction
     if images:
-        episode.images = {MAIN_CAMERA: frames}
+        episode.images = {env.camera: frames}
     if privileged:
         episode.environment_states = np.asarray(privileged, np.float32)
     episode.success = bool(env.success)

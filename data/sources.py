@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from data.cameras import Cameras
 from data.parts import Part, Problem
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode
+from spvla.store import Episode
 
 SourceName = Literal["rlds", "lerobot"]
 
@@ -70,7 +70,7 @@ def open_source(
         InputError: no such data set, or conventions that do not fit it.
     """
     if source == "rlds":
-        from data.rlds import RldsSource
+        from data.rlds.source import RldsSource
 
         return RldsSource(Path(path), conventions, split, camera)
     from data.lerobot import LerobotSource

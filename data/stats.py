@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tabulate import tabulate
 
-from data.convert import OnError, Setting, make_setting, no_episode, require_one, tell
+from data.derive import OnError, Setting, make_setting, no_episode, require_one, tell
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
 from data.sources import SourceName
@@ -133,14 +133,10 @@ def stats(
     print(f"{found.name}: {entry['num_trajectories']} episodes, {entry['num_transitions']} steps")
     for name in ("action", "vla_action", "proprio"):
         if name in entry:
-            print(f"{name:11s}" + "  ".join(f"{k:>9}" for k in ("min", "q01", "mean", "q99", "max", "std")))
-            rows = np.array([entry[name][k] for k in ("min", "q01", "mean", "q99", "max", "std")]).T
-            for d, row in enumerate(rows):
-                print(
-                    f"  {d:3d}      "
-                    + "  ".join(f"{v:9.4f}" for v in row)
-                    + f"   {found.space.role(d) if name != 'proprio' else ''}"
-                )
+            numbers = ("min", "q01", "mean", "q99", "max", "std")
+            roles = [found.space.role(d) if name != "proprio" else "" for d in range(len(entry[name]["mean"]))]
+            columns = {name: range(len(roles)), **{k: entry[name][k] for k in numbers}, "": roles}
+            print(tabulate(columns, "keys", "plain", floatfmt=".4f"))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps({found.name: entry}, indent=1) + "\n")

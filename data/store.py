@@ -1,6 +1,6 @@
 """The rollout store as training reads it: flat arrays, derived once, memory-mapped.
 
-A finalised store (see ``spvla.episodes``) is turned into ``.npy`` files in the user's cache directory, keyed by a
+A finalised store (see ``spvla.store``) is turned into ``.npy`` files in the user's cache directory, keyed by a
 fingerprint of the store, so that every later run maps them without decoding Parquet again and without holding them in
 anonymous memory.
 """
@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
-from spvla.episodes import read_action_space, read_episode_table, read_parquet, read_sources, read_steps, read_vectors
 from spvla.errors import InputError
-from spvla.files import building, open_array
+from spvla.files import building, open_array, read_json
 from spvla.history import Source
+from spvla.store import read_action_space, read_episode_table
+from spvla.store.columns import read_parquet, read_sources, read_steps, read_vectors
 
 CACHE_VERSION = 1
 FLOAT_FIELDS = {
@@ -105,7 +106,7 @@ class RolloutStore:
     @property
     def state_names(self) -> tuple[str, ...]:
         """What the entries of the state are called, where ``meta/info.json`` says; else nothing."""
-        info = json.loads((self.folder / "meta" / "info.json").read_text())
+        info = read_json(self.folder / "meta" / "info.json")
         names = (info.get("features", {}).get("observation.state") or {}).get("names")
         if not isinstance(names, list) or len(names) != self.arrays["states"].shape[1]:
             return ()

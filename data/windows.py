@@ -7,7 +7,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,6 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.history import Source, Window
 
-EVALUATION_INIT_STATES = range(30, 50)
-CALIBRATION_INIT_STATES = range(20, 30)
-SCENE = ("suite", "task", "init_state", "seed", "dataset", "file", "number")  # of an episode's metadata
 BLOCK = 4_000_000  # frames that are shuffled together
 
 
@@ -170,93 +167,6 @@ class Windows:
             vla_features=last_output(a["vla_features"][last]) if self.features else None,
         )
         return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Split:
-    """Global frames of training and calibration episodes, and the episodes they come from.
-
-    Args:
-        train, calibration: per episode, its global frames as (first, length).
-        by: how the split was made, for reports.
-    """
-
-    train: tuple[tuple[int, int], ...]
-    calibration: tuple[tuple[int, int], ...]
-    by: str
-
-
-def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole: int = 0) -> Split:
-    """Training and calibration episodes, whole episodes each.
-
-    Episodes of LIBERO's official initial states are split by them: 0-19 train, 20-29 calibrate; 30-49 are for
-    evaluation only and refused. Of a store's other episodes ``fraction`` calibrate, chosen at random, where those that
-    share a scene (suite, task and seed) or a recording (data set, file and number) are on one side in all stores; a store
-    further back changes nothing before it.
-
-    Args:
-        windows: the data.
-        fraction: of the episodes without an official initial state, for calibration.
-        seed: of the choice.
-        whole: so many of the stores, the last ones, only calibrate.
-
-    Raises:
-        InputError: for evaluation episodes, if either part is empty, or if a scene of the last stores is also trained on.
-    """
-    random = np.random.default_rng(seed)
-    spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}  # does it calibrate?
-    known: dict[Hashable, bool] = {}  # scenes that have been assigned
-    officials = 0
-    for i, store in enumerate(windows.stores):
-        only, first = i >= len(windows.stores) - whole, int(windows.offsets[i])
-        scenes = [_scene(e) or (i, e.start) for e in store.episodes]
-        free: list[Hashable] = []
-        for scene, info in zip(scenes, store.episodes, strict=True):
-            state = info.metadata.get("init_state")
-            if state in EVALUATION_INIT_STATES:
-                raise InputError(
-                    f"{store.folder}: holds initial state {state}; 30-49 are for evaluation only, never for training"
-                )
-            if only and known.get(scene) is False:
-                told = ", ".join(f"{k} {info.metadata[k]}" for k in SCENE if info.metadata.get(k) is not None)
-                raise InputError(
-                    f"{store.folder}: is to calibrate, but {told} is trained on too",
-                    code="calibration-leak",
-                    field=str(store.folder),
-                )
-            if only or state is not None:
-                known.setdefault(scene, only or state in CALIBRATION_INIT_STATES)
-            elif scene not in known:
-                free.append(scene)
-            officials += state is not None
-        free = list(dict.fromkeys(free))
-        cut = round(fraction * len(free))
-        known.update((free[k], rank < cut) for rank, k in enumerate(random.permutation(len(free))))
-        for scene, info in zip(scenes, store.episodes, strict=True):
-            spans[known[scene]].append((first + info.start, info.length))
-    by = "initial states 0-19 / 20-29" if officials else "random scenes"
-    by += " and random scenes" if 0 < officials < len(windows.episodes) else ""
-    for name, part in (("training", spans[False]), ("calibration", spans[True])):
-        if not part:
-            raise InputError(
-                f"no {name} episodes in {', '.join(str(s.folder) for s in windows.stores)} (split by {by}); "
-                "collect initial states 0-19 for training and 20-29 for calibration"
-            )
-    return Split(tuple(spans[False]), tuple(spans[True]), by)
-
-
-def _scene(info: EpisodeInfo) -> Hashable | None:
-    """What episodes share that belong on one side of a split: their simulated scene, or the recording that both were made from,
-    converted and relabelled for example. None if their metadata name neither."""
-    facts = info.metadata
-    which = "seed" if facts.get("init_state") is None else "init_state"
-    if facts.get("suite") is not None and facts.get(which) is not None:
-        return facts["suite"], facts.get("task"), which, facts[which]
-    if facts.get("content") and not facts.get("named"):  # the folder's name may be that of another data set too
-        return "content", facts["content"]
-    if facts.get("dataset") is not None and facts.get("number") is not None:
-        return facts["dataset"], facts.get("file"), facts["number"]
-    return None
 
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

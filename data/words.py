@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spvla.episodes import VECTOR_COLUMNS, Episode
+from spvla.store import VECTOR_COLUMNS, Episode
 
 
 @dataclass(frozen=True)

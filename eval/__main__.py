@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | report``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from eval.data import bench_data
 from eval.instructions import instructions
 from eval.latency import latency
 from eval.offline import offline
-from eval.report import report
+from eval.picture import picture
+from eval.report.command import report
 from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "data": bench_data,
     "report": report,
+    "picture": picture,
 }
 
 if __name__ == "__main__":

@@ -20,16 +20,17 @@ import torch
 from tqdm import tqdm
 
 from data.parts import Problem
-from data.rlds import RldsFolder, RldsReader, read_records, scan
+from data.rlds.features import RldsFolder, RldsReader
+from data.rlds.tfrecord import read_records, scan
 from data.sources import open_source
 from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_summary
 from spvla.actions import LIBERO
 from spvla.cli import NonNegativeInt, PositiveInt
-from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.files import write_text
+from spvla.store import Episode, RolloutWriter
 
 EPISODE = 200  # steps of a made-up one
 BATCHES = 50  # per pass

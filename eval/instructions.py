@@ -9,22 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.collect import episode_seed, parse_range, require_init_states
-from data.envs import load_tasks, make_env
-from data.envs.base import Env, Instructable, Task
-from data.parallel import chunks, run_groups
+from data.envs import load_tasks
+from data.envs.base import Env, Instructable
+from data.jobs import Group, environment, episode_seed, parse_range, require_init_states, split
+from data.parallel import Workers
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.statistics import wilson
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import write_text
 from spvla.vlas.base import VLA
-from spvla.vlas.registry import free_memory, load_vla, needs_images, needs_wrist_image, weights_stamp
+from spvla.vlas.registry import VLASource, weights_stamp
 
 LIFTED = 0.03  # metres above where it stood
 KINDS = ("own", "other", "nothing", "absent")
@@ -32,14 +33,12 @@ COLUMNS = ("asked", "trials", "lifted_asked", "rate", "ci95", "lifted_own", "lif
 
 
 @dataclass(frozen=True)
-class Group:
-    """Trials of one task, for one worker process."""
+class Job:
+    """Trials from one initial state: all its instructions but those that are ``done``."""
 
-    task: Task
-    jobs: tuple[tuple[int, int], ...]  # initial state, seed
-    done: frozenset[tuple[int, str]]  # initial state and instruction of trials that are finished
-    source: tuple[str, str | None, dict[str, Any], str]
-    absent: tuple[str, ...]  # objects of the suite's other tasks
+    init_state: int
+    seed: int
+    done: frozenset[str]
 
 
 def named(instruction: str) -> str:
@@ -80,26 +79,37 @@ def first_lifted(env: Env, vla: VLA, instruction: str, init_state: int, seed: in
     return None, env.steps
 
 
-def _run_group(group: Group) -> Iterator[dict[str, Any]]:
-    vla = load_vla(*group.source)
-    with make_env(group.task, render="full" if needs_images(vla) else None, wrist_camera=needs_wrist_image(vla)) as env:
-        if not isinstance(env, Instructable):
-            told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
-            raise InputError(told, code="unsupported", field="suite")
-        for init_state, seed in group.jobs:
-            env.reset(init_state, seed)
-            own, *others = env.instructions()
-            item = env.asked_object(own)
-            absent = [n for n in group.absent if not any(m.startswith(n.replace(" ", "_")) for m in env.lifted())]
-            for kind, text in questions(own, named(own), others, absent, init_state):
-                if (init_state, text) in group.done:
-                    continue
-                asked = env.asked_object(text) if kind in ("own", "other") else None
-                lifted, steps = first_lifted(env, vla, text, init_state, seed)
-                yield {
-                    **{"task": group.task.index, "init_state": init_state, "seed": seed, "asked": kind, "instruction": text},
-                    **{"object": asked, "own_object": item, "lifted": lifted, "steps": steps},
-                }
+class Asker:
+    """What a worker process keeps: the VLA, and the names of the objects of all tasks."""
+
+    def __init__(self, source: VLASource, names: Sequence[str]) -> None:
+        self.vla, self.names = source.load(), names
+
+    def run(self, group: Group[Job]) -> Iterator[dict[str, Any]]:
+        """Ask for everything in the scene of a task; yields the trials."""
+        with environment(group.task, self.vla, "full") as env:
+            if not isinstance(env, Instructable):
+                told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
+                raise InputError(told, code="unsupported", field="suite")
+            for job in group.jobs:
+                env.reset(job.init_state, job.seed)
+                own, *others = env.instructions()
+                item = env.asked_object(own)
+                absent = [n for n in self.names if not any(m.startswith(n.replace(" ", "_")) for m in env.lifted())]
+                for kind, text in questions(own, named(own), others, absent, job.init_state):
+                    if text in job.done:
+                        continue
+                    asked = env.asked_object(text) if kind in ("own", "other") else None
+                    lifted, steps = first_lifted(env, self.vla, text, job.init_state, job.seed)
+                    yield {
+                        **{"task": group.task.index, "init_state": job.init_state, "seed": job.seed, "asked": kind},
+                        **{"instruction": text, "object": asked, "own_object": item, "lifted": lifted, "steps": steps},
+                    }
+
+
+def _load(source: VLASource, names: Sequence[str]) -> tuple[Any, str | None]:
+    asker = Asker(source, names)
+    return asker.run, weights_stamp(asker.vla)
 
 
 def summarise(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,31 +158,32 @@ def instructions(
         workers: processes, one thread each.
         seed: of resets.
     """
-    weights = weights_stamp(load_vla(vla, checkpoint, vla_options, suite))  # what cannot be made is told at once
-    free_memory()
-    fixed: dict[str, Any] = {"suite": suite, "vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options)}
-    fixed |= {"weights": weights, "max_steps": max_steps, "seed": seed}
-    names = tuple(named(task.instruction) for task in load_tasks(suite))
-    output.mkdir(parents=True, exist_ok=True)
-    raw = output / "trials.jsonl"
-    done = continued(raw, output / "setting.json", fixed)
     states = parse_range(init_states)
-    whole = {(t["task"], t["init_state"]) for t in done if t["asked"] == KINDS[-1]}  # the last to be asked
-    groups = []
+    names = tuple(named(task.instruction) for task in load_tasks(suite))
     chosen = load_tasks(suite, tasks, max_steps)
     for task in chosen:
         require_init_states(task, states, init_states)
-        finished = frozenset((t["init_state"], t["instruction"]) for t in done if t["task"] == task.index)
-        jobs = [(s, episode_seed(seed, task, s, 0)) for s in states if (task.index, s) not in whole]
-        source = (vla, checkpoint, dict(vla_options), suite)
-        groups += [Group(task, tuple(part), finished, source, names) for part in chunks(jobs, workers)]
+    source = VLASource(vla, checkpoint, dict(vla_options), suite)
+    fixed: dict[str, Any] = {"suite": suite, "vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options)}
+    raw = output / "trials.jsonl"
     from tqdm import tqdm
 
-    with tqdm(desc=f"instructions {suite}", unit="trial", initial=len(done)) as bar:
-        for trial in run_groups(_run_group, groups, workers):
+    with Workers[Group[Job], dict[str, Any], str | None](partial(_load, source, names), workers) as pool:
+        fixed |= {"weights": pool.facts(), "max_steps": max_steps, "seed": seed}
+        output.mkdir(parents=True, exist_ok=True)
+        done = continued(raw, output / "setting.json", fixed)
+        whole = {(t["task"], t["init_state"]) for t in done if t["asked"] == KINDS[-1]}  # the last to be asked
+        groups: list[Group[Job]] = []
+        for task in chosen:
+            jobs = []
+            for state in states:
+                finished = frozenset(t["instruction"] for t in done if (t["task"], t["init_state"]) == (task.index, state))
+                if (task.index, state) not in whole:
+                    jobs.append(Job(state, episode_seed(seed, task, state, 0), finished))
+            groups += split(task, jobs, workers)
+        for trial in tqdm(pool.run(groups), f"instructions {suite}", unit="trial", initial=len(done)):
             append(raw, trial)
             done.append(trial)
-            bar.update()
     asked = {task.index for task in chosen}
     mine = [t for t in done if t["task"] in asked and t["init_state"] in states]
     mine.sort(key=lambda t: (KINDS.index(t["asked"]), t["task"], t["init_state"], t["instruction"]))

@@ -25,7 +25,7 @@ from spvla.errors import InputError
 from spvla.export import Export, load_export
 from spvla.observation import Observation
 from spvla.recording import Policy
-from spvla.vlas.base import VLAOutput
+from spvla.vlas.base import Timed, VLAOutput
 from spvla.vlas.registry import load_vla
 
 WARM_UP = 200
@@ -90,8 +90,8 @@ def latency(
         checkpoint: the VLA's folder or hub id.
         vla_options: the VLA's other options (see spvla.vlas.openvla.load).
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
-        keep_ratios: shares of the visual tokens to keep, exactly; contours are computed and the best of the union kept.
-        pruning: further prunings by name, fields of spvla.pruning.TokenPruner with speed constant.
+        keep_ratios: fractions of the visual tokens to keep, exactly; contours take half of the places.
+        pruning: further prunings by name, fields as spvla.pruning.make_pruner takes, with speed constant.
         instruction: what the policy is told.
         repeats: rounds measured, after 2 of warm-up; all prunings take turns in each.
         threads: of torch, on the CPU.
@@ -107,7 +107,8 @@ def latency(
         loaded_vla = load_vla(vla, checkpoint, vla_options, suite)
         rows, stages = time_vla(loaded_vla, instruction, keep_ratios, pruning, repeats, seed)
         facts |= {"vla": vla, "checkpoint": checkpoint, "vla_options": dict(vla_options), "suite": suite}
-        facts |= {"instruction": instruction, "repeats": repeats, **getattr(loaded_vla, "backend", {}), "stages": stages}
+        facts |= {"instruction": instruction, "repeats": repeats, "stages": stages}
+        facts |= loaded_vla.backend if isinstance(loaded_vla, Timed) else {}
         print(table(stages, ["pruning", "stage", "p50", "p95", "p99", "min"]) + "\n")
         print(table(rows, [c for c in dict.fromkeys(k for row in rows for k in row) if c != "visual_tokens_total"]) + "\n")
     if export is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,16 @@ from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_csv, write_summary
 from eval.statistics import mean_and_error
+from spvla.actions import ActionSpace
 from spvla.cli import OpenUnitInterval, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
 from spvla.files import write_text
+from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import Verdicts, judge
 
 QUANTILES = 101
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,64 @@ def roc(score: NDArray[np.float64], positive: NDArray[np.bool_]) -> tuple[NDArra
     return fpr, tpr, area
 
 
+def errors_of(name: str, judged: Judged, space: ActionSpace) -> list[Row]:
+    """Mean errors of a generator's proposals, a row per step ahead."""
+    off, out = np.abs(judged.proposals[name] - judged.targets), []
+    for h in range(off.shape[1]):
+        mine = off[judged.valid[:, h], h]
+        worst = float(mine[:, list(space.continuous)].max(1).mean())
+        errors = {f"error_{d}": float(mine[:, d].mean()) for d in range(space.dim)}
+        out.append({"generator": name, "horizon": h + 1, "max_abs_error": worst, **errors})
+    return out
+
+
+def coverage_of(name: str, judged: Judged, deviates: NDArray[np.bool_], space: ActionSpace) -> list[Row]:
+    """Errors among the steps that the gate is surest about, from 5 % of them to all."""
+    known, p = judged.valid[:, 0], judged.verdicts[name].probability
+    size = np.abs(judged.proposals[name] - judged.targets)[:, 0][:, list(space.continuous)].max(1)
+    out = []
+    for q in np.linspace(0.05, 1, 20):
+        chosen = known & (p <= np.quantile(p[known], q))
+        row = {"max_abs_error": float(size[chosen].mean()), "deviating": float(deviates[chosen].mean())}
+        out.append({"generator": name, "coverage": float(q), **row})
+    return out
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of one generator's steps, (N,), and the length of each episode, (E,)."""
+
+    verdicts: Verdicts
+    known: NDArray[np.bool_]
+    deviates: NDArray[np.bool_]
+    episode: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def per_episode(self, steps: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Of each episode's steps, the first one included, the fraction that ``steps`` (N,) marks, (E,)."""
+        fraction = (1.0 / self.lengths)[self.episode]
+        out: NDArray[np.float64] = np.bincount(self.episode, steps * fraction, minlength=len(self.lengths)).astype(np.float64)
+        return out
+
+
+def at_risk(r: float, curve: Calibration, found: Found) -> Row:
+    """What is skipped at an allowed risk, and the risk that was measured."""
+    if r < curve.smallest_risk:
+        return {"note": f"smallest possible risk is {curve.smallest_risk:.4f}"}
+    threshold = curve.threshold(r)
+    skipped = found.known & found.verdicts.generated(threshold)
+    refused = found.known & found.verdicts.refused(threshold)
+    mean, error = mean_and_error(found.per_episode(skipped & found.deviates))
+    return {
+        "skipped": float(found.per_episode(skipped).mean()),
+        "refused": float(found.per_episode(refused).mean()),
+        "measured_risk": mean,
+        "measured_risk_standard_error": error,
+        "within_risk": bool(mean <= r + 2 * (0.0 if np.isnan(error) else error)),
+        "deviating_among_skipped": float(found.deviates[skipped].mean()) if skipped.any() else 0.0,
+    }
+
+
 def offline(
     data: Path,
     export: Path,
@@ -133,76 +195,31 @@ def offline(
     for line in loaded.space.scale_difference(store.space):
         print(f"note: scale of the export against that of {data}: {line}; do both have the same units?")
     judged = judge_store(windows, loaded, names)
-    proposals = judged.proposals
-    targets, valid, episode = judged.targets, judged.valid, judged.episode
-    known = valid[:, 0]
+    known = judged.valid[:, 0]
     if not known.any():
         raise InputError(f"{data}: no step has a teacher's label")
     output.mkdir(parents=True, exist_ok=True)
-    space, continuous = windows.space, list(windows.space.continuous)
-    count = len(store.episodes)
-    share = np.array([1.0 / e.length for e in store.episodes])[episode]  # of the episode's steps, the first one included
-    errors, rows, curves, raw = [], [], [], []
+    lengths = np.array([e.length for e in store.episodes])
+    errors: list[Row] = []
+    rows: list[Row] = []
+    curves: list[Row] = []
+    raw: list[Row] = []
     for name in names:
-        off = np.abs(proposals[name] - targets)
-        for h in range(horizon):
-            ok = valid[:, h]
-            errors.append(
-                {
-                    "generator": name,
-                    "horizon": h + 1,
-                    "max_abs_error": float(off[ok, h][:, continuous].max(1).mean()),
-                    **{f"error_{d}": float(off[ok, h, d].mean()) for d in range(space.dim)},
-                }
-            )
-        deviates = space.deviation(proposals[name][:, 0], targets[:, 0], loaded.tolerance)
-        base = {
-            "generator": name,
-            "max_abs_error": errors[-horizon]["max_abs_error"],
-            "deviating": float(deviates[known].mean()),
-        }
+        by_horizon = errors_of(name, judged, windows.space)
+        errors += by_horizon
+        deviates = windows.space.deviation(judged.proposals[name][:, 0], judged.targets[:, 0], loaded.tolerance)
+        deviating = float(deviates[known].mean())
+        base = {"generator": name, "max_abs_error": by_horizon[0]["max_abs_error"], "deviating": deviating}
         if name not in judged.verdicts:
             rows.append(base)
             continue
-        verdicts = judged.verdicts[name]
-        p = verdicts.probability
+        p = judged.verdicts[name].probability
         fpr, tpr, area = roc(p[known], deviates[known])
-        curves += [
-            {"generator": name, "false_positive_rate": a, "true_positive_rate": b} for a, b in zip(fpr, tpr, strict=True)
-        ]
-        size = off[:, 0][:, continuous].max(1)
-        for q in np.linspace(0.05, 1, 20):
-            chosen = known & (p <= np.quantile(p[known], q))
-            raw.append(
-                {
-                    "generator": name,
-                    "coverage": float(q),
-                    "max_abs_error": float(size[chosen].mean()),
-                    "deviating": float(deviates[chosen].mean()),
-                }
-            )
-        for r in risk:
-            row = {**base, "roc_auc": area, "risk": r}
-            curve = loaded.calibration[name]
-            if r < curve.smallest_risk:
-                rows.append({**row, "note": f"smallest possible risk is {curve.smallest_risk:.4f}"})
-                continue
-            threshold = curve.threshold(r)
-            skipped = known & verdicts.generated(threshold)
-            refused = known & verdicts.refused(threshold)
-            per_episode = np.bincount(episode, (skipped & deviates) * share, minlength=count)
-            mean, error = mean_and_error(per_episode)
-            rows.append(
-                {
-                    **row,
-                    "skipped": float(np.bincount(episode, skipped * share, minlength=count).mean()),
-                    "refused": float(np.bincount(episode, refused * share, minlength=count).mean()),
-                    "measured_risk": mean,
-                    "measured_risk_standard_error": error,
-                    "within_risk": bool(mean <= r + 2 * (0.0 if np.isnan(error) else error)),
-                    "deviating_among_skipped": float(deviates[skipped].mean()) if skipped.any() else 0.0,
-                }
-            )
+        names_of = ("false_positive_rate", "true_positive_rate")
+        curves += [{"generator": name, **dict(zip(names_of, point, strict=True))} for point in zip(fpr, tpr, strict=True)]
+        raw += coverage_of(name, judged, deviates, windows.space)
+        found = Found(judged.verdicts[name], known, deviates, judged.episode, lengths)
+        rows += [{**base, "roc_auc": area, "risk": r, **at_risk(r, loaded.calibration[name], found)} for r in risk]
     write_csv(output / "errors.csv.gz", errors)
     write_csv(output / "coverage.csv.gz", raw)
     write_csv(output / "roc.csv.gz", curves)

@@ -13,27 +13,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from spvla.errors import InputError
 from spvla.files import explained, write_text
 
 
+def cell(value: Any, missing: str = "-") -> str:
+    """A value as a table shows it: three significant digits."""
+    if value is None:
+        return missing
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(cell(v) for v in value) + "]"
+    return str(value)
+
+
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as an aligned text table; missing values are dashes."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        if isinstance(value, list | tuple):
-            return "[" + ", ".join(cell(v) for v in value) + "]"
-        return str(value)
-
-    cells = [[cell(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(r[i]) for r in cells)) if cells else len(c) for i, c in enumerate(columns)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True))]
-    lines += ["  ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) for r in cells]
-    return "\n".join(lines)
+    return tabulate([[cell(r.get(c)) for c in columns] for r in rows], columns, "plain", disable_numparse=True)
 
 
 def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:

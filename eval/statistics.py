@@ -1,37 +1,35 @@
 """Intervals and tests for success rates, unpaired and paired.
 
-Wilson's score interval for one rate, Newcombe's hybrid score interval (his method 10) for the difference of paired rates
-(Newcombe, Statistics in Medicine 17, 1998), and the exact McNemar test.
+Wilson's score interval for one rate and the exact McNemar test are SciPy's. Newcombe's hybrid score interval (his method 10)
+is for the difference of paired rates (Newcombe, Statistics in Medicine 17, 1998).
 """
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
-Z95 = 1.959963984540054
 
-
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """Score interval of a rate; (0, 1) without trials."""
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a rate; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
-    p, n = successes / trials, trials
-    centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def paired_difference(treated: ArrayLike, control: ArrayLike, z: float = Z95) -> tuple[float, tuple[float, float]]:
-    """Difference of success rates, treated minus control, over pairs (N,), and its interval."""
+def paired_difference(treated: ArrayLike, control: ArrayLike) -> tuple[float, tuple[float, float]]:
+    """Difference of success rates, treated minus control, over pairs (N,), and its 95 % interval."""
     t, c = np.asarray(treated, bool), np.asarray(control, bool)
     if t.shape != c.shape or t.ndim != 1 or not len(t):
         raise ValueError(f"paired outcomes must be two equally long vectors, got {t.shape} and {c.shape}")
     n = len(t)
     both, only_t, only_c, neither = (int((x & y).sum()) for x, y in ((t, c), (t, ~c), (~t, c), (~t, ~c)))
     p1, p2 = (both + only_t) / n, (both + only_c) / n
-    (l1, u1), (l2, u2) = wilson(both + only_t, n, z), wilson(both + only_c, n, z)
+    (l1, u1), (l2, u2) = wilson(both + only_t, n), wilson(both + only_c, n)
     margins = (both + only_t) * (only_c + neither) * (both + only_c) * (only_t + neither)
     phi = 0.0
     if margins:
@@ -47,11 +45,8 @@ def paired_difference(treated: ArrayLike, control: ArrayLike, z: float = Z95) ->
 def mcnemar(treated: ArrayLike, control: ArrayLike) -> float:
     """Two-sided exact p-value of equal success rates over pairs (N,); 1 without discordant pairs."""
     t, c = np.asarray(treated, bool), np.asarray(control, bool)
-    b, k = int((t & ~c).sum() + (~t & c).sum()), int((t & ~c).sum())
-    if b == 0:
-        return 1.0
-    tail = sum(comb(b, i) for i in range(min(k, b - k) + 1)) / 2**b
-    return min(1.0, 2 * tail)
+    gained, lost = int((t & ~c).sum()), int((~t & c).sum())
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def mean_and_error(values: ArrayLike) -> tuple[float, float]:

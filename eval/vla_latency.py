@@ -7,7 +7,6 @@ them alike; ratios are taken within a round. Pruning's overhead is counted in ev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spvla.errors import InputError
-from spvla.observation import Observation
-from spvla.pruning.pruner import TokenPruner, make_pruner
+from spvla.observation import MAIN, Observation
+from spvla.pruning.pruner import Pruner, make_pruner
+from spvla.pruning.speed import Constant
 from spvla.vlas.base import VLA, PrunableVLA
-from spvla.vlas.openvla import PRUNING_STAGES
+from spvla.vlas.openvla.policy import PRUNING_STAGES
 
 WARM_UP = 2
 FULL = "none"
@@ -37,18 +37,18 @@ def picture(seed: int) -> NDArray[np.uint8]:
     return image
 
 
-def keep_exactly(ratio: float, tokens: int) -> TokenPruner:
-    """A pruner that runs every stage, contours included, and keeps just ceil(ratio x tokens)."""
+def keep_exactly(ratio: float) -> Pruner | None:
+    """A pruner that runs every stage, contours included, and keeps just that fraction of the tokens, rounded up."""
     if not 0 < ratio < 1:
         raise InputError(f"keep_ratios: expected numbers between 0 and 1, got {ratio}")
-    return TokenPruner("constant", keep=ratio, measure="ratio", budget=ceil(ratio * tokens))
+    return make_pruner({"speed": "constant", "keep": ratio, "measure": "ratio", "contour_fraction": 0.5})
 
 
 def prunings_of(
     vla: VLA, observation: Observation, keep_ratios: Sequence[float], named: Mapping[str, Mapping[str, Any]]
-) -> dict[str, TokenPruner | None]:
+) -> dict[str, Pruner | None]:
     """What is to be compared: no pruning, each ratio, each named one. A VLA that cannot prune has the first alone."""
-    out: dict[str, TokenPruner | None] = {FULL: None}
+    out: dict[str, Pruner | None] = {FULL: None}
     if not isinstance(vla, PrunableVLA):
         if named:
             raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
@@ -56,10 +56,10 @@ def prunings_of(
     visual = vla.predict(observation).visual_tokens
     if visual is None:
         raise InputError(f"{type(vla).__name__} does not say how many visual tokens it has")
-    out |= {f"keep {ratio:g}": keep_exactly(ratio, visual[1]) for ratio in keep_ratios}
+    out |= {f"keep {ratio:g}": keep_exactly(ratio) for ratio in keep_ratios}
     for name, fields in named.items():
         pruner = make_pruner(fields, f"pruning {name!r}")
-        if pruner is None or pruner.speed != "constant":
+        if pruner is None or not isinstance(pruner.speed, Constant):
             raise InputError(f"pruning {name!r}: nothing moves here, so only speed 'constant' can be timed")
         out[name] = pruner
     return out
@@ -76,7 +76,7 @@ def time_vla(
     """
     if repeats < 3:
         raise InputError(f"repeats: at least 3 are needed, got {repeats}")
-    observations = [Observation(image=picture(seed + i)) for i in range(repeats + WARM_UP)]
+    observations = [Observation({MAIN: picture(seed + i)}) for i in range(repeats + WARM_UP)]
     vla.reset(instruction)
     prunings = prunings_of(vla, observations[0], keep_ratios, named)
     policies = {name: _with(vla, pruner) for name, pruner in prunings.items()}
@@ -90,7 +90,7 @@ def time_vla(
         for name in order[i % len(order) :] + order[: i % len(order)]:
             pruner = prunings[name]
             start = perf_counter()
-            output = policies[name].predict(observation, keep_mass=1.0 if pruner is None else pruner.keep)
+            output = policies[name].predict(observation, keep_mass=_keep(pruner))
             total = 1e3 * (perf_counter() - start)
             if i >= WARM_UP:
                 overhead = sum(output.timings.get(stage, 0.0) for stage in PRUNING_STAGES)
@@ -116,8 +116,12 @@ def time_vla(
     return rows, stages
 
 
-def _with(vla: VLA, pruner: TokenPruner | None) -> VLA:
-    return vla.with_pruner(pruner) if isinstance(vla, PrunableVLA) else vla
+def _with(vla: VLA, pruner: Pruner | None) -> VLA:
+    return vla.with_pruner(None if pruner is None else pruner.selector) if isinstance(vla, PrunableVLA) else vla
+
+
+def _keep(pruner: Pruner | None) -> float:
+    return pruner.speed.keep if pruner is not None and isinstance(pruner.speed, Constant) else 1.0
 
 
 def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
@@ -145,10 +149,10 @@ def _against(laps: Sequence[Mapping[str, float]], full: Sequence[Mapping[str, fl
     }
 
 
-def _gflop(vla: VLA, observation: Observation, pruner: TokenPruner | None) -> float:
+def _gflop(vla: VLA, observation: Observation, pruner: Pruner | None) -> float:
     """Floating-point operations of one pass in matrix products and attention, 1e9; never a statement about time."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        vla.predict(observation, keep_mass=1.0 if pruner is None else pruner.keep)
+        vla.predict(observation, keep_mass=_keep(pruner))
     return counter.get_total_flops() / 1e9

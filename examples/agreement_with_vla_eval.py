@@ -21,12 +21,12 @@ import numpy as np
 from vla_eval.benchmarks.base import StepResult
 from vla_eval.benchmarks.libero.benchmark import LIBEROBenchmark
 
-from data.collect import episode_seed
 from data.envs import load_tasks, make_env
 from data.envs.libero.env import LiberoEnv
-from data.envs.libero.render import CAMERA, WRIST_CAMERA
+from data.envs.libero.render import CAMERA, CAMERAS
 from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState, Scene
 from data.envs.libero.tasks import LiberoTask
+from data.jobs import episode_seed
 from data.rollout import rollout
 from spvla.actions import LIBERO
 from spvla.assemble import accelerate
@@ -34,7 +34,7 @@ from spvla.errors import InputError
 from spvla.files import write_text
 from spvla.observation import Observation
 from spvla.vlas.base import VLAOutput
-from spvla.vlas.registry import load_vla, needs_images, needs_wrist_image
+from spvla.vlas.registry import cameras_of, load_vla
 
 
 class LiberoFrom(LIBEROBenchmark):
@@ -63,7 +63,7 @@ class LiberoFrom(LIBEROBenchmark):
         out = super().reset({**task, "episode_idx": task.get("episode_idx", 0) + self.first_init_state})
         if self.poses:
             env = self._env.env
-            for camera in (CAMERA, WRIST_CAMERA):
+            for camera in CAMERAS.values():
                 env.modify_observable(f"{camera}_image", "enabled", False)
             self._poses = Poses(env, task["name"])
         return out
@@ -123,7 +123,7 @@ class ExpertFromPoses:
         if observation.state is None:
             raise InputError("observation.state: the expert needs the proprioception and every pose")
         poses = PrivilegedState.from_vector(observation.state[8:], self.scene)
-        return self.expert.predict(LiberoObservation(None, observation.state[:8], privileged=poses))
+        return self.expert.predict(LiberoObservation({}, observation.state[:8], privileged=poses))
 
 
 def expert_from_poses(checkpoint: str | None = None, *, suite: str | None = None) -> ExpertFromPoses:
@@ -178,7 +178,7 @@ def compare(
     for episode in episodes:
         (task,) = load_tasks(suite, [episode["task_id"]], run["config"]["max_steps"])
         init_state = episode["episode_idx"] + first
-        with make_env(task, render="full" if needs_images(model) else None, wrist_camera=needs_wrist_image(model)) as env:
+        with make_env(task, render="full" if cameras_of(model) else None, cameras=cameras_of(model)) as env:
             own = rollout(env, joint, init_state=init_state, seed=episode_seed(0, task, init_state, 0)).episode
         theirs = episode["actions"]
         count = min(len(own), len(theirs))

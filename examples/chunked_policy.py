@@ -83,7 +83,7 @@ def load(checkpoint: str | None = None) -> ChunkedPolicy:
 
 def examples(data: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Inputs (N, 15) and the teacher's next actions (N, CHUNK, 7) of a rollout store; the last one repeats at the end."""
-    from spvla.episodes import read_episodes
+    from spvla.store import read_episodes
 
     scenes = {}
     x, y = [], []

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import spvla
 from spvla.actions import LIBERO, ActionSpace, FloatArray
-from spvla.policy import SPVLAPolicy
+from spvla.recording import Policy
 from spvla.vlas.base import VLAOutput
 
 
@@ -92,7 +92,7 @@ class Watchdog:
 
 
 def control_loop(
-    policy: SPVLAPolicy,
+    policy: Policy,
     robot: Robot,
     instruction: str,
     *,
@@ -164,7 +164,7 @@ Executed = tuple[NDArray[np.float32], FloatArray | None]
 """A tick's state (S,), and what was sent (D,). None: nothing, since before the first action no gripper command is known."""
 
 
-def _tell(policy: SPVLAPolicy, ticks: list[Executed], answer: FloatArray) -> None:
+def _tell(policy: Policy, ticks: list[Executed], answer: FloatArray) -> None:
     """Tell the policy what was executed from the tick at which it was asked to the one at which its ``answer`` was used."""
     actions = [policy.space.stop(answer) if action is None else action for _, action in ticks]
     policy.executed(actions[0])

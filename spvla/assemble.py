@@ -16,7 +16,7 @@ from spvla.gates import GATES, has_risk
 from spvla.gates.base import Gate
 from spvla.generators import make_baseline
 from spvla.policy import SPVLAPolicy
-from spvla.pruning.pruner import TokenPruner, make_pruner
+from spvla.pruning.pruner import Pruner, make_pruner
 from spvla.recording import Policy, Recorder
 from spvla.shadow import ShadowPolicy
 from spvla.vlas.foreign import as_vla
@@ -30,7 +30,7 @@ def accelerate(
     generator: str | None = None,
     gate: str | None = None,
     rule: Mapping[str, float] | None = None,
-    pruning: TokenPruner | Mapping[str, Any] | str | None = None,
+    pruning: Pruner | Mapping[str, Any] | str | None = None,
     max_generated_run: int | None = None,
     shadow: bool = False,
     record: str | Path | None = None,
@@ -51,8 +51,8 @@ def accelerate(
         gate: ``learned``, ``release``, ``paper`` or another name of :data:`~spvla.gates.GATES`; the export's default if
             None.
         rule: the gate's constants, such as those of a hand-set rule.
-        pruning: visual tokens that the VLA's own pass keeps: a :class:`~spvla.pruning.TokenPruner`, its fields, ``release``
-            or ``readme``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
+        pruning: visual tokens that the VLA's own pass keeps: what :func:`~spvla.pruning.make_pruner` takes, such as
+            ``fast_fewer``; the export's default if None, ``"none"`` switches pruning off. A VLA that cannot prune is refused.
         max_generated_run: generated actions in a row; the export's default if None.
         shadow: the VLA acts on every step, what would have been skipped is recorded.
         record: folder of a rollout store for finished episodes; the policy is then a :class:`~spvla.recording.Recorder`.

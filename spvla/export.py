@@ -29,21 +29,21 @@ from spvla.actions import ActionSpace
 from spvla.card import model_card
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
-from spvla.files import explained, is_running, write_bytes, write_text
+from spvla.files import explained, is_running, read_json, write_bytes, write_text
 from spvla.gates import GATES
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators import GENERATORS, is_learned, make_baseline, make_network
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
-from spvla.pruning.pruner import TokenPruner, make_pruner
-from spvla.vlas.checkpoint import read_json, require_finite
+from spvla.hub import packaged, resolve_folder
+from spvla.pruning.pruner import Pruner, make_pruner, with_current_names
+from spvla.vlas.checkpoint import require_finite
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = 2  # 1 calls the default gate its scheduler and has no check sums
-PRETRAINED = Path(__file__).parent / "pretrained"
 DEFAULTS = {"generator": str, "gate": str, "risk": float, "max_generated_run": int}
-PRUNING = {"pruning": TokenPruner | Mapping[str, Any] | str | None}
+PRUNING = {"pruning": Pruner | Mapping[str, Any] | str | None}
 CONFIG = {
     "format": int,
     "action_space": dict[str, Any],
@@ -255,9 +255,7 @@ def load_export(path: str | Path) -> Export:
 
     Raises :class:`InputError` that names the missing, truncated or ill-fitting file.
     """
-    folder = _packaged(path)
-    if not folder.is_dir():
-        folder = _download(str(path))
+    folder = resolve_folder(path)
     config_path = _part(folder, "config.json")
     if not config_path.exists():
         raise InputError(f"{config_path}: missing; {folder} is not an export", code="missing", field=str(config_path))
@@ -283,6 +281,8 @@ def load_export(path: str | Path) -> Export:
             with naming(config_path), naming(f"{kind}.{name}"):
                 networks[kind][name] = _build(make, values, tensors, _part(folder, weights))
     defaults = {"gate" if name == "scheduler" else name: value for name, value in config["defaults"].items()}
+    if "pruning" in defaults:
+        defaults["pruning"] = with_current_names(defaults["pruning"])
     with naming(config_path):
         return Export(
             space, config["tolerance"], networks["generators"], networks["gates"], calibration, defaults, config["provenance"]
@@ -292,7 +292,7 @@ def load_export(path: str | Path) -> Export:
 def fingerprint(export: str | None) -> str | None:
     """Short hash of an export folder's ``config.json``, which holds the check sums of the weights (in format 1 their
     calibration): tells whether results are of the same export, wherever it lies. A hub id stands for itself."""
-    config = _part(_packaged(export or ""), "config.json")
+    config = _part(packaged(export or ""), "config.json")
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
 
@@ -332,21 +332,3 @@ def _build(make: Callable[[Mapping[str, Any]], M], config: Mapping[str, Any], te
     network = make(config)
     network.load_state_dict(tensors)
     return network.eval()
-
-
-def _packaged(path: str | Path) -> Path:
-    """``path``, or the folder of that name in the package where there is none here."""
-    inside = PRETRAINED / path
-    return inside if not Path(path).is_dir() and len(Path(path).parts) == 1 and inside.is_dir() else Path(path)
-
-
-def _download(hub_id: str) -> Path:
-    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
-        raise InputError(f"{hub_id}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{hub_id}: neither a folder nor reachable on the hub ({type(error).__name__})") from None

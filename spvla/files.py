@@ -1,8 +1,9 @@
-"""Files are written whole or not at all: first beside the place where they belong, then moved there."""
+"""Files are written whole or not at all: first beside the place where they belong, then moved there. Reading JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from spvla.errors import InputError
 from spvla.machine import machine_fault
 
 
@@ -55,6 +57,30 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all, see :func:`writing`."""
     with writing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+    """Write a JSON file whole or not at all, see :func:`writing`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. A byte order mark, and line breaks inside strings, are accepted.
+
+    Raises:
+        InputError: naming the file: it is not there, cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes(), strict=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing", code="missing", field=str(path)) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", field=str(path)) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})", field=str(path)) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object", field=str(path))
+    return content
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from json import dumps
 from typing import Any
 
-from spvla.export import PRETRAINED, Export, load_export
+from spvla.export import Export, load_export
+from spvla.hub import PRETRAINED
 
 
 def packaged_exports() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,24 +11,50 @@ from numpy.typing import NDArray
 
 from spvla.errors import InputError
 
+MAIN, WRIST = "image", "wrist_image"  # what the main camera and the one in the hand are called; others have names of their own
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Observation:
     """One control step's input.
 
     Args:
-        image: main camera, uint8 (H, W, 3) RGB, or None where nothing was rendered.
+        images: what each camera sees, uint8 (H, W, 3) RGB, by its name: :data:`MAIN`, :data:`WRIST`, any others; empty where
+            nothing was rendered. An array alone is the main camera's.
         state: proprioception, float32 (S,), or None.
-        wrist_image: second camera, uint8 (H, W, 3) RGB, or None.
     """
 
-    image: NDArray[np.uint8] | None = None
+    images: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     state: NDArray[np.float32] | None = None
-    wrist_image: NDArray[np.uint8] | None = None
 
-    def require_image(self) -> NDArray[np.uint8]:
-        """The main camera's image, checked. Raises :class:`InputError` for a missing, grey, RGBA or float image."""
-        return check_image(self.image, "observation.image")
+    def __init__(
+        self,
+        images: Mapping[str, NDArray[np.uint8]] | NDArray[np.uint8] | None = None,
+        state: NDArray[np.float32] | None = None,
+    ) -> None:
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "state", state)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, Mapping):
+            object.__setattr__(self, "images", {} if self.images is None else {MAIN: self.images})
+
+    @property
+    def image(self) -> NDArray[np.uint8] | None:
+        """The main camera's image, or None where there is none."""
+        return self.images.get(MAIN)
+
+    def require_image(self, camera: str = MAIN) -> NDArray[np.uint8]:
+        """A camera's image, checked. Raises :class:`InputError` for a missing, grey, RGBA or float image."""
+        if self.images and camera not in self.images:
+            seen = ", ".join(self.images)
+            raise InputError(
+                f"observation.images: the policy needs camera {camera!r}, there are: {seen}",
+                code="missing-camera",
+                field=f"observation.images.{camera}",
+            )
+        return check_image(self.images.get(camera), "observation.image" if camera == MAIN else f"observation.images.{camera}")
 
 
 def check_image(image: Any, what: str) -> NDArray[np.uint8]:

@@ -24,7 +24,8 @@ from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
-from spvla.pruning.pruner import TokenPruner
+from spvla.pruning.pruner import Pruner
+from spvla.pruning.speed import require_translations
 from spvla.steps import StepInfo, episode_stats
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
 
@@ -78,8 +79,8 @@ class SPVLAPolicy:
         vla: the frozen policy.
         generator: continues the motion on intuitive steps; None leaves every step to the VLA.
         gate: labels each step; None leaves every step to the VLA.
-        pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy then acts through
-            ``vla.with_pruner(pruner)``, so ``vla`` itself is left as it is.
+        pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy asks its speed response
+            how much, and acts through ``vla.with_pruner(pruner.selector)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
         max_generated_run: generated actions in a row before the VLA must act.
         when_unavailable: what to do while the VLA raises :class:`~spvla.vlas.base.VLAUnavailable`: ``raise``; ``stop``
@@ -93,7 +94,7 @@ class SPVLAPolicy:
         vla: VLA,
         generator: ActionGenerator | None = None,
         gate: Gate | None = None,
-        pruner: TokenPruner | None = None,
+        pruner: Pruner | None = None,
         *,
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
@@ -110,8 +111,8 @@ class SPVLAPolicy:
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
-            pruner.require(vla.action_space)
-            vla = vla.with_pruner(pruner)
+            require_translations(pruner.speed, vla.action_space)
+            vla = vla.with_pruner(pruner.selector)
         self.vla = vla
         self.generator = generator
         self.gate = gate
@@ -229,7 +230,8 @@ class SPVLAPolicy:
         times: dict[str, float],
     ) -> Acted:
         """Look at the scene and ask the VLA; where it does not answer, the safe action."""
-        keep_mass = 1.0 if self.pruner is None else self.pruner.keep_mass(self.history)
+        history = self.history
+        keep_mass = 1.0 if self.pruner is None else self.pruner.speed(history.last_action, history.space)
         before = perf_counter()
         seen = observation if isinstance(observation, Observation) else observation()
         asked = perf_counter()

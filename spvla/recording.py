@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
-from spvla.episodes import Episode, RolloutWriter
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 
 

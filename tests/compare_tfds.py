@@ -1,11 +1,11 @@
-"""What ``tfds`` with TensorFlow returns for an RLDS data set, and how fast: the reference of data/rlds.py.
+"""What ``tfds`` with TensorFlow returns for an RLDS data set, and how fast: the reference of data/rlds.
 
 Run once, in an environment of its own, since nothing here depends on TensorFlow:
 
     python3 -m venv tfds && tfds/bin/pip install tensorflow-cpu tensorflow-datasets
     tfds/bin/python tests/compare_tfds.py BRIDGE_RLDS/bridge_dataset/1.0.0 results/data/tfds_reference.json
 
-The file holds one digest per episode and feature, which tests/test_rlds.py compares with what data/rlds.py reads, and the
+The file holds one digest per episode and feature, which tests/test_rlds.py compares with what data/rlds reads, and the
 steps per second that ``python -m eval data`` compares its own with. Iterated as the Open-X notebooks do (the nested data
 set of steps, images decoded), and once more with images left encoded.
 """

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import Episode, RolloutWriter
 from spvla.observation import Observation
+from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 
 settings.register_profile("spvla", deadline=None)
@@ -118,7 +118,7 @@ def smooth_episode(seed: int, steps: int = 60, noise: float = 0.1) -> Episode:
         sources=sources,
         vla_actions=np.array(labels),
         success=True,
-        metadata={"init_state": seed % 30, "suite": "synthetic", "task": seed % 3},
+        metadata={"init_state": seed % 30, "task": seed % 3},
     )
 
 

@@ -7,7 +7,6 @@ only when a change of behaviour is intended.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -68,7 +67,7 @@ def record_nano(env: Env) -> dict[str, np.ndarray]:
         for _ in range(steps):
 
             def observe(images=images):
-                seen = replace(env.observe(), wrist_image=None)
+                seen = env.observe()
                 images.append(cv2.imencode(".png", seen.image)[1])
                 return seen
 

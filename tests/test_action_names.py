@@ -13,8 +13,8 @@ import pytest
 from data.action_names import read_name, read_names
 from data.convert import convert
 from data.lerobot import LerobotSource
-from spvla.episodes import read_action_space
 from spvla.errors import InputError
+from spvla.store import read_action_space
 
 RATE = 20.0
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from data.evidence import contradictions
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import Episode, RolloutWriter, read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.gripper import judge_grippers
+from spvla.store import Episode, RolloutWriter, read_action_space, read_episodes
 
 ARM = ActionSpace("arm", "joint_position", 10.0, (-1.0,) * 2, (1.0,) * 2, (-1.0,) * 2, (1.0,) * 2, gripper=(1,))
 

@@ -12,7 +12,8 @@ import spvla
 from spvla.errors import InputError
 from spvla.export import load_export
 from spvla.vlas import checkpoint as checkpoints
-from spvla.vlas.openvla import EMBEDDING, HEAD, OpenVLA, load
+from spvla.vlas.openvla import from_pretrained, load
+from spvla.vlas.openvla.weights import EMBEDDING, HEAD, save_pretrained
 from tests.conftest import ScriptedVLA
 from tests.test_openvla import STATS, picture, tiny_config, tiny_model
 
@@ -21,7 +22,7 @@ NARROW = {"action": {**STATS, "q01": [-0.05] * 6 + [0.0], "q99": [0.05] * 6 + [1
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
+    save_pretrained(tiny_model().model, tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -31,7 +32,7 @@ def adapter(folder, tmp_path):
 
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(OpenVLA.from_pretrained(folder), config).save_pretrained(str(tmp_path / "adapter"))
+    get_peft_model(from_pretrained(folder).model, config).save_pretrained(str(tmp_path / "adapter"))
     return tmp_path / "adapter"
 
 
@@ -42,7 +43,7 @@ def change(folder, **values):
 
 def refused(code, path, **options) -> InputError:
     with pytest.raises(InputError) as error:
-        OpenVLA.from_pretrained(path, **options)
+        from_pretrained(path, **options)
     assert error.value.code == code, error.value
     return error.value
 
@@ -54,8 +55,8 @@ def refused(code, path, **options) -> InputError:
 def test_an_adapters_own_statistics_give_its_actions_their_size(folder, adapter, file):
     content = {"pen": NARROW} if file == "dataset_statistics.json" else {"norm_stats": {"pen": NARROW}}
     (adapter / file).write_text(json.dumps(content))
-    wide = OpenVLA.from_pretrained(folder, adapter=adapter, unnorm_key="toy")
-    narrow = OpenVLA.from_pretrained(folder, adapter=adapter, unnorm_key="pen")
+    wide = from_pretrained(folder, adapter=adapter, unnorm_key="toy")
+    narrow = from_pretrained(folder, adapter=adapter, unnorm_key="pen")
     outputs = []
     for model in (wide, narrow):
         model.reset("pick up a red mug")
@@ -70,13 +71,13 @@ def test_nobody_guesses_which_statistics_hold(folder, adapter):
     (adapter / "dataset_statistics.json").write_text(json.dumps({"toy": NARROW}))
     assert refused("statistics-ambiguous", folder, adapter=adapter, unnorm_key="toy").field == "toy"
     (adapter / "dataset_statistics.json").write_text(json.dumps({"toy": {"action": STATS}}))
-    assert OpenVLA.from_pretrained(folder, adapter=adapter, unnorm_key="toy").statistics.q99[0] == 0.5
+    assert from_pretrained(folder, adapter=adapter, unnorm_key="toy").model.statistics.q99[0] == 0.5
 
 
 def test_a_suite_finds_its_statistics_in_the_adapter(folder, adapter):
     (adapter / "dataset_statistics.json").write_text(json.dumps({"libero_goal_no_noops": NARROW}))
     model = load(str(folder), suite="libero_goal", adapter=str(adapter), device="cpu")
-    assert model.statistics.key == "libero_goal_no_noops"
+    assert model.model.statistics.key == "libero_goal_no_noops"
 
 
 def test_an_adapter_for_other_words_or_images_is_refused(folder, adapter):
@@ -115,7 +116,7 @@ def test_a_relative_whose_actions_come_from_elsewhere_is_refused(folder, name):
     refused("unsupported-checkpoint", folder)
     (folder / name).unlink()
     (folder / "training_log.pt").write_bytes(b"x")
-    OpenVLA.from_pretrained(folder)
+    from_pretrained(folder)
 
 
 def test_on_the_hub_too_where_such_files_are_never_downloaded(folder, monkeypatch):
@@ -145,25 +146,25 @@ def test_two_sets_of_weights_are_never_settled_silently(folder):
     shard(folder, "model-00001-of-00001.safetensors", **weights)
     refused("two-weights", folder)
     (folder / "model.safetensors").unlink()
-    OpenVLA.from_pretrained(folder)
+    from_pretrained(folder)
     shard(folder, "model.safetensors", **weights)  # an index that names the single file leaves no question
-    OpenVLA.from_pretrained(folder)
+    from_pretrained(folder)
 
 
 def test_tied_embeddings_are_one_tensor(tmp_path):
     config = tiny_config()
     tied = {**config.text_config, "tie_word_embeddings": True}
-    tiny_model(text_config=tied).save_pretrained(tmp_path)
+    save_pretrained(tiny_model(text_config=tied).model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert HEAD not in weights
-    model = OpenVLA.from_pretrained(tmp_path)
-    assert model.language_model.lm_head.weight is model.language_model.get_input_embeddings().weight
-    torch.testing.assert_close(model.language_model.lm_head.weight, weights[EMBEDDING])
+    model = from_pretrained(tmp_path)
+    assert model.model.language_model.lm_head.weight is model.model.language_model.get_input_embeddings().weight
+    torch.testing.assert_close(model.model.language_model.lm_head.weight, weights[EMBEDDING])
     outputs = []
     for again in (False, True):
         if again:  # as other exporters write it
             save_file({**weights, HEAD: weights[EMBEDDING].clone()}, tmp_path / "model.safetensors")
-        model = OpenVLA.from_pretrained(tmp_path)
+        model = from_pretrained(tmp_path)
         model.reset("pick up a red mug")
         outputs.append(model.predict(picture(1)).actions)
     np.testing.assert_array_equal(*outputs)

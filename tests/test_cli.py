@@ -15,7 +15,7 @@ from tests.conftest import smooth_episode, write_store
 from train.__main__ import fit
 
 ROOT = Path(__file__).parents[1]
-LOOP = ("--suite", "libero_object", "--cells", "vla+release", "--output", "{tmp}/c")
+LOOP = ("--suite", "libero_object", "--cells", "vla+fast_fewer", "--output", "{tmp}/c")
 
 
 def call(*arguments, **options):
@@ -158,7 +158,10 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
         ),
         (("data", "collect", "--suite", "libero_object", "--init_states", "0", "--output", "/proc/o"), "/proc/o"),
         (("eval", "closed_loop", *LOOP, "--rules", "{{relase: {{step_skip: 2}}}}"), "'relase' is unknown"),
-        (("eval", "closed_loop", *LOOP, "--pruning", "{{half: {{keep: 7}}}}"), "keep must lie in (0, 1], got 7"),
+        (
+            ("eval", "closed_loop", *LOOP, "--pruning", "{{half: {{speed: constant, keep: 7}}}}"),
+            "keep must lie between 0 and 1, got 7",
+        ),
         (("eval", "closed_loop", *LOOP, "--hold", "last"), "hold: counts in real time only"),
         (("eval", "closed_loop", "--suite", "libero_object", "--cells", "mlp", "--output", "{tmp}/c"), "mlp"),
         (("eval", "closed_loop", "--suite", "libero_object", "--output", "{tmp}/c"), "generator 'mlp'"),

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import yaml
 
-from data.collect import episode_seed
 from data.envs import load_tasks
-from eval.closed_loop import Cell, Setting, cell_pruner, closed_loop, kept_counts, make_policy, parse_cells, summarise
+from data.jobs import episode_seed
+from eval.cells import Cell, cell_pruner, parse_cells
+from eval.closed_loop import closed_loop
 from eval.film import bar, draw
+from eval.run import Evaluation, kept_counts, make_policy
+from eval.summary import summarise
 from spvla import InputError, load_export
 from spvla.export import save_export
 from spvla.history import Source
-from spvla.pruning import TokenPruner
+from spvla.pruning import make_pruner
 from spvla.vlas.base import VLAOutput
+from spvla.vlas.registry import VLASource
 from tests.conftest import PrunableVLA, ScriptedVLA
 from tests.test_export import make_export
 
@@ -27,18 +31,19 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 
 
-def setting(**changes) -> Setting:
-    return Setting("x", None, None, rules={}, max_generated_run=None, label=False, **changes)
+def setting(**changes) -> Evaluation:
+    given = {"export": None, "rules": {}, "max_generated_run": None, "label": False}
+    return Evaluation(source=VLASource("x"), **{**given, **changes})
 
 
 def test_cells_are_read_as_they_are_written():
-    texts = ["ridge+release", "vla+readme", "mlp+learned+half@0.05", "mlp+learned", "ridge+paper+release", "vla"]
+    texts = ["ridge+release", "vla+slow_fewer", "mlp+learned+half_dual@0.05", "mlp+learned", "ridge+paper+fast_fewer", "vla"]
     cells = parse_cells(texts, [0.1, 0.2])
     assert [c.name for c in cells] == [
-        *("vla", "ridge+release", "vla+readme", "mlp+learned+half@0.05", "mlp+learned@0.1", "mlp+learned@0.2"),
-        "ridge+paper+release",
+        *("vla", "ridge+release", "vla+slow_fewer", "mlp+learned+half_dual@0.05", "mlp+learned@0.1", "mlp+learned@0.2"),
+        "ridge+paper+fast_fewer",
     ]
-    assert cells[0] == Cell("none", "none") and cells[3] == Cell("mlp", "learned", 0.05, "half")
+    assert cells[0] == Cell("none", "none") and cells[3] == Cell("mlp", "learned", 0.05, "half_dual")
     for cell in cells:
         assert parse_cells([cell.name], [None])[-1] == cell
 
@@ -52,12 +57,12 @@ def test_bad_cells_are_named(text):
 
 
 def test_prunings_by_name():
-    named = {"half": {"speed": "constant", "measure": "ratio", "keep": 0.5}, "release": {"z_threshold": 0.3}}
+    named = {"half": {"speed": "constant", "measure": "ratio", "keep": 0.5}, "fast_fewer": {"z_threshold": 0.3}}
     assert cell_pruner("none", named) is None
-    assert cell_pruner("readme", named) == TokenPruner(speed="readme")
-    assert cell_pruner("release", named) == TokenPruner(speed="release", z_threshold=0.3)
-    assert cell_pruner("half", named) == TokenPruner("constant", 0.5, measure="ratio")
-    with pytest.raises(InputError, match="pruning 'third' is unknown; there are: half, release, readme"):
+    assert cell_pruner("slow_fewer", named) == make_pruner("slow_fewer")
+    assert cell_pruner("fast_fewer", named) == make_pruner({"z_threshold": 0.3})
+    assert cell_pruner("half", named) == make_pruner(named["half"])
+    with pytest.raises(InputError, match="pruning 'third' is unknown; there are: half, fast_fewer, slow_fewer"):
         cell_pruner("third", named)
     with pytest.raises(InputError, match="pruning 'half': field 'share' is unknown"):
         cell_pruner("half", {"half": {"share": 0.5}})
@@ -65,12 +70,12 @@ def test_prunings_by_name():
 
 def test_a_cell_that_cannot_be_made_is_named():
     still = np.zeros((5, 7))
-    with pytest.raises(InputError, match=r"cell vla\+release: pruning: ScriptedVLA cannot run on fewer visual tokens"):
-        make_policy(Cell("none", "none", None, "release"), ScriptedVLA(still), None, setting())
+    with pytest.raises(InputError, match=r"cell vla\+fast_fewer: pruning: ScriptedVLA cannot run on fewer visual tokens"):
+        make_policy(Cell("none", "none", None, "fast_fewer"), ScriptedVLA(still), None, setting())
     with pytest.raises(InputError, match=r"cell ridge\+learned: .*; learned cells need --export"):
         make_policy(Cell("ridge", "learned"), ScriptedVLA(still), None, setting())
-    policy = make_policy(Cell("none", "none", None, "release"), PrunableVLA(still), None, setting())
-    assert policy.pruner == TokenPruner() and policy.generator is None
+    policy = make_policy(Cell("none", "none", None, "fast_fewer"), PrunableVLA(still), None, setting())
+    assert policy.pruner == make_pruner("fast_fewer") and policy.generator is None
 
 
 def test_rows_weigh_tokens_by_calls():
@@ -126,13 +131,12 @@ def test_frames_show_what_reached_the_language_model_and_who_acted():
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "cells:" in p.read_text()], ids=lambda p: p.stem)
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
-    options = {"pruning": config.get("pruning"), "vla_options": config.get("vla_options")}
     vla = PrunableVLA(np.zeros((5, 7)))
-    export = load_export(ROOT / config["export"]) if "export" in config else make_export()
+    export = load_export(config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
-        made = Setting("x", None, None, config.get("rules", {}), None, False, **options)
+        made = setting(rules=config.get("rules", {}), pruning=config.get("pruning"))
         policy = make_policy(cell, vla, export, made)
         assert (policy.pruner is None) == (cell.pruning == "none")
 
@@ -141,7 +145,7 @@ def test_every_shipped_cell_can_be_made(path):
 def test_openvla_configurations_use_the_published_weights_and_all_initial_states(suite):
     path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
     config = yaml.safe_load(path.read_text())
-    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["policy"] == "openvla"
+    assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["vla"] == "openvla"
     assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
@@ -183,10 +187,10 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
     """A factory for worker processes: a policy that fails unless it sees through both cameras."""
 
     class TwoCameras(ScriptedVLA):
-        needs_images, needs_wrist_image = True, True
+        needs_images, cameras = True, ("image", "wrist_image")
 
         def predict(self, observation, keep_mass=1.0):
-            main, wrist = observation.require_image(), observation.wrist_image
+            main, wrist = observation.require_image(), observation.require_image("wrist_image")
             assert main.shape == wrist.shape == (256, 256, 3) and (main != wrist).mean() > 0.5
             return super().predict(observation, keep_mass)
 
@@ -195,7 +199,7 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
 
 def test_a_policy_with_two_cameras_gets_both(tmp_path):
     what = {"suite": "libero_object", "tasks": [0], "init_states": "30", "cells": [], "max_steps": 2, "render": "fast"}
-    closed_loop(**what, policy="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
+    closed_loop(**what, vla="tests.test_closed_loop:two_cameras", timing_episodes=1, workers=1, output=tmp_path / "x")
     with gzip.open(tmp_path / "x" / "timing.csv.gz", "rt") as stream:
         (timed,) = csv.DictReader(stream)
     assert (timed["cell"], timed["steps"], timed["vla_calls"]) == ("vla", "2", "2") and float(timed["policy_seconds"]) > 0

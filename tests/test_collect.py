@@ -5,19 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.collect import collect, episode_seed, parse_range
+from data.collect import collect
 from data.frames import Frames
-from data.parallel import chunks, run_groups
+from data.jobs import episode_seed, parse_range
+from data.parallel import Workers, chunks, run_groups
 from data.rollout import ActionNoise
 from data.store import RolloutStore
 from spvla.actions import LIBERO
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from spvla.store import read_episodes
 from spvla.vlas.conventions import decode_image
 from tests.test_train_vla import module
 
@@ -71,6 +73,28 @@ def test_workers_yield_everything_and_pass_errors_on():
         list(run_groups(double, [1, "bad"], workers=1))
     with pytest.raises(RuntimeError, match="exit code 9"):
         list(run_groups(double, ["crash"], workers=1))
+
+
+def load_and_count(fault):
+    """For worker processes: loads once, and says with each result how often it did and in which process."""
+    if fault is not None:
+        raise fault
+    loads = []
+    loads.append(1)
+    return lambda group: iter([(group, len(loads), os.getpid())]), "loaded"
+
+
+@pytest.mark.slow
+def test_each_worker_loads_once_and_says_what_it_loaded():
+    with Workers(partial(load_and_count, None), 2) as pool:
+        assert pool.facts() == "loaded"
+        groups, loads, processes = zip(*pool.run(range(6)), strict=True)
+    assert sorted(groups) == list(range(6)) and set(loads) == {1} and 1 <= len(set(processes)) <= 2
+    with (
+        pytest.raises(InputError, match="cannot be made"),
+        Workers(partial(load_and_count, InputError("cannot be made")), 2) as pool,
+    ):
+        pool.facts()
 
 
 def contents(folder):

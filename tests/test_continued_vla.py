@@ -6,8 +6,8 @@ import torch
 
 from spvla.errors import InputError
 from tests.test_train_vla import ARCHITECTURE, WORDS, module
-from train.frames import reword
-from train.vla import VLAModule
+from train.vla.frames import reword
+from train.vla.module import VLAModule
 
 
 def test_training_starts_with_the_checkpoints_weights_and_may_know_more_words(tmp_path):

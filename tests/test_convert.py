@@ -24,12 +24,13 @@ from data.convert import convert, published_space
 from data.inspect import inspect
 from data.openx import Conventions, load_table, standardize
 from data.parts import Problem
-from data.rlds import RldsFolder, read_records, scan
+from data.rlds.features import RldsFolder
+from data.rlds.tfrecord import read_records, scan
 from data.stats import stats
 from data.store import RolloutStore
-from spvla.episodes import finalize, read_action_space, read_episodes
 from spvla.errors import InputError
 from spvla.statistics import Statistics
+from spvla.store import finalize, read_action_space, read_episodes
 from tests.conftest import BRIDGE, CR5, DATA, write_records, write_store
 
 ROOT = Path(__file__).parents[1]

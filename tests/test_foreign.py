@@ -164,7 +164,10 @@ def config(**changes):
         ({"n_obs_steps": 2}, "plans from 2 observations in a row, .* not supported"),
         ({"temporal_ensemble_coeff": 0.01}, "temporal ensembling .* not supported"),
         ({"action_feature": SimpleNamespace(shape=(14,))}, "14 dimensions, the action space 'libero' has 7"),
-        ({"image_features": {f"observation.images.{k}": None for k in "abc"}}, "has 3 images; say with cameras="),
+        (
+            {"image_features": {f"observation.images.{k}": SimpleNamespace(shape=(3, 8, 8)) for k in "abc"}},
+            "say which is which",
+        ),
         pytest.param({}, "does not say where its processors are; use LeRobotVLA", marks=pytest.mark.lerobot),
     ],
 )
@@ -223,7 +226,7 @@ def act(tmp_path_factory):
 def look(t):
     g = np.random.default_rng(t)
     images = g.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    return Observation(images[0], g.normal(size=8).astype(np.float32), images[1])
+    return Observation({"image": images[0], "wrist_image": images[1]}, g.normal(size=8).astype(np.float32))
 
 
 @pytest.mark.lerobot
@@ -241,7 +244,11 @@ def test_lerobot_acts_as_in_its_own_loop(act):
     want = []
     for t in range(20):
         o = look(t)
-        frame = {"observation.images.top": o.image, "observation.images.hand": o.wrist_image, "observation.state": o.state}
+        frame = {
+            "observation.images.top": o.image,
+            "observation.images.hand": o.images["wrist_image"],
+            "observation.state": o.state,
+        }
         with torch.inference_mode():
             batch = before(prepare_observation_for_inference(frame, torch.device("cpu"), "fold"))
             want.append(after(own.select_action(batch))[0].numpy())
@@ -273,12 +280,12 @@ def test_lerobot_says_what_does_not_fit(act):
     vla.reset("fold")
     o = look(0)
     for bad, message in (
-        (Observation(o.image, o.state), "observation.wrist_image: the policy needs an image"),
+        (Observation(o.image, o.state), "the policy needs camera 'wrist_image'"),
         (
-            Observation(o.image[:32], o.state, o.wrist_image),
-            r"observation.image: is \(32, 64\), observation.images.top .* \(64, 64\)",
+            Observation({**o.images, "image": o.image[:32]}, o.state),
+            r"observation.images.image: is \(32, 64\), observation.images.top .* \(64, 64\)",
         ),
-        (Observation(o.image, o.state[:5], o.wrist_image), r"observation.state: the policy needs \(8,\), got \(5,\)"),
+        (Observation(o.images, o.state[:5]), r"observation.state: the policy needs \(8,\), got \(5,\)"),
     ):
         with pytest.raises(InputError, match=message):
             vla.predict(bad)

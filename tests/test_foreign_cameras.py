@@ -41,7 +41,7 @@ def policy(features: dict[str, tuple[int, ...]]) -> SimpleNamespace:
 
 
 def cameras(features: dict[str, tuple[int, ...]], **options) -> dict[str, str]:
-    return LeRobotVLA(policy(features), LIBERO, (lambda x: x, lambda x: x), **options).cameras
+    return LeRobotVLA(policy(features), LIBERO, (lambda x: x, lambda x: x), **options).image_features
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -10,10 +10,12 @@ from data.envs.libero.labels import image_points, other_questions
 from data.envs.libero.scene import project
 from data.frames import GIVEN_UP, Frame, Frames, Question, mistakes
 from spvla.actions import LIBERO
-from spvla.episodes import Episode, RolloutWriter, shard_info, vectors
 from spvla.errors import InputError
+from spvla.store import Episode, RolloutWriter
+from spvla.store.columns import vectors
+from spvla.store.shards import shard_info
 from spvla.vlas.conventions import Conventions, conventions_by_name, decode_image, encode_jpeg
-from train.frames import Augmentation, FrameData, FrameStream, questions, view
+from train.vla.frames import Augmentation, FrameData, FrameStream, questions, view
 
 SIZE = 64
 SCENE = {
@@ -75,7 +77,7 @@ def test_failures_count_only_where_a_student_made_them(tmp_path):
 
 def test_unusable_shards_are_named(tmp_path):
     write(tmp_path / "a", late=pictured_episode(30))
-    with pytest.raises(InputError, match=r"late.*initial state 30; 30-49 are for evaluation only"):
+    with pytest.raises(InputError, match=r"late.*initial state 30, which is for evaluation only"):
         Frames([tmp_path / "a"]).scan()
     for field, message in (("images", "holds no images"), ("vla_actions", "has no vla_action")):
         episode = pictured_episode(0)
@@ -83,7 +85,7 @@ def test_unusable_shards_are_named(tmp_path):
         write(tmp_path / field, blind=episode)
         with pytest.raises(InputError, match=f"blind.*{message}"):
             Frames([tmp_path / field]).scan()
-    with pytest.raises(InputError, match="no frames of initial states 0-19"):
+    with pytest.raises(InputError, match="no frames for training"):
         FrameData([tmp_path / "none"]).setup("fit")
 
 
@@ -120,7 +122,7 @@ def test_unlabelled_frames_need_images_and_instructions_only(tmp_path):
     write(tmp_path / "libero", a=pictured_episode(3), b=pictured_episode(25), c=pictured_episode(2, success=False))
     assert [Frames([tmp_path / "libero"], validation, labelled=False).scan() for validation in (False, True)] == [8, 4]
     write(tmp_path / "late", late=recorded(1, init_state=40))
-    with pytest.raises(InputError, match="30-49 are for evaluation only"):
+    with pytest.raises(InputError, match="initial state 40, which is for evaluation only"):
         Frames([tmp_path / "late"], labelled=False).scan()
 
 

@@ -12,10 +12,10 @@ import pytest
 from data.convert import convert
 from data.identity import hub_name
 from data.lerobot import LerobotSource
+from data.splits import _scene
 from data.store import RolloutStore
-from data.windows import _scene
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from spvla.store import read_episodes
 from tests.conftest import BRIDGE
 from tests.test_words_and_cameras import write_lerobot
 

@@ -15,8 +15,8 @@ from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
 from data.video import VideoFrames
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
+from spvla.store import read_episodes
 from tests.conftest import APPLE, CR5
 
 REACHY = Path(__file__).parents[1] / "configs" / "openx" / "lerobot_reachy2.yaml"
@@ -148,7 +148,7 @@ def test_damaged_files_are_named(cr5, tmp_path):
     assert any("episode_000003.parquet: is not there" in note for note in source.notes)
     assert any("total_episodes claims 34, the data holds 33" in note for note in source.notes)
     (folder / "meta" / "info.json").write_text("{")
-    with pytest.raises(InputError, match=r"info\.json: not readable JSON"):
+    with pytest.raises(InputError, match=r"info\.json: not valid JSON"):
         LerobotSource(folder)
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v1.6"}))
     with pytest.raises(InputError, match=r"codebase_version v1\.6 is not one of"):

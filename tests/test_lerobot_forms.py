@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from data.lerobot import LerobotSource
 from data.lerobot.columns import in_one_form, recorded_times
-from data.lerobot.metadata import read_json, read_json_lines, whole_number
+from data.lerobot.metadata import read_json_lines, whole_number
 from data.parts import Problem
 from eval.output import append, continued
 from spvla.errors import InputError
+from spvla.files import read_json
 from tests.lerobot_sets import RATE, STEPS, actions, times, write_lines, write_set
 
 VERSIONS = ("v2.1", "v3.0")

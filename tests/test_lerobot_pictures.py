@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.convert import Setting, convert
+from data.batches import End, Frames, FrameStream
+from data.convert import convert
+from data.derive import Setting
 from data.images import ImageCheck, as_rgb_file, read_rgb
 from data.lerobot import LerobotSource
 from data.parts import Part, Problem
-from data.relabel import End, Frames, FrameStream
 from data.stats import measure
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
+from spvla.store import Episode, read_episodes
 from spvla.vlas.conventions import decode_image
 from tests.lerobot_sets import STEPS, write_set
 

@@ -232,11 +232,11 @@ def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:
 def test_rendering_is_robosuites_and_fast_rendering_nearly_so(task: LiberoTask) -> None:
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    with LiberoEnv(task, render="full", image_size=128, wrist_camera=True) as full:
+    with LiberoEnv(task, render="full", image_size=128, cameras=("image", "wrist_image", "frontview")) as full:
         full.reset(0)
         observation = full.observe()
         image = observation.require_image()
-        assert image.shape == (128, 128, 3) and 20 < image.std() < 70 and observation.wrist_image is not None
+        assert image.shape == (128, 128, 3) and 20 < image.std() < 70 and observation.images["wrist_image"].shape == image.shape
     # A second environment after closing the first: robosuite's own renders noise here.
     with LiberoEnv(task, render="fast", image_size=128) as fast:
         fast.reset(0)

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.envs.base import Task
+from eval.cells import parse_cells
+from eval.run import groups_of
 from spvla import InputError, Observation, SPVLAPolicy, accelerate, load_export
 from spvla.actions import LIBERO
 from spvla.gates.base import Decisions
@@ -318,3 +321,20 @@ def test_observations_need_no_state():
     policy.reset("do it")
     policy.select_action(Observation(state=None))
     assert policy.live.state.steps == 1
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_all_episodes_of_a_live_cell_are_one_deployment(workers):
+    tasks = [Task("libero_object", i, f"task {i}", "do it", 100) for i in range(3)]
+    starts = {task: [(state, 7) for state in range(20)] for task in tasks}
+    cells = parse_cells(["mlp+learned@0.1", "mlp+live@0.1", "mlp+live@0.2"], [None])
+    parts = groups_of(starts, cells, [], workers, None)
+    live = [part for part in parts if part[0].jobs[0].cell.live]
+    assert [[job.init_state for group in part for job in group.jobs] for part in live] == 2 * [3 * [*range(20)]]
+    assert all(len({job.cell for group in part for job in group.jobs}) == 1 for part in live)
+    done = [
+        {"cell": "mlp+live@0.1", "task": 0, "init_state": i, "seed": 7, "live_steps": 90 * (i + 1), "live": {"coin": i}}
+        for i in range(4)
+    ]
+    (rest, _) = [part for part in groups_of(starts, cells, done, workers, None) if part[0].jobs[0].cell.live]
+    assert rest[0].jobs[0].init_state == 4 and rest[0].jobs[0].learned == {"coin": 3}

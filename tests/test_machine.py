@@ -103,7 +103,7 @@ def test_space_for_a_mapped_array_is_reserved_before_anything_is_written_to_it(
 ) -> None:
     array = open_array(tmp_path / "a.npy", np.float32, (3, 2))
     array[:] = 1.5
-    array.flush()
+    array.flush()  # type: ignore[attr-defined]  # of a memory map
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.full((3, 2), 1.5, np.float32))
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(InputError) as fault, building(tmp_path / "cache") as folder:
@@ -115,7 +115,7 @@ def test_space_for_a_mapped_array_is_reserved_before_anything_is_written_to_it(
 def test_an_older_export_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_export(make_export(), tmp_path / "export")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    monkeypatch.setattr("spvla.export.save_file", raising(FULL_DISK[3]))
+    monkeypatch.setattr("spvla.export.save", raising(FULL_DISK[3]))
     with pytest.raises(InputError) as fault:
         save_export(make_export(), folder)
     assert (fault.value.code, fault.value.field) == ("cannot-write", str(folder))

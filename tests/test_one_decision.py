@@ -10,7 +10,6 @@ from data.store import RolloutStore
 from data.windows import Windows
 from eval.offline import judge_store
 from spvla.actions import LIBERO
-from spvla.episodes import RolloutWriter
 from spvla.export import Export
 from spvla.gates.calibration import Calibration, calibrate
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate, judge
@@ -21,6 +20,7 @@ from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
 from spvla.recording import Recorder
 from spvla.shadow import ShadowPolicy
+from spvla.store import RolloutWriter
 from spvla.vlas.base import VLAOutput
 from tests.conftest import smooth_episode
 from train.calibrate import calibration_curve, choose_default, judge_episode

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spvla
+from data.splits import split_episodes
 from data.store import RolloutStore
-from data.windows import Windows, split_episodes
+from data.windows import Windows
 from eval.offline import offline
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
 from spvla.export import load_export
+from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 from tests.conftest import ScriptedVLA, smooth_episode
 from train.distill import distill
@@ -213,7 +214,7 @@ def test_statistics_of_the_training_episodes_give_the_scale_that_converting_them
 
     from data.convert import published_space
     from data.stats import Measured
-    from spvla.episodes import measured_space
+    from spvla.store.scale import measured_space
 
     joints = ActionSpace("arm", "joint_velocity", 10.0, *((v,) * 4 for v in (-1.0, 1.0, -9.0, 9.0)), gripper=(3,))
     g = np.random.default_rng(0)

@@ -16,7 +16,10 @@ from eval.__main__ import COMMANDS as EVAL
 from spvla import Observation, accelerate
 from spvla.cli import run
 from spvla.history import Source
-from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, untrained
+from spvla.vlas.openvla import untrained
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.model import OpenVLAModel
+from spvla.vlas.openvla.weights import save_pretrained
 from spvla.vlas.registry import load_vla
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
@@ -32,10 +35,10 @@ def checkpoint(tmp_path_factory):
     bounds = {"q01": [-0.9] * 6 + [0.0], "q99": [0.9] * 6 + [1.0], "mask": [True] * 6 + [False]}
     model = untrained(**SMALL, norm_stats={f"{suite}_no_noops": {"action": bounds} for suite in SUITES})
     with torch.no_grad():  # initial weights are so small that every image gives the same action
-        for p in model.parameters():
+        for p in model.model.parameters():
             p.mul_(4 if p.ndim > 1 else 1)
     folder = tmp_path_factory.mktemp("openvla") / "checkpoint"
-    model.save_pretrained(folder)
+    save_pretrained(model.model, folder)
     return folder
 
 
@@ -48,7 +51,7 @@ def call(commands, *arguments):
 
 def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
     options = ("--vla", "openvla", "--checkpoint", checkpoint, "--suite", "libero_10", "--repeats", 3)
-    few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9}}", "--keep_ratios", 0.5)
+    few = ("--pruning", "{few: {speed: constant, keep: 0.5, budget: 9, contour_fraction: 0.25}}", "--keep_ratios", 0.5)
     beside = ("--export", ROOT / "spvla/pretrained/generator_libero_expert", "--steps", 50)
     assert call(EVAL, "latency", *options, *few, *beside, "--output", tmp_path) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -67,9 +70,9 @@ def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
 
 def test_untrained_needs_no_checkpoint():
     vla = load_vla("spvla.vlas.openvla:untrained", None, {**SMALL, "dtype": "bfloat16"}, "libero_goal")
-    assert vla.action_space.control_rate == 20 and vla.dtype == torch.bfloat16
+    assert vla.action_space.control_rate == 20 and vla.model.dtype == torch.bfloat16
     vla.reset("open the drawer")
-    assert vla.predict(Observation(image=np.zeros((64, 64, 3), np.uint8))).visual_tokens == (64, 64)
+    assert vla.predict(Observation(np.zeros((64, 64, 3), np.uint8))).visual_tokens == (64, 64)
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -119,7 +122,7 @@ def as_pickle(folder):
         (None, ("--suite", "libero_10", "--instruction", ""), "instruction: expected a sentence"),
         (None, ("--suite", "libero_10", "--instruction", "mug " * 2100), "leaves room for"),
         (None, ("--suite", "libero_10", "--keep_ratios", 1.5), "keep_ratios"),
-        (None, ("--suite", "libero_10", "--pruning", "{fast: {speed: release}}"), "pruning 'fast'"),
+        (None, ("--suite", "libero_10", "--pruning", "{fast: {speed: fast_fewer}}"), "pruning 'fast'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, culprit, checkpoint, tmp_path, capsys):
@@ -148,13 +151,13 @@ def test_no_checkpoint_is_told(capsys, tmp_path):
 LOAD = """
 import sys, torch
 from pathlib import Path
-from spvla.vlas.openvla import OpenVLA
+from spvla.vlas.openvla import from_pretrained
 import transformers.models.llama.modeling_llama, safetensors.torch
 def memory(key):
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
 before = memory("VmRSS")
-OpenVLA.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 print(memory("VmHWM") - before)
 """
 
@@ -169,13 +172,13 @@ def write_like_7b(folder, layers):
         "text_config": {**published, "num_hidden_layers": layers},
         "norm_stats": {"one": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
     }
-    untrained(**SMALL).save_pretrained(folder)  # for its tokenizer
+    save_pretrained(untrained(**SMALL).model, folder)  # for its tokenizer
     (folder / "model.safetensors").unlink()
     parsed = OpenVLAConfig(**options)
     for name, content in zip(("config.json", "preprocessor_config.json"), parsed.to_dicts(), strict=True):
         (folder / name).write_text(json.dumps(content))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in OpenVLA(parsed).named_parameters()}
+        shapes = {name: p.shape for name, p in OpenVLAModel(parsed).named_parameters()}
     weight_map, shard, size = {}, {}, 0
 
     def flush():
@@ -233,7 +236,7 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     fast = ("--steps", 10, "--gate_steps", 10, "--mlp", "{width: 16, depth: 1}", "--gate", "{width: 8, depth: 1}")
     assert call(train, "distill", "--data", rollouts, "--output", export, *fast, "--default_risk", 0.5) == 0
     accelerated = ("--export", export, "--suite", "libero_object", "--init_states", 4, "--output", tmp_path / "on_policy")
-    assert call(DATA, "collect", *vla, 6, *accelerated, "--pruning", "readme") == 0
+    assert call(DATA, "collect", *vla, 6, *accelerated, "--pruning", "slow_fewer") == 0
 
     for suite in SUITES:
         shipped = ROOT / "configs" / "eval" / f"openvla_{suite}.yaml"
@@ -258,6 +261,6 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     policy.reset("pick up the milk and place it in the basket")
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     for _ in range(6):
-        policy.select_action(Observation(image=image, state=np.zeros(8)))
+        policy.select_action(Observation(image, state=np.zeros(8)))
         step = policy.last_step
         assert step.source == Source.GENERATOR or step.visual_tokens[0] < step.visual_tokens[1] == 64

@@ -8,15 +8,15 @@ import pytest
 from data.store import RolloutStore
 from spvla import InputError, Observation, SPVLAPolicy, accelerate
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import read_episodes
 from spvla.gates.base import Decisions
 from spvla.gates.rules import PaperRule, ReleaseRule
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
-from spvla.pruning import TokenPruner
+from spvla.pruning import make_pruner
 from spvla.recording import Recorder
 from spvla.shadow import ShadowPolicy
 from spvla.steps import run_lengths
+from spvla.store import read_episodes
 from spvla.vlas.base import VLAUnavailable
 from tests.conftest import PrunableVLA, ScriptedVLA
 
@@ -194,7 +194,7 @@ def test_the_release_cap_holds_in_the_loop():
 
 def test_pruning_reaches_the_vla_and_every_step_says_how_many_tokens():
     vla = PrunableVLA(np.tile(np.float32([0, 0, 0.75, 0, 0, 0, 1]), (5, 1)))
-    for pruning in ("release", TokenPruner(), {"speed": "release", "z_min": 0.9}):
+    for pruning in ("fast_fewer", make_pruner("fast_fewer"), {"speed": "fast_fewer", "z_min": 0.9}):
         policy = accelerate(vla, generator="none", pruning=pruning)
         run(policy, 3)
         assert policy.vla is not vla and vla.pruner is None
@@ -206,14 +206,14 @@ def test_pruning_reaches_the_vla_and_every_step_says_how_many_tokens():
 
 def test_pruning_is_refused_where_it_cannot_be():
     with pytest.raises(InputError, match=r"ScriptedVLA cannot run on fewer visual tokens"):
-        accelerate(ScriptedVLA(actions()), generator="none", pruning="release")
+        accelerate(ScriptedVLA(actions()), generator="none", pruning="fast_fewer")
     joints = ActionSpace("arm", "joint_position", 10.0, (-1.0,) * 3, (1.0,) * 3, (-1.0,) * 3, (1.0,) * 3)
-    with pytest.raises(InputError, match=r"'release' needs a vertical translation"):
-        accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="release")
+    with pytest.raises(InputError, match=r"'fast_fewer' needs a vertical translation"):
+        accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="fast_fewer")
     for pruning, message in [
-        ("often", r"pruning 'often' is unknown; there are: none, release, readme"),
-        ({"ratio": 0.5}, r"field 'ratio' is unknown; there are: speed, keep,"),
-        ({"keep": "half"}, "pruning: "),
+        ("often", r"pruning 'often' is unknown; there are: none, fast_fewer, slow_fewer"),
+        ({"ratio": 0.5}, r"field 'ratio' is unknown for speed 'fast_fewer'; there are: speed, z_threshold,"),
+        ({"speed": "constant", "keep": "half"}, "pruning: keep must be a finite number"),
     ]:
         with pytest.raises(InputError, match=message):
             accelerate(PrunableVLA(actions()), generator="none", pruning=pruning)

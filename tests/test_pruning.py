@@ -9,22 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spvla import LIBERO, ActionSpace, InputError
-from spvla.history import ActionHistory, Source
-from spvla.pruning import (
-    TokenPruner,
-    attention_received,
-    contour_patches,
-    readme_keep_mass,
-    release_keep_mass,
-    select,
-)
+from spvla.pruning import TokenSelector, make_pruner
+from spvla.pruning.attention import attention_received
+from spvla.pruning.contours import contour_patches
+from spvla.pruning.pruner import with_current_names
+from spvla.pruning.selector import select
+from spvla.pruning.speed import Constant, FastFewer, SlowFewer, fast_fewer, require_translations, slow_fewer
 
-
-def history_with(action: list[float], space: ActionSpace = LIBERO) -> ActionHistory:
-    history = ActionHistory(space, 6)
-    history.observe(None)
-    history.act(np.float32(action), Source.VLA)
-    return history
+RATIO = {"speed": "constant", "measure": "ratio", "keep": 0.5}
 
 
 def joints() -> ActionSpace:
@@ -71,49 +63,130 @@ def test_contours_split_by_any_grid():
 
 
 @pytest.mark.parametrize(("z", "expected"), [(0.0, 1.0), (0.49, 1.0), (0.5, 1.0), (-0.75, 0.55), (1.0, 0.1), (3.0, 0.1)])
-def test_release_keeps_less_when_fast(z, expected):
-    assert release_keep_mass(z, 0.5, 0.9) == pytest.approx(expected)
+def test_fast_fewer_keeps_less_when_fast(z, expected):
+    assert fast_fewer(z, 0.5, 0.9) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("xyz", "expected"), [((0, 0, 0), 0.1), ((0.3, 0.4, 0), 1.0), ((0.15, 0, 0.2), 0.55), ((2, 2, 2), 1.0)]
 )
-def test_readme_keeps_less_when_slow(xyz, expected):
-    assert readme_keep_mass(xyz, 0.5, 0.9) == pytest.approx(expected)
+def test_slow_fewer_keeps_less_when_slow(xyz, expected):
+    assert slow_fewer(xyz, 0.5, 0.9) == pytest.approx(expected)
 
 
-def test_pruner_reads_the_last_action():
-    pruner = TokenPruner(speed="release")
-    assert pruner.keep_mass(ActionHistory(LIBERO, 6)) == 1.0
-    assert pruner.keep_mass(history_with([0.9, 0, -1.0, 0, 0, 0, 1])) == pytest.approx(0.1)
-    assert TokenPruner(speed="readme").keep_mass(history_with([0, 0, 0, 0, 0, 0, 1])) == pytest.approx(0.1)
-    assert TokenPruner(speed="constant", keep=0.7).keep_mass(history_with([0] * 7)) == 0.7
+def test_speed_responses_read_the_last_action():
+    assert FastFewer()(None, LIBERO) == SlowFewer()(None, LIBERO) == 1.0
+    assert FastFewer()(np.float32([0.9, 0, -1.0, 0, 0, 0, 1]), LIBERO) == pytest.approx(0.1)
+    assert SlowFewer()(np.float32([0, 0, 0, 0, 0, 0, 1]), LIBERO) == pytest.approx(0.1)
+    assert Constant(0.7)(np.zeros(7, np.float32), LIBERO) == Constant(0.7)(None, LIBERO) == 0.7
 
 
 def test_a_speed_response_without_its_dimension_is_refused_by_name():
-    history = history_with([0, 0, 0], joints())
-    with pytest.raises(InputError, match=r"'release' needs a vertical translation \(translation\[2\]\).*'arm'"):
-        TokenPruner(speed="release").keep_mass(history)
-    with pytest.raises(InputError, match="'readme' needs a translation"):
-        TokenPruner(speed="readme").require(joints())
-    assert TokenPruner(speed="constant", keep=0.5).keep_mass(history) == 0.5
+    with pytest.raises(InputError, match=r"'fast_fewer' needs a vertical translation \(translation\[2\]\).*'arm'") as refused:
+        FastFewer()(np.zeros(3, np.float32), joints())
+    assert (refused.value.code, refused.value.field) == ("no-translation", "speed")
+    with pytest.raises(InputError, match="'slow_fewer' needs a translation"):
+        require_translations(SlowFewer(), joints())
+    assert Constant(0.5)(np.zeros(3, np.float32), joints()) == 0.5
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field"),
     [
-        ({"speed": "fast"}, "speed 'fast' is not one of"),
-        ({"measure": "tokens"}, "measure"),
-        ({"positions": "own"}, "positions"),
-        ({"keep": 0.0}, "keep must lie"),
-        ({"budget": 0}, "budget"),
+        ({"speed": "fast"}, "speed"),
+        ({"speed": "constant"}, "keep"),
+        ({**RATIO, "keep": 0.0}, "keep"),
+        ({"speed": "slow_fewer", "keep": 0.5}, "keep"),
+        ({**RATIO, "z_min": 0.5}, "z_min"),
+        ({"measure": "tokens"}, "pruning"),
+        ({"positions": "own"}, "pruning"),
+        ({"budget": 0}, "pruning"),
+        ({"score": "beauty"}, "pruning score"),
         ({"z_min": 1.0}, "z_min"),
         ({"z_threshold": 1.0}, "z_threshold"),
+        ({"contour_fraction": 1.0}, "contour_fraction"),
     ],
 )
-def test_pruner_refuses_bad_options(options, message):
-    with pytest.raises(InputError, match=message):
-        TokenPruner(**options)
+def test_bad_fields_are_refused(options, field):
+    with pytest.raises(InputError) as refused:
+        make_pruner(options)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({**RATIO, "budget": 98}, "contours"),  # as it shipped once under the name of half
+        ({"budget": 16}, "contours"),
+        ({"contours": False, "contour_fraction": 0.5}, "contour_fraction"),
+        ({"budget": 1, "contour_fraction": 0.1}, "score"),
+        ({**RATIO, "keep": 1.0}, "keep"),
+    ],
+)
+def test_settings_in_which_a_part_cannot_matter_are_refused(options, field):
+    with pytest.raises(InputError) as refused:
+        make_pruner(options)
+    assert (refused.value.code, refused.value.field) == ("cannot-matter", field)
+
+
+def test_a_budget_that_spares_no_token_is_refused():
+    for budget in (16, 17):
+        with pytest.raises(InputError) as refused:
+            TokenSelector(contours=False, budget=budget).require(16)
+        assert (refused.value.code, refused.value.field) == ("cannot-matter", "budget")
+    TokenSelector(contours=False, budget=15).require(16)
+
+
+def test_former_names_say_the_new_ones():
+    for old, new in (("release", "fast_fewer"), ("readme", "slow_fewer")):
+        for former in (old, {"speed": old}):
+            with pytest.raises(InputError, match=new) as refused:
+                make_pruner(former)
+            assert refused.value.code == "renamed"
+            assert make_pruner(with_current_names(former)) == make_pruner(new)
+
+
+def random_case(seed: int, n: int = 196):
+    rng = np.random.default_rng(seed)
+    scores = rng.dirichlet(np.full(n, rng.uniform(0.05, 2)))
+    return scores, rng.random(n) < rng.random()
+
+
+def test_contours_change_the_choice():
+    """A setting's contours win places: half of the tokens stay, and which ones depends on the picture."""
+    for fields in ({"contour_fraction": 0.25}, {"contour_fraction": 0.25, "budget": 98}):
+        selector = make_pruner({**RATIO, **fields}).selector
+        for seed in range(50):
+            scores, contours = random_case(seed)
+            kept = selector.choose(scores, contours, 0.5)
+            attended = np.argsort(-scores, kind="stable")
+            assert len(kept) == 98 and set(attended[:73]) <= set(kept), "three quarters go by attention"
+            left_out = [t for t in attended[73:] if contours[t]][:25]
+            assert set(left_out) <= set(kept), "a quarter goes to the best contours of the rest"
+            others = set(kept) - set(attended[:73]) - set(left_out)
+            assert others <= set(attended[:98]), "and what they do not need to attention again"
+            assert set(kept) != set(selector.choose(scores, np.zeros(196, bool), 0.5)) or not set(left_out) - set(attended[:98])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_former_half_was_half_attention(seed):
+    for n in (16, 196, 256):
+        scores, contours = random_case(seed, n)
+        former = select(scores, contours, 0.5, budget=n // 2, measure="ratio")
+        half_attention = make_pruner({**RATIO, "contours": False}).selector
+        assert former.tolist() == half_attention.choose(scores, None, 0.5).tolist()
+
+
+def least_scored(queries, keys, images):
+    received = attention_received(queries, keys)
+    return (received.max() - received) / (received.max() - received).sum(-1, keepdim=True)
+
+
+def test_a_score_of_ones_own_needs_a_function_and_its_name():
+    q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+    own = TokenSelector(score=f"{__name__}:least_scored")
+    torch.testing.assert_close(own.scores(q, k, []), least_scored(q, k, []))
+    assert own.scores(q, k, []).argmin() == TokenSelector().scores(q, k, []).argmax()
 
 
 def test_selection_on_a_worked_example():
@@ -171,18 +244,18 @@ def test_selection_properties(weights, keep, budget, seed, measure):
         assert max(attention[list(dropped)]) <= min(attention[kept])
 
 
-def test_pruner_selects_the_union_in_order():
+def test_selector_selects_the_union_in_order():
     rng = np.random.default_rng(0)
     attention = rng.random(256)
     attention /= attention.sum()
     image = np.zeros((224, 224, 3), np.uint8)
     image[100:150, 100:150] = 255
-    both = TokenPruner().select(attention, image, 0.3)
-    semantic = TokenPruner(contours=False).select(attention, image, 0.3)
+    both = TokenSelector().select(attention, image, 0.3)
+    semantic = TokenSelector(contours=False).select(attention, image, 0.3)
     assert set(both) == set(semantic) | set(np.flatnonzero(contour_patches(image, 16)))
     assert len(both) > len(semantic)
-    assert TokenPruner().select(attention, image, 1.0).tolist() == list(range(256))
-    ratio = TokenPruner(measure="ratio", contours=False).select(attention, image, 0.5)
+    assert TokenSelector().select(attention, image, 1.0).tolist() == list(range(256))
+    ratio = TokenSelector(measure="ratio", contours=False).select(attention, image, 0.5)
     assert len(ratio) == 128
     with pytest.raises(InputError, match="square"):
-        TokenPruner().select(np.full(5, 0.2), image, 0.5)
+        TokenSelector().select(np.full(5, 0.2), image, 0.5)

@@ -9,12 +9,12 @@ import pytest
 from data.envs.perturb import Nudge, RealTime
 from data.rollout import rollout
 from spvla.actions import LIBERO
-from spvla.episodes import read_episodes
 from spvla.errors import InputError
 from spvla.history import Source
 from spvla.policy import SPVLAPolicy
 from spvla.recording import Recorder
 from spvla.steps import StepInfo
+from spvla.store import read_episodes
 from tests.conftest import ScriptedVLA
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock

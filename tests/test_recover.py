@@ -9,12 +9,13 @@ import torch
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.pruning import TokenPruner
-from spvla.vlas.openvla import OpenVLA
+from spvla.pruning import TokenSelector
+from spvla.vlas.openvla import OpenVLA, from_pretrained
+from spvla.vlas.openvla.weights import save_pretrained
 from tests.test_frames import recorded, write
 from tests.test_train_vla import QUIET, batch, module
-from train.frames import FrameData
 from train.recover import RecoverModule
+from train.vla.frames import FrameData
 
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The PEFT config's:UserWarning")]
@@ -28,13 +29,13 @@ def checkpoint(tmp_path):
         for name, p in model.named_parameters():
             if p.ndim > 1 and "patch_embed" not in name:
                 p.mul_(4.0)
-    model.save_pretrained(tmp_path / "model")
+    save_pretrained(model, tmp_path / "model")
     return tmp_path / "model"
 
 
 def plain(checkpoint, **options) -> OpenVLA:
-    model = OpenVLA.from_pretrained(checkpoint, **options)
-    model.pruner = TokenPruner(speed="constant", measure="ratio", contours=False)
+    model = from_pretrained(checkpoint, **options)
+    model.selector = TokenSelector(measure="ratio", contours=False)
     return model
 
 
@@ -51,7 +52,7 @@ def test_its_answers_are_the_policys(checkpoint, tmp_path):
     for share, tokens in ((1.0, whole), (0.25, pruned)):
         for i, text in enumerate(b.instructions):
             model.reset(text)
-            assert model.predict(Observation(image=b.images[i].numpy()), share).tokens[0].tolist() == tokens[i].tolist()
+            assert model.predict(Observation(b.images[i].numpy()), share).tokens[0].tolist() == tokens[i].tolist()
     assert (pruned != whole).any(), "pruning changes nothing here: there would be nothing to win back"
 
 
@@ -75,7 +76,7 @@ def test_the_adapter_wins_back_agreement_and_loads(checkpoint, tmp_path, options
     untouched, adapted = plain(checkpoint), plain(checkpoint, adapter=tmp_path / "out")
     right = 0.0
     for i, text in enumerate(b.instructions):
-        picture = Observation(image=b.images[i].numpy())
+        picture = Observation(b.images[i].numpy())
         untouched.reset(text)
         adapted.reset(text)
         whole = untouched.predict(picture).tokens

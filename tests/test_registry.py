@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from spvla import InputError
-from spvla.vlas.openvla import statistics_of_suite
-from spvla.vlas.registry import load_vla, second_vla, weights_stamp
+from spvla.vlas.openvla.statistics import statistics_of_suite
+from spvla.vlas.openvla.weights import save_pretrained
+from spvla.vlas.registry import VLASource, load_vla, weights_stamp
 from tests.conftest import PrunableVLA, ScriptedVLA
 
 HERE = "tests.test_registry"
@@ -74,10 +75,10 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_a_second_episode_shares_the_weights_where_it_can():
-    first = load_vla(f"{HERE}:prunable")
-    assert second_vla(first, f"{HERE}:prunable").pruner is None
-    other = load_vla(f"{HERE}:scripted")
-    assert second_vla(other, f"{HERE}:scripted", None, {"length": 4}) is not other
+    source = VLASource(f"{HERE}:prunable")
+    assert source.second(source.load()).pruner is None
+    source = VLASource(f"{HERE}:scripted", None, {"length": 4})
+    assert source.second(other := source.load()) is not other
 
 
 def test_statistics_of_a_suite():
@@ -90,9 +91,9 @@ def test_statistics_of_a_suite():
 
 def test_the_stamp_tells_weights_apart_and_nothing_else(tmp_path):
     vla = load_vla("nano_vla")
-    vla.save_pretrained(tmp_path / "copy")
+    save_pretrained(vla.model, tmp_path / "copy")
     copy = load_vla("nano_vla", str(tmp_path / "copy"))
     assert weights_stamp(vla) == weights_stamp(copy) and weights_stamp(scripted(None)) is None
     with torch.no_grad():
-        copy.language_model.lm_head.weight += 1e-3
+        copy.model.language_model.lm_head.weight += 1e-3
     assert weights_stamp(vla) != weights_stamp(copy)

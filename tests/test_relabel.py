@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data.batches
 import data.relabel
 from data.relabel import relabel
-from data.rlds import read_records, scan
+from data.rlds.tfrecord import read_records, scan
 from spvla.actions import LIBERO, ActionSpace
-from spvla.episodes import Episode, RolloutWriter, read_episodes
 from spvla.errors import InputError
 from spvla.export import load_export
 from spvla.observation import Observation
+from spvla.store import Episode, RolloutWriter, read_episodes
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import load_vla
@@ -170,7 +171,7 @@ def test_errors_of_the_decoding_worker_lose_their_traceback():
             "Caught InputError in DataLoader worker process 0.\nTraceback ...\nspvla.errors.InputError: a.png: bad\n"
         )
 
-    items = data.relabel.told_plainly(worker())
+    items = data.batches.without_traceback(worker())
     assert next(items) == 1
     with pytest.raises(InputError, match=r"^a\.png: bad$"):
         next(items)

@@ -11,7 +11,7 @@ import pytest
 from spvla import InputError, Observation, VLAUnavailable, accelerate
 from spvla.actions import LIBERO
 from spvla.history import Source
-from spvla.pruning import TokenPruner
+from spvla.pruning import TokenSelector
 
 pytest.importorskip("vla_eval")
 import msgpack
@@ -105,12 +105,12 @@ def test_an_answer_that_is_late_and_a_vla_that_raises(serving, monkeypatch):  # 
 
 def test_an_error_about_the_episodes_start_does_not_shift_the_answers(serving):  # noqa: F811
     one = serving("looking", interface=STRAIGHT)
-    vla = RemoteVLA(one.url, pruner=TokenPruner("constant", 0.5))
+    vla = RemoteVLA(one.url, selector=TokenSelector())
     vla.reset("put it there")
     for t in range(3):
         with pytest.raises(VLAUnavailable, match="Looking cannot run on fewer visual tokens"):
             vla.predict(seen(t), keep_mass=0.5)
-    vla.pruner = None
+    vla.selector = None
     here = Looking()
     here.reset("put it there")
     for t in range(3):
@@ -177,7 +177,7 @@ def test_openpi_chunks_and_its_way_to_fail(openpi):
     with pytest.raises(InputError, match="does not say what its actions are; give action_space"):
         RemoteVLA(url, protocol="openpi")
     with pytest.raises(InputError, match="cannot run on fewer visual tokens"):
-        RemoteVLA(url, "libero", protocol="openpi", pruner=TokenPruner("constant", 0.5))
+        RemoteVLA(url, "libero", protocol="openpi", selector=TokenSelector())
     vla = RemoteVLA(url, "libero", protocol="openpi", timeout=2.0, keys={"wrist_image": None}, conventions={"rotate_180": True})
     policy = accelerate(vla, generator="none", when_unavailable="hold")
     policy.reset("fold the towel")

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from eval.film import write_film
-from eval.report import report, risk_advice
+from eval.report.command import report
+from eval.report.offline import risk_advice
 from spvla import InputError
 from spvla.export import save_export
 from spvla.history import Source
-from spvla.policy import StepInfo
+from spvla.steps import StepInfo
 from tests.conftest import BROWSER
 from tests.test_export import make_export
 
@@ -57,7 +58,7 @@ def test_every_result_is_on_the_page(page):
 )
 def test_a_risk_is_advised_only_where_episodes_speak_for_it(episodes, measured, error, advised):
     row = {"generator": "mlp", "risk": 0.05, "skipped": 0.8, "measured_risk": measured, "deviating_among_skipped": 0.01}
-    assert advised in risk_advice([row | {"measured_risk_standard_error": error}], episodes)
+    assert advised in " ".join(risk_advice([row | {"measured_risk_standard_error": error}], episodes))
 
 
 def test_a_recording_is_judged_by_an_export(store_folder, tmp_path):
@@ -99,7 +100,21 @@ def test_a_browser_shows_every_picture_and_has_nothing_to_say(page, tmp_path):
 
 def test_the_documented_tables_are_the_raw_files(tmp_path):
     report(RESULTS, tmp_path / "results.md")
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "tables.md").read_text()
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    """The gate was once called scheduler, the VLA policy."""
+    for name, words in (("now", ()), ("then", (('"gate', '"scheduler'), ('"vla":', '"policy":')))):
+        text = (RESULTS / "chunked" / "summary.json").read_text().replace('"policy":', '"vla":')
+        for new, old in words:
+            text = text.replace(new, old)
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "summary.json").write_text(text)
+        report(tmp_path / name, tmp_path / f"{name}.md")
+    assert (tmp_path / "then.md").read_text() == (tmp_path / "now.md").read_text().replace("`now/", "`then/").replace(
+        "/now/", "/then/"
+    )
 
 
 def test_a_folder_without_results_is_told(tmp_path):

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from data.windows import frames_of
 from spvla import InputError, load_export, save_export
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode, RolloutWriter
 from spvla.export import Export
 from spvla.generators import make_baseline, make_network
 from spvla.generators.features import FeatureConfig, to_device
 from spvla.generators.learned import GeneratorConfig
 from spvla.history import ActionHistory, Source
+from spvla.store import Episode, RolloutWriter
 from train.datamodules import RolloutData, fit_generator
 from train.export import export_onnx
 

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from data.openx import find_conventions
 from data.parts import Problem
-from data.rlds import RldsFolder, RldsSource, masked_crc, read_records, scan
+from data.rlds.features import RldsFolder
+from data.rlds.source import RldsSource
+from data.rlds.tfrecord import masked_crc, read_records, scan
 from data.sources import open_source
 from spvla.errors import InputError
 from tests.conftest import BRIDGE, write_records

@@ -14,8 +14,8 @@ from data.conversions import apply, wrap
 from data.evidence import contradictions
 from data.openx import Conventions, Field
 from spvla.actions import ActionSpace
-from spvla.episodes import Episode, RolloutWriter
 from spvla.errors import InputError
+from spvla.store import Episode, RolloutWriter
 
 
 @st.composite

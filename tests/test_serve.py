@@ -33,8 +33,9 @@ from vla_eval.protocol.messages import Message, MessageType, pack_message
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from spvla.serve.endpoint import MAX_FRAME, Endpoint
 from spvla.serve.interface import Interface, euler_to_axis_angle
-from spvla.serve.server import MAX_FRAME, Endpoint, PolicyServer
+from spvla.serve.server import PolicyServer
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 
@@ -497,7 +498,7 @@ def test_the_command_serves_on_loopback_until_it_is_told_to_stop():
             client.ws.recv(timeout=5)
     for options, message in (
         (["--vla", "tests.test_serve:sharing", "--port", "99999"], "cannot serve at 127.0.0.1:99999"),
-        (["--vla", "nobody", "--port", "0"], "policy 'nobody' is unknown"),
+        (["--vla", "nobody", "--port", "0"], "VLA 'nobody' is unknown"),
     ):
         bad = subprocess.run([sys.executable, "-m", "spvla.serve", *options], cwd=ROOT, capture_output=True, text=True)
         assert bad.returncode == 2 and message in bad.stderr and "Traceback" not in bad.stderr

@@ -16,10 +16,10 @@ from data.windows import frames_of
 from eval.offline import offline
 from spvla import InputError, load_export, save_export
 from spvla.actions import LIBERO
-from spvla.episodes import RolloutWriter
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators.ridge import LastActionGenerator, RidgeGenerator
 from spvla.history import Source
+from spvla.store import RolloutWriter
 from tests.conftest import smooth_episode, write_store
 from train.calibrate import calibration_curve
 from train.datamodules import RolloutData, fold_of_frames
@@ -61,7 +61,7 @@ def test_the_export_holds_a_calibrated_gate_per_generator(export_folder):
     assert set(export.gates) == {"mlp", "transformer", "ridge"} and set(export.generators) == {"mlp", "transformer"}
     assert all(c.episodes == 20 for c in export.calibration.values())
     provenance = json.loads((export_folder / "config.json").read_text())["provenance"]
-    assert provenance["teacher"] == "synthetic" and provenance["split"] == "initial states 0-19 / 20-29"
+    assert provenance["teacher"] == "synthetic" and provenance["split"] == "the simulator"
     assert max(export.space.max_jump[:3]) < 2.1 and export.space.max_jump[3] == 0
 
 

@@ -12,12 +12,17 @@ from torch.nn import functional as F
 
 from spvla.errors import InputError
 from spvla.observation import Observation
-from spvla.vlas.openvla import OpenVLA, OpenVLAConfig, pixel_values
+from spvla.vlas.openvla import from_pretrained
+from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.images import pixel_values
+from spvla.vlas.openvla.model import OpenVLAModel
 from spvla.vlas.registry import load_vla
 from tests.conftest import DATA
 from tests.test_frames import pictured_episode, write
-from train.frames import Augmentation, FrameBatch, FrameData
-from train.vla import PlainAttention, VLAModule, expected_points, soft_targets, word_tokenizer
+from train.vla.frames import Augmentation, FrameBatch, FrameData
+from train.vla.module import VLAModule, word_tokenizer
+from train.vla.network import PlainAttention
+from train.vla.targets import contents, draw, expected_points, soft_targets
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 
@@ -76,13 +81,13 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     assert bool((predicted == seen["actions"]).all()) and float(terms["action"].detach()) < 1.5
     assert torch.isfinite(terms["heat"])
 
-    model = OpenVLA.from_pretrained(tmp_path / "model")
+    model = from_pretrained(tmp_path / "model")
     assert model.action_space.gripper == (6,) and model.config.vocab == 104
     for i, text in enumerate(b.instructions):
         image = b.images[i].numpy()
         torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
         model.reset(text)
-        output = model.predict(Observation(image=image))
+        output = model.predict(Observation(image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
     assert load_vla("nano_vla", str(tmp_path / "model")).conventions.jpeg, "LIBERO's conventions by default"
 
@@ -114,7 +119,7 @@ def test_the_packaged_model_is_small_and_knows_liberos_words():
     options = yaml.safe_load((ROOT / "configs" / "train" / "nano_vla.yaml").read_text())["model"]["init_args"]
     config = OpenVLAConfig.from_dicts({"model_type": "openvla", **options["architecture"]})
     tokenizer = word_tokenizer(options["vocabulary"])
-    model = OpenVLA(config, tokenizer=tokenizer, conventions="libero")
+    model = OpenVLAModel(config, tokenizer=tokenizer, conventions="libero")
     assert 2 * sum(p.numel() for p in model.parameters()) < 16e6 and config.grid**2 >= 196 and config.image_sizes == (224, 224)
     assert tokenizer.get_vocab_size() <= config.vocab - config.n_action_bins, "words and action tokens share no id"
     suites = json.loads((DATA / "libero_instructions" / "libero_task_instructions.json").read_text())
@@ -131,22 +136,21 @@ def test_heat_map_targets_are_points():
     torch.testing.assert_close(back[0, 0], points[0, 0], atol=1e-3, rtol=0)
 
 
-def test_dropped_tokens_are_a_choice_of_ascending_ones(tmp_path):
-    m = module(tmp_path / "model")
-    kept = m.draw(torch.ones(5, 16), 0.5)
+def test_dropped_tokens_are_a_choice_of_ascending_ones():
+    kept = draw(torch.ones(5, 16), 0.5)
     assert kept.shape == (5, 8) and bool((kept.diff() > 0).all()) and not bool((kept[0] == kept[1]).all())
-    assert m.draw(torch.ones(2, 16), 1.0).tolist() == [list(range(16))] * 2
+    assert draw(torch.ones(2, 16), 1.0).tolist() == [list(range(16))] * 2
 
 
 def test_encoders_may_see_a_part_of_the_patches(tmp_path):
     """Those with much in them more often; seeing all of them by their numbers is seeing the image."""
     m, b = module(tmp_path / "model"), batch()
     b.images[:, :, 16:] = torch.randint(0, 256, (8, 32, 16, 3), dtype=torch.uint8)  # the left half's patches are plain
-    chosen = torch.cat([m.draw(m.contents(b.images), 0.5) for _ in range(50)])
+    chosen = torch.cat([draw(contents(b.images, m.network.model.config.grid), 0.5) for _ in range(50)])
     assert chosen.shape == (400, 8) and bool((chosen.diff() > 0).all())
     assert (chosen % 4 >= 2).float().mean() > 0.7
     asked, _ = m.tokens(b)
-    pixels, keep, everything = m.pixels(b.images), m.draw(torch.ones(8, 16), 0.5), torch.arange(16).expand(8, 16)
+    pixels, keep, everything = m.pixels(b.images), draw(torch.ones(8, 16), 0.5), torch.arange(16).expand(8, 16)
     for a, e in zip(m.network(pixels, asked, keep, everything), m.network(pixels, asked, keep), strict=True):
         torch.testing.assert_close(a, e)
     terms, seen = m.losses(m.network, b, 0.5, 0.5)
@@ -161,7 +165,7 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
         b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]], b.positions[:4, [0, 1, 2, 2]]
     )
     asked, actions = m.tokens(pairs)
-    pixels, keep = m.pixels(pairs.images), m.draw(torch.ones(4, 16), 0.5)
+    pixels, keep = m.pixels(pairs.images), draw(torch.ones(4, 16), 0.5)
     scores, _, pointer, names, reach = m.network(pixels, asked, keep)
     model = m.network.model
     for i in range(4):
@@ -215,7 +219,7 @@ def test_a_resumed_training_counts_on(tmp_path):
     assert second.global_step == 9 and second.current_epoch == 3 and data.passes() >= 2
     assert not torch.equal(m.average.module.heat[1].weight, averaged)
     assert not list((tmp_path / "model").glob(".*")), "nothing half written is left"
-    OpenVLA.from_pretrained(tmp_path / "model")
+    from_pretrained(tmp_path / "model")
 
 
 def test_the_packaged_weights_are_named_while_absent(monkeypatch, tmp_path):

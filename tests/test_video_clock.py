@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.lerobot.clock import StepFrames, find_frames
-from data.lerobot.layout import EpisodeRows, EpisodeVideo
+from data.lerobot.layout import EpisodeRows
+from data.lerobot.pictures import EpisodeVideo
 from data.parts import Problem
 from data.video import VideoFrames, frame_clock
 from spvla.errors import InputError
@@ -47,9 +48,9 @@ def number(image: np.ndarray) -> int:
 def ask(path: Path, times: np.ndarray | None, start=0.0, end=np.inf, following=np.inf, steps=None) -> StepFrames | Problem:
     """The frames of an episode that ``meta/`` places so."""
     row = EpisodeRows(3, path, 0, len(times) if steps is None else steps)
-    layout = SimpleNamespace(video=lambda *_: EpisodeVideo(path, "top", start, end, following, None))
+    pictures = SimpleNamespace(video=lambda *_: EpisodeVideo(path, "top", start, end, following, None))
     table = pa.table({"timestamp": times}) if times is not None else pa.table({"x": np.zeros(row.length)})
-    return find_frames(layout, row, table, "top")
+    return find_frames(pictures, row, table, "top")
 
 
 @settings(max_examples=25, deadline=None)

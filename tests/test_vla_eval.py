@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def untrained(checkpoint=None):
     """A small OpenVLA with random weights, always the same ones."""
     values = yaml.safe_load((ROOT / "configs" / "eval" / "openvla_dry_run.yaml").read_text())
-    return load_vla(values["policy"], None, values["vla_options"], "libero_object")
+    return load_vla(values["vla"], None, values["vla_options"], "libero_object")
 
 
 @pytest.mark.parametrize("benchmark", ["LiberoAtStepEnd", "LiberoFrom"])

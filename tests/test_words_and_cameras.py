@@ -19,12 +19,12 @@ from data.cameras import Cameras
 from data.convert import convert
 from data.lerobot import LerobotSource
 from data.parts import Problem
-from data.rlds import RldsSource
+from data.rlds.source import RldsSource
+from data.splits import _scene
 from data.store import RolloutStore
-from data.windows import _scene
 from data.words import Words, split_at_words
-from spvla.episodes import Episode, read_episodes
 from spvla.errors import InputError
+from spvla.store import Episode, read_episodes
 
 NAMES = [f"joint_{i}_vel" for i in range(3)]
 TEXTS = ["open the drawer", "take the cup", "close the drawer"]
@@ -72,7 +72,7 @@ def write_lerobot(
         struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         for name, feature in features.items():
             if feature["dtype"] == "image" and name not in lacking:
-                frames = [picture(10 * t + 1, feature["shape"][2], feature.get("deep", False)) for t in range(steps)]
+                frames = [picture(10 * t + 1, feature["shape"][2], feature.get("deep", False)) for t in range(steps)]  # type: ignore[attr-defined]
                 columns[name] = pa.array(frames, struct)
         path = folder / f"data/chunk-000/episode_{number:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

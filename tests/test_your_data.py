@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.inspect import inspect
-from spvla.episodes import read_action_space, read_episodes
+from spvla.store import read_action_space, read_episodes
 from spvla.vlas.conventions import decode_image
 
 PAGE = Path(__file__).parents[1] / "docs" / "your_data.md"

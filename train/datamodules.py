@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from data.splits import Split, split_episodes
 from data.store import RolloutStore
-from data.windows import BatchStream, Split, Windows, blocks_of, mixture, split_episodes
+from data.windows import BatchStream, Windows, blocks_of, mixture
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.generators import GENERATORS, is_learned, make_baseline

@@ -4,7 +4,7 @@ Self-distillation into a LoRA adapter (arXiv 2106.09685): the teacher is the sam
 reading every token; the student reads the tokens that the pruner leaves. No labels are needed, only images and
 instructions, so any OpenVLA checkpoint can be adapted to its own camera's frames. With adapted encoders, which see the
 whole image, what a dropped token knew can move to those that stay; without, each image is encoded once for both. What is
-written is a PEFT adapter's folder, for ``OpenVLA.from_pretrained(checkpoint, adapter=folder)``.
+written is a PEFT adapter's folder, for ``from_pretrained(checkpoint, adapter=folder)``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spvla.errors import InputError
-from spvla.pruning.pruner import TokenPruner
-from spvla.vlas.openvla import DTYPES, OpenVLA, pixel_values
-from train.frames import FrameBatch
+from spvla.pruning.selector import TokenSelector
+from spvla.vlas.openvla.images import pixel_values
+from spvla.vlas.openvla.load import DTYPES, from_pretrained
+from spvla.vlas.openvla.model import OpenVLAModel
+from train.vla.frames import FrameBatch
 
 TARGETS = r"(projector\.fc\d|language_model\.model\.layers\.\d+\..*_proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc\d))"
 
@@ -39,13 +41,13 @@ class RecoverModule(L.LightningModule):
         checkpoint: folder or hub id of the VLA.
         output: folder that the adapter is written to after each validation and at the end.
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
-        pruning: other fields of :class:`spvla.pruning.TokenPruner`; by default the most attended tokens stay.
+        pruning: other fields of :class:`spvla.pruning.TokenSelector`; by default the most attended tokens stay.
         rank, alpha, dropout: LoRA's.
         temperature: of both distributions in the loss: below 1 the likeliest tokens count most, above 1 all scores do.
         targets: regular expression for the ends of the names of the layers that are adapted.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: optimiser steps of linear warm-up; afterwards the rate falls linearly to zero at ``max_steps``.
-        unnorm_key: see :meth:`OpenVLA.from_pretrained`.
+        unnorm_key: see :func:`spvla.vlas.openvla.from_pretrained`.
         dtype: type of the frozen weights; the adapter's are float32.
     """
 
@@ -79,8 +81,8 @@ class RecoverModule(L.LightningModule):
         if not temperature > 0:
             raise InputError(f"recover: temperature must be above 0, got {temperature}")
         self.keep, self.temperature = tuple(keep), temperature
-        self.pruner = TokenPruner(**{"speed": "constant", "measure": "ratio", "contours": False, **pruning})
-        model = OpenVLA.from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key, pruner=self.pruner)
+        self.selector = TokenSelector(**{"measure": "ratio", "contours": False, **pruning})
+        model = from_pretrained(checkpoint, dtype=DTYPES[dtype], unnorm_key=unnorm_key).model
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=f".*{targets}")
         try:
             self.adapted = get_peft_model(model, config)
@@ -93,10 +95,10 @@ class RecoverModule(L.LightningModule):
         self.strict_loading = False  # a training's checkpoint holds the adapter alone
 
     @property
-    def model(self) -> OpenVLA:
+    def model(self) -> OpenVLAModel:
         """The VLA, adapter included."""
         model = self.adapted.base_model.model
-        assert isinstance(model, OpenVLA)
+        assert isinstance(model, OpenVLAModel)
         return model
 
     # ---------------------------------------------------------------------------------------------------- answers
@@ -118,9 +120,9 @@ class RecoverModule(L.LightningModule):
         return batch.instructions[:: len(batch.instructions) // len(batch.images)]
 
     def choose(self, attention: Tensor, images: Tensor, share: float) -> list[Tensor]:
-        """The pruner's choice for each image: B x (K,), ascending."""
+        """The selector's choice for each image: B x (K,), ascending."""
         pairs = zip(attention.detach().float().cpu().numpy(), images.cpu().numpy(), strict=True)
-        return [torch.from_numpy(self.pruner.select(a, image, share)).to(self.device) for a, image in pairs]
+        return [torch.from_numpy(self.selector.select(a, image, share)).to(self.device) for a, image in pairs]
 
     def answer(
         self, features: Tensor, prompts: list[list[int]], keep: list[Tensor], given: Tensor | None = None
@@ -136,13 +138,12 @@ class RecoverModule(L.LightningModule):
         model = self.model
         counts = [len(k) for k in keep]
         kept = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
-        embeds, mask, ids = model.sequences(model.projector(kept).split(counts), prompts, keep, features.shape[1])
+        texts = prompts if given is None else [[*p, *g] for p, g in zip(prompts, given[:, :-1].tolist(), strict=True)]
+        visual = model.projector(kept).split(counts)
+        embeds, mask, ids = model.sequences(visual, texts, keep, features.shape[1], self.selector.positions)
         if given is None:
-            return model.answer(embeds, mask, ids)
+            return model.generate(embeds, mask, ids)[:2]
         llm, dims = model.language_model, model.action_space.dim
-        embeds = torch.cat([embeds, llm.get_input_embeddings()(given[:, :-1])], 1)  # (B, L + D - 1, H)
-        mask = None if mask is None else F.pad(mask, (0, dims - 1), value=1)
-        ids = torch.cat([ids, ids[:, -1:] + torch.arange(1, dims, device=self.device)], 1)
         hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
         return given, llm.lm_head(hidden[:, -dims:]).float()
 

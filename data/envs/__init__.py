@@ -7,10 +7,12 @@ of the group ``spvla.envs``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from data.envs.base import Env, RenderMode, Simulator, Task
+from data.envs.base import Env, RenderMode, Simulator, SplitPart, Task
 from spvla.errors import InputError
+from spvla.observation import MAIN
 from spvla.registry import Registry
 from spvla.vlas.base import VLA
 
@@ -41,14 +43,49 @@ def simulator(suite: str) -> Simulator:
     return made
 
 
+@functools.cache
+def _known(name: str) -> Simulator | None:
+    try:
+        return simulator(name)
+    except InputError as error:
+        if error.code != "unknown-suite":
+            raise
+        return None
+
+
+def recorded_by(facts: Mapping[str, Any], space: str) -> Simulator | None:
+    """The simulator that an episode was recorded in; None for a robot's, or one that is not known here.
+
+    Args:
+        facts: the episode's metadata.
+        space: name of its action space, which is the simulator's where old recordings name no suite.
+    """
+    return _known(str(facts.get("suite") or space))
+
+
+def training_part(facts: Mapping[str, Any], space: str, where: str) -> SplitPart | None:
+    """What the simulator of an episode, see :func:`recorded_by`, says that it may be used for; None if nobody says.
+
+    Raises:
+        InputError: it is evaluation data (code ``evaluation-data``); the message begins with ``where``.
+    """
+    known = recorded_by(facts, space)
+    part = None if known is None else known.split(facts)
+    if part == "evaluation":
+        which = f"initial state {facts['init_state']}" if facts.get("init_state") is not None else f"seed {facts.get('seed')}"
+        told = f"{where}: holds an episode of {facts.get('suite') or space}, {which}, which is for evaluation only"
+        raise InputError(f"{told}, never for training", code="evaluation-data", field=where)
+    return part
+
+
 def load_tasks(suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> list[Task]:
     """See :meth:`data.envs.base.Simulator.tasks`."""
     return list(simulator(suite).tasks(suite, tasks, max_steps))
 
 
-def make_env(task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> Env:
+def make_env(task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> Env:
     """See :meth:`data.envs.base.Simulator.make`."""
-    return simulator(task.suite).make(task, render=render, wrist_camera=wrist_camera)
+    return simulator(task.suite).make(task, render=render, cameras=cameras)
 
 
 def expert(checkpoint: str | None = None, *, suite: str | None = None) -> VLA:

@@ -16,10 +16,11 @@ from numpy.typing import ArrayLike
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 from spvla.vlas.base import VLA
 
 RenderMode = Literal["full", "fast"]
+SplitPart = Literal["training", "calibration", "evaluation"]
 POINTS = ("hand", "place", "item")  # what is located in recorded images
 
 
@@ -67,12 +68,14 @@ class Env(Protocol):
     Attributes:
         task: the task.
         action_space: what :meth:`step` takes, environment units.
+        camera: what recordings call the camera of its images.
         steps: control steps since the reset.
         success: whether the goal holds now.
     """
 
     task: Task
     action_space: ActionSpace
+    camera: str
     steps: int
     success: bool
 
@@ -174,10 +177,12 @@ class Simulator(Protocol):
         action_space: of all its environments.
         conventions: name of what lies between its images and actions and the data that published VLAs were trained on
             (:data:`spvla.vlas.conventions.CONVENTIONS`), or None.
+        camera: what recordings call the camera of its images.
     """
 
     action_space: ActionSpace
     conventions: str | None
+    camera: str
 
     def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> Sequence[Task]:
         """The tasks of a suite, all of them or those named by index or name, in the order given.
@@ -186,14 +191,22 @@ class Simulator(Protocol):
             InputError: an unknown suite or task, or a limit below 1; the message lists the known ones.
         """
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> Env:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> Env:
         """The simulation of a task.
 
         Args:
             task: one of :meth:`tasks`.
             render: ``full``, ``fast`` where a simulator has a cheaper way, or None: it never renders.
-            wrist_camera: also render the camera in the hand.
+            cameras: what to render: :data:`~spvla.observation.MAIN`, :data:`~spvla.observation.WRIST`, or others that the
+                simulator knows by name.
+
+        Raises:
+            InputError: it has no such camera (code ``unknown-camera``).
         """
+
+    def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
+        """What a recorded episode may be used for, by its metadata (``init_state``, ``seed``, ``task``, ...). Evaluation data
+        is never trained on. None: no part was fixed for such an episode."""
 
     def expert(self) -> VLA:
         """A scripted policy that does the tasks, from what the simulator knows.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,17 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.envs.base import RenderMode, Task, task_index
+from data.envs.base import RenderMode, SplitPart, Task, task_index
 from data.envs.render import Renderer
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.observation import Observation
+from spvla.observation import MAIN, WRIST, Observation
 from spvla.vlas.base import VLAOutput
 
 SUITES = ("metaworld_mt50",)
 INIT_STATES = 50
 MAX_STEPS = 500
 CAMERA, IMAGE_SIZE = "corner2", 256
+CAMERAS = {MAIN: CAMERA, WRIST: "gripperPOV"}  # others go by the names that Meta-World gives them
 SPACE = ActionSpace(
     name="metaworld",
     kind="eef_delta",
@@ -67,7 +68,9 @@ class MetaWorldObservation(Observation):
 class MetaWorldEnv:
     """One task's simulation, an :class:`~data.envs.base.Env`."""
 
-    def __init__(self, task: Task, render: RenderMode | None = None) -> None:
+    camera = CAMERA
+
+    def __init__(self, task: Task, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> None:
         self.task, self.action_space = task, SPACE
         self.steps, self.success = 0, False
         self._env = _package().env_dict.ALL_V3_ENVIRONMENTS[task.name]()
@@ -77,6 +80,8 @@ class MetaWorldEnv:
         self._env._freeze_rand_vec, self._env.seeded_rand_vec = False, True
         self._full = np.zeros(39)
         self._renderer = None if render is None else Renderer(self._env.model, self._env.data, IMAGE_SIZE)
+        renderer = self._renderer
+        self._cameras = {} if renderer is None else {name: renderer.require(CAMERAS.get(name, name)) for name in cameras}
 
     def reset(
         self, init_state: int | None = None, seed: int = 0, instruction: str | None = None, shuffle: bool = False
@@ -103,14 +108,16 @@ class MetaWorldEnv:
         return self.success
 
     def observe(self) -> MetaWorldObservation:
-        """The current observation; the image is rendered here, if this environment renders at all."""
-        image = None
-        if self._renderer is not None:
-            import mujoco
+        """The current observation; images are rendered here, if this environment renders at all."""
+        images = {name: self._image(camera) for name, camera in self._cameras.items()}
+        return MetaWorldObservation(images, self.state(), full=self._full.copy())
 
-            colour, _ = self._renderer.draw(CAMERA, mujoco.MjvOption())
-            image = np.ascontiguousarray(colour[:, ::-1])  # OpenGL's rows begin below, and this camera is mounted upside down
-        return MetaWorldObservation(image, self.state(), full=self._full.copy())
+    def _image(self, camera: str) -> NDArray[np.uint8]:
+        import mujoco
+
+        assert self._renderer is not None
+        colour, _ = self._renderer.draw(camera, mujoco.MjvOption())  # OpenGL's rows begin below
+        return np.ascontiguousarray(colour[:, ::-1] if camera == CAMERA else colour[::-1])  # CAMERA is mounted upside down
 
     def state(self) -> FloatArray:
         """Proprioception (4,): the hand's position (m) and how far the gripper is open (0 to 1)."""
@@ -167,6 +174,7 @@ class MetaWorld:
 
     action_space = SPACE
     conventions = None
+    camera = CAMERA
 
     def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> list[Task]:
         """See :meth:`data.envs.base.Simulator.tasks`."""
@@ -177,11 +185,16 @@ class MetaWorld:
         limit = MAX_STEPS if max_steps is None else min(max_steps, MAX_STEPS)
         return [MetaWorldTask(suite, i, names[i], _instruction(names[i]), limit) for i in chosen]
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> MetaWorldEnv:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> MetaWorldEnv:
         """See :class:`MetaWorldEnv`."""
-        if wrist_camera:
-            raise InputError("Meta-World: this adapter renders no wrist camera", code="unsupported", field="wrist_camera")
-        return MetaWorldEnv(task, render)
+        return MetaWorldEnv(task, render, cameras)
+
+    def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
+        """By the seed of the reset, which initial state i has too: 0-19 train, 20-29 calibrate, 30-49 are for evaluation."""
+        seed = facts.get("seed") if facts.get("init_state") is None else facts["init_state"]
+        if not isinstance(seed, int) or seed not in range(INIT_STATES):
+            return None
+        return "evaluation" if seed >= 30 else "calibration" if seed >= 20 else "training"
 
     def expert(self) -> MetaWorldExpert:
         """See :class:`MetaWorldExpert`."""

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spvla.errors import InputError
+
 
 @functools.cache
 def _gl_context() -> Any:
@@ -44,6 +46,14 @@ class Renderer:
         _gl_context().make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
+
+    def require(self, camera: str) -> str:
+        """``camera`` if the model has one of that name; else an :class:`InputError` (code ``unknown-camera``)."""
+        known = [self._model.camera(i).name for i in range(self._model.ncam)]
+        if camera not in known:
+            message = f"camera {camera!r} is unknown to this simulation; it has: {', '.join(known)}"
+            raise InputError(message, code="unknown-camera", field="cameras")
+        return camera
 
     def draw(self, camera: str, option: Any) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Colour (H, W, 3) and depth-buffer values (H, W) of a camera, OpenGL's row order; ``option`` is an MjvOption."""

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from data.lerobot.columns import INDEX, is_regular, recorded_times
 from data.lerobot.layout import Layout
+from data.lerobot.pictures import Pictures
 from data.lerobot.times import EPISODES_TIMED
 from data.openx import first_action_note
 from data.parts import Problem
 from data.video import frame_clock
 from data.words import several_words_note
-from spvla.episodes import vectors
 from spvla.errors import InputError
+from spvla.store.columns import vectors
 
 if TYPE_CHECKING:
     from data.lerobot.reader import LerobotSource
@@ -31,9 +32,9 @@ JITTER = 0.25  # of a control step: larger deviations of the recorded times are 
 
 def notes(source: LerobotSource) -> list[str]:
     """See :class:`~data.sources.Source`; times, statistics and first actions are those of the first episodes."""
-    layout = source.layout
-    filmed = [camera for camera in layout.cameras() if layout.features[camera]["dtype"] == "video"]
-    videos = {camera: [layout.video_file(row, camera) for row in layout.rows] for camera in filmed}
+    layout, pictures = source.layout, source.pictures
+    filmed = [camera for camera in pictures.cameras() if layout.features[camera]["dtype"] == "video"]
+    videos = {camera: [pictures.video_file(row, camera) for row in layout.rows] for camera in filmed}
     found = {"total_episodes": len(layout.rows), "total_frames": sum(r.length for r in layout.rows)}
     if layout.version != "v3.0":
         there = sum(isinstance(video, Path) for of_camera in videos.values() for video in of_camera)
@@ -55,7 +56,7 @@ def notes(source: LerobotSource) -> list[str]:
     for camera, of_camera in videos.items():
         if missing := sum(isinstance(video, Problem) for video in of_camera):
             told = f"{layout.path}: {missing} of {len(layout.rows)} videos of {camera} are not there"
-            out.append(told if missing < len(layout.rows) else f"{told}{_other_videos(layout)}")
+            out.append(told if missing < len(layout.rows) else f"{told}{_other_videos(pictures)}")
         pairs = list(zip(layout.rows, of_camera, strict=True))[:EPISODES_TIMED]
         for row, video in pairs if layout.version != "v3.0" else ():
             frames = _count_frames(video) if isinstance(video, Path) else None
@@ -68,11 +69,12 @@ def notes(source: LerobotSource) -> list[str]:
     return [*out, *first_action_note(str(layout.path), whole, source.space)]
 
 
-def _other_videos(layout: Layout) -> str:
+def _other_videos(pictures: Pictures) -> str:
     """Which videos there are, for whoever named a camera that has none."""
-    unlisted = {path.parent.name for path in layout.video_files} | {path.parent.parent.name for path in layout.video_files}
+    files, layout = pictures.video_files, pictures.layout
+    unlisted = {path.parent.name for path in files} | {path.parent.parent.name for path in files}
     unlisted = {name for name in unlisted if name not in ("", "videos", *layout.features) and not name.startswith("chunk")}
-    there = [camera for camera in layout.cameras() if layout.has_images(camera)]
+    there = [camera for camera in pictures.cameras() if pictures.has_images(camera)]
     told = f"; there are pictures of {', '.join(there)}" if there else ""
     folders = ", ".join(sorted(unlisted))
     return f"{told}; the folders {folders} hold videos of cameras that {layout.about.name} does not list" if folders else told

@@ -17,7 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.lerobot.columns import recorded_times
-from data.lerobot.layout import EpisodeRows, EpisodeVideo, Layout
+from data.lerobot.layout import EpisodeRows
+from data.lerobot.pictures import EpisodeVideo, Pictures
 from data.parts import Problem
 from data.video import FrameClock, frame_clock
 from spvla.errors import InputError
@@ -41,16 +42,16 @@ class StepFrames:
     counted: bool = False
 
 
-def find_frames(layout: Layout, row: EpisodeRows, table: pa.Table, camera: str, unit: float = 1.0) -> StepFrames | Problem:
+def find_frames(pictures: Pictures, row: EpisodeRows, table: pa.Table, camera: str, unit: float = 1.0) -> StepFrames | Problem:
     """The frame of each step of an episode, or why there is none.
 
     Args:
-        layout: the folder.
+        pictures: of the folder.
         row, table: the episode, and its rows.
         camera: a video feature.
         unit: seconds per unit of recorded times.
     """
-    video = layout.video(row, camera)
+    video = pictures.video(row, camera)
     if isinstance(video, Problem):
         return video
     try:
@@ -67,7 +68,7 @@ def find_frames(layout: Layout, row: EpisodeRows, table: pa.Table, camera: str, 
             return counted
         reason = f"its steps have no usable timestamps, and its video has {end - first} frames for {row.length} steps"
         return Problem(str(row.file), reason, row.number, camera)
-    wrong = _stray(video, clock, times, first, end) or _overlap(layout, video, clock, unit)
+    wrong = _stray(video, clock, times, first, end) or _overlap(pictures, video, clock, unit)
     if wrong is None:
         return StepFrames(video.path, clock.nearest(video.start + times, first, end))
     if end - first == row.length and _is_numbered(video, clock, times, first, end):
@@ -96,13 +97,13 @@ def _stray(video: EpisodeVideo, clock: FrameClock, times: NDArray[np.float64], f
     return None
 
 
-def _overlap(layout: Layout, video: EpisodeVideo, clock: FrameClock, unit: float) -> str | None:
+def _overlap(pictures: Pictures, video: EpisodeVideo, clock: FrameClock, unit: float) -> str | None:
     """What is wrong if the episode before in the same file is not over when this one begins, or None."""
     if video.before is None:
         return None
-    before = layout.video(video.before, video.camera)
+    before = pictures.video(video.before, video.camera)
     try:
-        rows = layout.table(video.before, ["timestamp"]) if video.before.problem is None else None
+        rows = pictures.layout.table(video.before, ["timestamp"]) if video.before.problem is None else None
         times = None if rows is None else recorded_times(rows, unit)
     except InputError:
         return None  # that is the other episode's problem

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from spvla.episodes import vectors
+from spvla.store.columns import vectors
 
 INDEX = ("timestamp", "frame_index", "episode_index", "task_index")
 PER_SECOND = {"s": 1e0, "ms": 1e3, "us": 1e6, "ns": 1e9}

@@ -13,9 +13,9 @@ from data.lerobot.layout import Layout
 from data.lerobot.times import RATE_SLACK, find_rate
 from data.openx import Conventions, Field, find_conventions
 from spvla.actions import FloatArray
-from spvla.episodes import read_vectors
 from spvla.errors import InputError
 from spvla.gripper import GripperValues, judge_grippers
+from spvla.store.columns import read_vectors
 
 OWN_CAMERA = "observation.images.image"  # of a rollout store: the main one, see spvla.Observation
 

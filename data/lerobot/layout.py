@@ -6,7 +6,6 @@ v2.x keeps one Parquet file and one video per episode, v3.0 puts many episodes i
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data.cameras import Cameras, is_depth
 from data.lerobot.columns import in_one_form, is_vector
-from data.lerobot.metadata import by_episode, read_episode_tables, read_json, read_json_lines, read_tasks, whole_number
-from data.parts import Problem
+from data.lerobot.metadata import by_episode, read_episode_tables, read_json_lines, read_tasks, whole_number
 from spvla.errors import InputError
+from spvla.files import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
@@ -57,27 +55,6 @@ class EpisodeRows:
         return [told] if isinstance(told, str) else [] if told is None else [str(text) for text in told]
 
 
-@dataclass(frozen=True)
-class EpisodeVideo:
-    """Where an episode's video is.
-
-    Args:
-        path: the file.
-        camera: the feature that it belongs to.
-        start: seconds in the file at which the episode's time 0 is.
-        end: seconds at which the episode ends, as ``meta/`` states it; infinite where it does not.
-        following: seconds at which the next episode of the file begins; infinite where there is none.
-        before: the episode before it in the file, if there is one.
-    """
-
-    path: Path
-    camera: str
-    start: float
-    end: float
-    following: float
-    before: EpisodeRows | None
-
-
 class Layout:
     """The files of a LeRobot folder.
 
@@ -91,10 +68,11 @@ class Layout:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.about = path / "meta" / "info.json"
+        if not self.about.is_file():
+            raise InputError(f"{self.about}: no such file; is this a LeRobot data set?", code="missing", field=str(self.about))
         self.info = read_json(self.about)
         self.features: dict[str, Any] = self.info.get("features") or {}
         self.told: list[str] = []  # what came up while opening
-        self._shared_videos: dict[str, dict[Any, list[tuple[float, EpisodeRows]]]] = {}
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
@@ -110,7 +88,7 @@ class Layout:
         wanted = {name for name, f in self.features.items() if f.get("dtype") not in ("video", "image")}
         first: list[str] | None = None
         for row in self._usable():
-            names = list(self._schema(row.file).names)
+            names = list(self.schema(row.file).names)
             if wanted <= set(names):
                 return names
             first = first or names
@@ -128,7 +106,7 @@ class Layout:
         widths: dict[str, int] = {}
         error, read = None, 0
         for row in self._usable():
-            left = {f.name for f in self._schema(row.file) if is_vector(f.type)} & set(self.columns) - widths.keys()
+            left = {f.name for f in self.schema(row.file) if is_vector(f.type)} & set(self.columns) - widths.keys()
             try:
                 part = self._read_file(row.file, left).slice(row.first, row.length)
             except InputError as damaged:
@@ -166,108 +144,6 @@ class Layout:
         texts = [*self.tasks.values(), *(t for tasks in listed for t in ([tasks] if isinstance(tasks, str) else tasks))]
         return any(str(text or "").strip() for text in texts)
 
-    def video(self, row: EpisodeRows, camera: str) -> EpisodeVideo | Problem:
-        """The file with an episode's video, and where the episode lies in it."""
-        path = self.video_file(row, camera)
-        if isinstance(path, Problem):
-            return path
-        shared = self._sharing(camera)[self._place_v3(row, camera)] if self.version == "v3.0" else [(0.0, row)]
-        at = next(k for k, (_, other) in enumerate(shared) if other is row)
-        start = shared[at][0]
-        if len(shared) > 1 and not np.isfinite(start):
-            reason = "meta/episodes does not say where in the video it begins"
-            return Problem(str(row.file), reason, row.number, f"videos/{camera}/from_timestamp")
-        end = row.meta.get(f"videos/{camera}/to_timestamp") if self.version == "v3.0" else None
-        before = shared[at - 1][1] if at else None
-        following = shared[at + 1][0] if at + 1 < len(shared) else np.inf
-        following = following if np.isfinite(following) else np.inf
-        start, end = start if np.isfinite(start) else 0.0, np.inf if end is None else float(end)
-        return EpisodeVideo(path, camera, start, end, following, before)
-
-    def _place_v3(self, row: EpisodeRows, camera: str) -> tuple[int | None, ...]:
-        """Numbers of chunk and file of an episode's video, None where ``meta/`` does not say."""
-        return tuple(whole_number(row.meta.get(f"videos/{camera}/{name}_index")) for name in ("chunk", "file"))
-
-    def _sharing(self, camera: str) -> dict[Any, list[tuple[float, EpisodeRows]]]:
-        """The episodes in each video file of v3.0 by where they begin (seconds; NaN, last, where ``meta/`` does not say)."""
-        if camera not in self._shared_videos:
-            files = self._shared_videos[camera] = {}
-            for row in self.rows:
-                if None not in (where := self._place_v3(row, camera)):
-                    start = row.meta.get(f"videos/{camera}/from_timestamp")
-                    files.setdefault(where, []).append((np.nan if start is None else float(start), row))
-            for rows in files.values():
-                rows.sort(key=lambda r: (not np.isfinite(r[0]), r[0]))
-        return self._shared_videos[camera]
-
-    def video_file(self, row: EpisodeRows, camera: str) -> Path | Problem:
-        """The file with an episode's video: where the metadata says, else wherever in the folder it lies."""
-        if self.version == "v3.0":
-            numbers = self._place_v3(row, camera)
-            place = dict(zip(("chunk_index", "file_index"), numbers, strict=True))
-            if None in numbers:
-                return Problem(str(row.file), "meta/episodes names no video for it", row.number, camera)
-        else:
-            numbers = (row.number,)
-            place = {"episode_chunk": (row.number or 0) // self._chunk_size, "episode_index": row.number}
-        template = str(self.info.get("video_path") or "")
-        path = self._fill(template, {"video_key": camera, **place})
-        if path.is_file():
-            return path
-        found = self._videos.get((camera, *numbers), [])
-        if len(found) == 1:
-            self._tell_once(f"{self.about}: video_path is {template!r}, some videos lie elsewhere in the folder and were found")
-            return found[0]
-        told = f"the video is not there, and {len(found)} others could be meant: {found[0]}, {found[1]}" if found else ""
-        return Problem(str(path), told or "the video is not there", row.number, camera)
-
-    @cached_property
-    def _videos(self) -> dict[tuple[str | int | None, ...], list[Path]]:
-        """All videos in the folder by camera (one of the folders above has its name) and the episode's number; in v3.0, by
-        camera and the numbers of chunk and file."""
-        found: dict[tuple[str | int | None, ...], list[Path]] = {}
-        for path in self.video_files:
-            camera = next((name for name in path.parts if name in self.features), None)
-            chunk = next((name for name in path.parts if name.startswith("chunk")), "")
-            names = (chunk, path.stem) if self.version == "v3.0" else (path.stem,)
-            numbers = [re.search(r"\d+$", name) for name in names]
-            found.setdefault((camera, *(int(n[0]) if n else None for n in numbers)), []).append(self.path / path)
-        return found
-
-    @cached_property
-    def video_files(self) -> list[Path]:
-        """All video files, seen from the folder."""
-        suffix = Path(str(self.info.get("video_path") or "")).suffix or ".mp4"
-        return sorted(path.relative_to(self.path) for path in self.path.rglob(f"*{suffix}"))
-
-    def cameras(self) -> list[str]:
-        return [k for k, f in self.features.items() if f.get("dtype") in ("video", "image")]
-
-    def has_images(self, camera: str) -> bool:
-        """Whether any episode has images of a camera, in a video file or in its Parquet file."""
-        rows = [row for row in self.rows if row.problem is None]
-        if self.features[camera].get("dtype") == "video":
-            return any(isinstance(self.video_file(row, camera), Path) for row in rows)
-        return any(camera in self._schema(file).names for file in dict.fromkeys(row.file for row in rows))
-
-    def image_shape(self, camera: str) -> tuple[int, ...] | None:
-        """(H, W, C), whatever order the metadata lists them in, or None where it does not say."""
-        feature = self.features[camera]
-        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
-        sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
-        wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
-        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
-
-    def find_cameras(self, named: str | None) -> Cameras:
-        """The folder's cameras by kind, and which of them is ``named``. Raises :class:`InputError`: see
-        :class:`~data.cameras.Cameras`."""
-        every = self.cameras()
-        depth = [c for c in every if is_depth(self.features[c])]
-        plain = [c for c in every if c not in depth and (self.image_shape(c) or (0, 0, 3))[2] in (3, 4)]
-        colour = [c for c in plain if self.has_images(c)]
-        others = [c for c in every if c not in colour and c not in depth]
-        return Cameras(str(self.path), colour, depth, others, named)
-
     def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
         """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.
 
@@ -292,7 +168,7 @@ class Layout:
         key = (path, frozenset(columns))
         cached = getattr(self, "_cached", None)
         if cached is None or cached[0] != key:
-            names = [n for n in self._schema(path).names if n in key[1]]
+            names = [n for n in self.schema(path).names if n in key[1]]
             try:
                 table = pq.read_table(path, columns=names, memory_map=True, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
@@ -300,24 +176,24 @@ class Layout:
             cached = self._cached = (key, table)
         return cached[1]
 
-    def _schema(self, path: Path) -> pa.Schema:
+    def schema(self, path: Path) -> pa.Schema:
         try:
             return pq.read_schema(path)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from None
 
-    def _tell_once(self, note: str) -> None:
+    def tell_once(self, note: str) -> None:
         if note not in self.told:
             self.told.append(note)
 
-    def _fill(self, template: str, place: Mapping[str, Any]) -> Path:
+    def fill(self, template: str, place: Mapping[str, Any]) -> Path:
         try:
             return self.path / template.format(**place)
         except (KeyError, ValueError, IndexError) as error:
             raise InputError(f"{self.about}: cannot fill in the path {template!r} ({error!r})") from None
 
     @property
-    def _chunk_size(self) -> int:
+    def chunk_size(self) -> int:
         return int(self.info.get("chunks_size") or 1000)
 
     def _find_version(self) -> str:
@@ -343,7 +219,7 @@ class Layout:
         template = str(self.info.get("data_path") or DATA_PATH_V2)
         for number in sorted(listed.keys() | there.keys()):
             meta = listed.get(number, {})
-            file = self._fill(template, {"episode_chunk": number // self._chunk_size, "episode_index": number})
+            file = self.fill(template, {"episode_chunk": number // self.chunk_size, "episode_index": number})
             found = there.get(number, [])
             if not file.is_file() and len(found) > 1:
                 problem = f"episode {number} is not there, and {len(found)} files could be meant: {found[0]}, {found[1]}"
@@ -352,7 +228,7 @@ class Layout:
             if not file.is_file() and found:
                 file = found[0]
                 told = f"{self.about}: data_path is {template!r}, some data files lie elsewhere under data and were found"
-                self._tell_once(told)
+                self.tell_once(told)
             if number not in listed:
                 self.told.append(f"{file}: meta/episodes.jsonl does not list episode {number}; it is read all the same")
             try:

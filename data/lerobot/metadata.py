@@ -13,25 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spvla.errors import InputError
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: no such file, or not an object.
-    """
-    try:
-        values = json.loads(path.read_bytes(), strict=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is this a LeRobot data set?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected an object")
-    return values
-
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The objects of a file of JSON lines, and a note on whatever is not there or not readable."""

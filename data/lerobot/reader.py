@@ -2,7 +2,7 @@
 
 What ``meta/`` claims and the data contradicts is noted, and the data wins: which episodes there are, how long they are and how
 fast they went is what the Parquet files say. Rollout stores are v3.0 folders with extra features, which come back with the
-episodes. (The writer of v3.0 is ``spvla.episodes``.)
+episodes. (The writer of v3.0 is ``spvla.store.lerobot_v3``.)
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from data.lerobot.clock import find_frames
 from data.lerobot.columns import INDEX, recorded_times, to_array
 from data.lerobot.guess import choose_conventions
 from data.lerobot.layout import EpisodeRows, Layout
+from data.lerobot.pictures import Pictures
 from data.lerobot.times import find_unit
 from data.openx import standardize
 from data.parts import Part, Problem
 from data.video import VideoFrames
 from data.words import Words, split_at_words
-from spvla.episodes import VECTOR_COLUMNS, Episode, read_action_space, read_sources, read_vectors
 from spvla.errors import InputError
+from spvla.store import VECTOR_COLUMNS, Episode, read_action_space
+from spvla.store.columns import read_sources, read_vectors
 
 EPISODES_PER_PART = 16
 LABELS = tuple(name for name in VECTOR_COLUMNS if name not in ("actions", "states"))
@@ -60,9 +62,10 @@ class LerobotSource:
         for key in self.conventions.keys:
             if key not in layout.columns:
                 raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(layout.columns)}")
-        self.cameras = layout.find_cameras(camera or self.conventions.camera)
+        self.pictures = Pictures(layout)
+        self.cameras = self.pictures.find_cameras(camera or self.conventions.camera)
         self.camera = self.cameras.chosen
-        self.image_shape = None if self.camera is None else layout.image_shape(self.camera)
+        self.image_shape = None if self.camera is None else self.pictures.image_shape(self.camera)
         self.time_unit = 1.0 if self.own_space else find_unit(layout, self.conventions.control_rate)  # seconds
         self.columns = (*INDEX, *self.conventions.keys, *(LABEL_COLUMNS if self.own_space else ()))
         files = {file: file_content(file) for file in dict.fromkeys(row.file for row in layout.rows)}
@@ -180,7 +183,7 @@ class LerobotSource:
     def _frames(self, row: EpisodeRows, table: pa.Table) -> Sequence[Any] | Problem:
         assert self.camera is not None
         if self.layout.features[self.camera].get("dtype") == "video":
-            found = find_frames(self.layout, row, table, self.camera, self.time_unit)
+            found = find_frames(self.pictures, row, table, self.camera, self.time_unit)
             return found if isinstance(found, Problem) else VideoFrames(found.path, found.numbers)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)

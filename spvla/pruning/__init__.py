@@ -1,16 +1,7 @@
 """Spatio-semantic token pruning (SP-VLA, arXiv 2506.12723): keep what is attended, plus what lies on contours."""
 
-from spvla.pruning.attention import attention_received
-from spvla.pruning.contours import contour_patches
-from spvla.pruning.pruner import TokenPruner, make_pruner, select
-from spvla.pruning.speed import readme_keep_mass, release_keep_mass
+from spvla.pruning.pruner import Pruner, make_pruner
+from spvla.pruning.selector import Scorer, TokenSelector
+from spvla.pruning.speed import SpeedResponse
 
-__all__ = [
-    "TokenPruner",
-    "attention_received",
-    "contour_patches",
-    "make_pruner",
-    "readme_keep_mass",
-    "release_keep_mass",
-    "select",
-]
+__all__ = ["Pruner", "Scorer", "SpeedResponse", "TokenSelector", "make_pruner"]

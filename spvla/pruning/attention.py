@@ -5,7 +5,11 @@ Computed from queries and keys alone, so that every block of the encoder keeps i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -22,3 +26,8 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., nh, N, N)
     received = torch.softmax(scores, dim=-1).mean(dim=(-3, -2))  # (..., N)
     return received / received.sum(-1, keepdim=True)  # float32 rounding apart, the sum is 1 already
+
+
+def attention(queries: Tensor, keys: Tensor, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """:func:`attention_received`, as a :class:`~spvla.pruning.selector.Scorer`; the pixels do not count."""
+    return attention_received(queries, keys)

@@ -37,7 +37,8 @@ def serve_policy(
         risk: allowed share of generated, deviating steps; the export's default if left out.
         generator: exported or built-in; the export's default if left out, ``none``: the VLA acts on every step.
         gate: ``learned``, ``release`` or ``paper``; the export's default if left out.
-        pruning: ``none``, ``release``, ``readme`` or a pruner's fields; the export's default if left out.
+        pruning: ``none``, ``fast_fewer``, ``slow_fewer`` or fields (see spvla.pruning.make_pruner);
+            the export's default if left out.
         vla_options: the VLA's other options, such as ``device`` and ``unnorm_key``.
         suite: LIBERO suite that it will act in, for policies that ask for it.
         interface: the benchmark's conventions; see configs/serve.
@@ -48,7 +49,8 @@ def serve_policy(
     if max_sessions < 1:
         raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
     with needs_extra("serve"):
-        from spvla.serve.server import Endpoint, PolicyServer
+        from spvla.serve.endpoint import Endpoint
+        from spvla.serve.server import PolicyServer
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     server = PolicyServer(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError, needs_extra
 from spvla.fields import check_fields, naming
-from spvla.observation import Observation, check_image
+from spvla.observation import MAIN, WRIST, Observation, check_image
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Interface:
 
     Args:
         image: key of the main camera in an observation's ``images``.
-        wrist_image: key of the second camera, or None.
+        wrist_image: key of the camera in the hand, or None.
+        cameras: keys of further cameras, by the names that the policy knows them by.
         state: key of the proprioception in an observation, or None where none is used.
         image_size: height and width that images must have, or None for any.
         rotate_180: turn images upside down, for a benchmark whose images the policy knows the other way up.
@@ -34,6 +35,7 @@ class Interface:
 
     image: str = "agentview"
     wrist_image: str | None = None
+    cameras: dict[str, str] = field(default_factory=dict)
     state: str | None = None
     image_size: tuple[int, int] | None = None
     rotate_180: bool = False
@@ -67,8 +69,8 @@ class Interface:
                 raise InputError(f"{self.state}: missing; the observation has: {', '.join(map(str, payload))}") from None
             except (TypeError, ValueError):
                 raise InputError(f"{self.state}: expected numbers, got {type(payload[self.state]).__name__}") from None
-        wrist = None if self.wrist_image is None else self._image(images, self.wrist_image)
-        return Observation(self._image(images, self.image), state, wrist)
+        keys = {MAIN: self.image, WRIST: self.wrist_image, **self.cameras}
+        return Observation({name: self._image(images, key) for name, key in keys.items() if key is not None}, state)
 
     def _image(self, images: Mapping[Any, Any], key: str) -> NDArray[np.uint8]:
         if key not in images:

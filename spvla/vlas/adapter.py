@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
-from spvla.vlas.checkpoint import read_json, read_tokenizer
+from spvla.files import read_json
+from spvla.vlas.checkpoint import read_tokenizer
 
 
 def own_statistics(adapter: Path) -> dict[str, Any]:

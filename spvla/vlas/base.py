@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.observation import Observation
 
 if TYPE_CHECKING:
-    from spvla.pruning.pruner import TokenPruner
+    from spvla.pruning.selector import TokenSelector
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class VLA(Protocol):
         """Start an episode with ``instruction``."""
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """Act on ``observation``; ``keep_mass`` in (0, 1] is the attention mass that pruning keeps (1: no pruning).
+        """Act on ``observation``; ``keep_mass`` in (0, 1] is what pruning keeps (1: no pruning).
 
         Raises:
             VLAUnavailable: it cannot be asked now; the joint policy may act safely in its place.
@@ -65,5 +66,57 @@ class VLA(Protocol):
 class PrunableVLA(VLA, Protocol):
     """A VLA whose language model can run on fewer visual tokens."""
 
-    def with_pruner(self, pruner: TokenPruner | None) -> VLA:
-        """This policy with another pruner (None: without one): the weights are shared, the episode is its own."""
+    def with_pruner(self, selector: TokenSelector | None) -> VLA:
+        """This policy with another selector (None: without one): the weights are shared, the episode is its own."""
+
+
+@runtime_checkable
+class BatchedVLA(VLA, Protocol):
+    """A VLA that answers about many independent observations at once."""
+
+    def predict_batch(
+        self, observations: Sequence[Observation], instructions: Sequence[str], keep_mass: float = 1.0
+    ) -> Sequence[VLAOutput]:
+        """One output for each observation, under its own instruction; the episode goes on as it was."""
+
+
+@runtime_checkable
+class Viewing(Protocol):
+    """A VLA that says what its encoders see."""
+
+    def view(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What they see of the environment's ``image`` (H, W, 3): uint8 (S, S, 3)."""
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A VLA that names what it runs on, for reports of timing."""
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """``device``, ``dtype`` and ``attention``, the kernels."""
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A VLA whose weights can be seen."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors by name."""
+
+
+@runtime_checkable
+class SaysIfImages(Protocol):
+    """A VLA that says whether it looks at images; False: it runs without rendering."""
+
+    @property
+    def needs_images(self) -> bool: ...
+
+
+@runtime_checkable
+class NamesCameras(Protocol):
+    """A VLA that says which cameras it looks through."""
+
+    @property
+    def cameras(self) -> Sequence[str]:
+        """Their names in :class:`~spvla.observation.Observation`'s images."""

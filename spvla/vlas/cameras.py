@@ -1,4 +1,4 @@
-"""Which of our two images each image feature of somebody else's policy is, by its name.
+"""Which of the robot's cameras each image feature of somebody else's policy is, by its name.
 
 A policy that gets the hand's image in place of the other one acts with confidence on the wrong picture, so an order is never
 taken for a meaning: names are matched as a whole, and what is left over is for the user to say.
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.observation import MAIN, WRIST
 
-CAMERAS = ("image", "wrist_image")  # fields of spvla.Observation
-MAIN, WRIST = CAMERAS
+CAMERAS = (MAIN, WRIST)  # those whose names are understood
 COLOURS = 3
 NAMES: dict[str, str] = {  # once words that say nothing (FILLERS) and the side of an arm are left out
     "main": MAIN,
@@ -37,7 +37,7 @@ NAMES: dict[str, str] = {  # once words that say nothing (FILLERS) and the side 
     "eye in hand": WRIST,
     "in hand": WRIST,
 }
-EXACT = {"image": MAIN, "wrist_image": WRIST, "image2": WRIST}  # ours, and the hand's camera of LeRobot's LIBERO
+EXACT = {MAIN: MAIN, WRIST: WRIST, "image2": WRIST}  # ours, and the hand's camera of LeRobot's LIBERO
 FILLERS = {"image", "images", "img", "rgb", "color", "colour", "cam", "camera", "view", "robot0", "0"}
 SIDES = {"left", "right"}
 
@@ -53,12 +53,12 @@ def camera_of(feature: str) -> str | None:
 
 
 def match_cameras(features: Mapping[str, Any], who: str, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Which of :data:`CAMERAS` each image feature is. A single feature whose name says nothing is the main image.
+    """Which of the robot's cameras each image feature is. A single feature whose name says nothing is the main image.
 
     Args:
         features: by name, with their ``shape`` (C, H, W).
         who: the policy, for messages.
-        wanted: what the user says; None: by the names.
+        wanted: what the user says, any camera's name; None: by the names, :data:`CAMERAS` only.
 
     Raises:
         InputError: code ``camera-ambiguous``, naming the features and ours: names that say nothing, two for one of ours, or one
@@ -66,10 +66,8 @@ def match_cameras(features: Mapping[str, Any], who: str, wanted: Mapping[str, st
     """
     names = ", ".join(features)
     for key, ours in (wanted or {}).items():
-        if key not in features or ours not in CAMERAS:
-            raise _refused(f"cameras: {key!r}: {ours!r} maps none of {names} to one of {', '.join(CAMERAS)}", "unknown-camera")
-    if wanted is None and len(features) > len(CAMERAS):
-        raise _refused(f"{who}: has {len(features)} images; say with cameras= which are ours ({', '.join(CAMERAS)}): {names}")
+        if key not in features or not isinstance(ours, str) or not ours:
+            raise _refused(f"cameras: {key!r}: {ours!r} maps none of {names} to the name of a camera", "unknown-camera")
     found = {key: camera_of(key) for key in features} if wanted is None else dict(wanted)
     if len(features) == 1 and "depth" not in re.split(r"[^a-z0-9]+", names.lower()):
         found = {key: ours or MAIN for key, ours in found.items()}

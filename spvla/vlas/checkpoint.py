@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from spvla.errors import InputError
+from spvla.files import read_json
+from spvla.hub import resolve_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,18 +35,11 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """A local folder, or the downloaded copy of a hub repository (JSON and safetensors only)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"checkpoint {str(path)!r}: no such folder, and not found on the hub ({reason})") from None
+def checkpoint_folder(path: str | Path) -> Path:
+    """:func:`resolve_folder` of a checkpoint's whole model: raises :class:`InputError` as :func:`refuse_companions` does."""
+    folder = resolve_folder(path)
+    refuse_companions(path, folder)
+    return folder
 
 
 def refuse_companions(path: str | Path, folder: Path) -> None:
@@ -89,21 +83,6 @@ def _quantised(where: Path, how: str) -> InputError:
         code="quantised-checkpoint",
         field=str(where),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises :class:`InputError` naming the file."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object")
-    return content
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 
 from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError
-from spvla.observation import Observation, check_image
+from spvla.observation import Observation
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.cameras import match_cameras
 from spvla.vlas.conventions import Conventions, conventions_by_name
@@ -129,8 +129,8 @@ class LeRobotVLA:
         policy: one that plans from a single observation; its own action queue stays unused.
         space: the space of its actions.
         processors: LeRobot's pre- and post-processor; None: those at the config's ``pretrained_path``, if it has one.
-        cameras: which of our images each of its image features is, ``{"observation.images.top": "image"}``; None: by the
-            features' names (:func:`match_cameras`).
+        cameras: which of the robot's cameras each of its image features is, ``{"observation.images.top": "image"}``; None: by
+            the features' names (:func:`match_cameras`).
         conventions: image steps before LeRobot's own, for example ``{rotate_180: true}`` in LIBERO.
 
     Raises:
@@ -157,7 +157,7 @@ class LeRobotVLA:
                 f"{name}: temporal ensembling asks the policy at every step: not supported; set n_action_steps instead"
             )
         features = dict(config.image_features or {})
-        self.cameras = match_cameras(features, name, cameras)
+        self.image_features = match_cameras(features, name, cameras)
         outputs = config.action_feature
         if outputs is not None and outputs.shape[0] != space.dim:
             raise InputError(
@@ -174,14 +174,15 @@ class LeRobotVLA:
             device = {"device_processor": {"device": str(config.device)}}
             processors = make_pre_post_processors(config, str(config.pretrained_path), preprocessor_overrides=device)
         self.policy, self.action_space = policy.eval(), space
-        self.needs_wrist_image = "wrist_image" in self.cameras.values()
+        self.cameras = tuple(self.image_features.values())
+        self.needs_images = bool(self.cameras)
         self.before: Callable[[Any], Any] = processors[0]
         self.after: Callable[[Any], Any] = processors[1]
         self.conventions = conventions_by_name(conventions)
         self.instruction = ""
         # These fit images themselves; the others take what they were trained on.
         fits = getattr(config, "resize_imgs_with_padding", None) or getattr(config, "image_resolution", None)
-        self.sizes = {} if fits else {key: tuple(features[key].shape[-2:]) for key in self.cameras}
+        self.sizes = {} if fits else {key: tuple(features[key].shape[-2:]) for key in self.image_features}
 
     def reset(self, instruction: str) -> None:
         """Start an episode."""
@@ -195,11 +196,11 @@ class LeRobotVLA:
 
         config = self.policy.config
         given: dict[str, Any] = {}
-        for key, ours in self.cameras.items():
-            image = check_image(getattr(observation, ours), f"observation.{ours}")
+        for key, ours in self.image_features.items():
+            image = observation.require_image(ours)
             image = self.conventions.apply_image(image, max(image.shape[:2]))
             if key in self.sizes and image.shape[:2] != self.sizes[key]:
-                raise InputError(f"observation.{ours}: is {image.shape[:2]}, {key} of the policy is {self.sizes[key]}")
+                raise InputError(f"observation.images.{ours}: is {image.shape[:2]}, {key} of the policy is {self.sizes[key]}")
             given[key] = np.ascontiguousarray(image)
         if config.robot_state_feature is not None:
             size = config.robot_state_feature.shape[0]

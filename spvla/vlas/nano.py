@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.hub import PRETRAINED
 from spvla.vlas.base import VLA
 from spvla.vlas.registry import load_vla
 
-FOLDER = Path(__file__).parents[1] / "pretrained" / "nano_vla"
+FOLDER = PRETRAINED / "nano_vla"
 
 
 def load(checkpoint: str | None = None, *, suite: str | None = None, **options: Any) -> VLA:

@@ -10,13 +10,15 @@ import gc
 import hashlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
+from spvla.observation import MAIN
 from spvla.registry import Registry
-from spvla.vlas.base import VLA, PrunableVLA
+from spvla.vlas.base import VLA, NamesCameras, PrunableVLA, SaysIfImages, Weighted
 
 BUILT_IN = {
     "openvla": "spvla.vlas.openvla:load",
@@ -84,26 +86,31 @@ def load_vla(
     return vla
 
 
-def second_vla(
-    vla: VLA,
-    name: str,
-    checkpoint: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    suite: str | None = None,
-) -> VLA:
-    """The same policy once more, unpruned and with an episode of its own, beside ``vla``.
+@dataclass(frozen=True)
+class VLASource:
+    """Where a VLA comes from: the arguments of :func:`load_vla`."""
 
-    A VLA that can share its weights does; another one is loaded again from the arguments that made ``vla``.
-    """
-    return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else load_vla(name, checkpoint, options, suite)
+    name: str
+    checkpoint: str | None = None
+    options: Mapping[str, Any] | None = None
+    suite: str | None = None
+
+    def load(self) -> VLA:
+        """See :func:`load_vla`."""
+        return load_vla(self.name, self.checkpoint, self.options, self.suite)
+
+    def second(self, vla: VLA) -> VLA:
+        """The VLA once more, unpruned and with an episode of its own, beside ``vla``, which came from here.
+
+        A VLA that can share its weights does; another one is loaded again.
+        """
+        return vla.with_pruner(None) if isinstance(vla, PrunableVLA) else self.load()
 
 
 def weights_stamp(vla: VLA) -> str | None:
     """A short hash of a few values of each of a VLA's tensors: tells whether results are of the same weights, wherever they
     were loaded from. None where the weights cannot be seen."""
-    import torch
-
-    if not isinstance(vla, torch.nn.Module):
+    if not isinstance(vla, Weighted):
         return None
     digest = hashlib.sha256()
     for name, tensor in sorted(vla.state_dict().items()):
@@ -122,10 +129,12 @@ def free_memory() -> None:
 
 
 def needs_images(vla: VLA) -> bool:
-    """Whether a policy looks at images. One that declares ``needs_images = False`` runs without rendering."""
-    return bool(getattr(vla, "needs_images", True))
+    """Whether a VLA looks at images. One that declares ``needs_images = False`` runs without rendering."""
+    return vla.needs_images if isinstance(vla, SaysIfImages) else True
 
 
-def needs_wrist_image(vla: VLA) -> bool:
-    """Whether a policy looks through the camera in the hand too: it then declares ``needs_wrist_image = True``."""
-    return bool(getattr(vla, "needs_wrist_image", False))
+def cameras_of(vla: VLA) -> tuple[str, ...]:
+    """The cameras that a VLA looks through: those it declares as ``cameras``, else the main one; none if it sees nothing."""
+    if not needs_images(vla):
+        return ()
+    return tuple(vla.cameras) if isinstance(vla, NamesCameras) else (MAIN,)

@@ -22,8 +22,8 @@ import numpy as np
 
 from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError, needs_extra
-from spvla.observation import Observation
-from spvla.pruning.pruner import TokenPruner
+from spvla.observation import WRIST, Observation
+from spvla.pruning.selector import TokenSelector
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.wire import decode_array, encode_array
@@ -50,9 +50,10 @@ class RemoteVLA:
         space: the space of its actions; None: the server says so (ours does).
         protocol: ``vla-eval`` or ``openpi``.
         timeout: seconds to wait for an answer, and for a connection.
-        keys: names of observation fields that differ from :data:`KEYS`; None as a name: the field is not sent.
+        keys: names of observation fields that differ from :data:`KEYS`, and of further cameras; None as a name: the field is
+            not sent.
         conventions: image steps to take here, for example ``{rotate_180: true}``; ours take them at the server.
-        pruner: what the server's VLA keeps of its visual tokens.
+        selector: which tokens the server's VLA keeps.
 
     Raises:
         InputError: nobody answers at ``url``, or something else than this protocol does.
@@ -67,7 +68,7 @@ class RemoteVLA:
         timeout: float = 1.0,
         keys: Mapping[str, str | None] | None = None,
         conventions: Conventions | Mapping[str, Any] | str | None = None,
-        pruner: TokenPruner | None = None,
+        selector: TokenSelector | None = None,
     ) -> None:
         try:
             known = urlsplit(url).hostname and urlsplit(url).port != 0
@@ -82,7 +83,7 @@ class RemoteVLA:
         unknown = [name for name in keys or {} if name not in KEYS[protocol]]
         if unknown:
             raise InputError(f"remote: keys: {unknown[0]!r} is not one of {', '.join(KEYS[protocol])}")
-        self.url, self.protocol, self.timeout, self.pruner = url, protocol, timeout, pruner
+        self.url, self.protocol, self.timeout, self.selector = url, protocol, timeout, selector
         self.keys: dict[str, str | None] = {**KEYS[protocol], **(keys or {})}
         self.conventions = conventions_by_name(conventions)
         self.instruction: str | None = None
@@ -100,17 +101,19 @@ class RemoteVLA:
         if space is None and "action_space" not in self.server_info:
             raise InputError(f"remote: the server at {url} does not say what its actions are; give action_space")
         self.action_space = read_space(self.server_info["action_space"] if space is None else space)
-        if pruner is not None and self.server_info.get("model_server") != "spvla":
+        if selector is not None and self.server_info.get("model_server") != "spvla":
             raise InputError(f"pruning: the server at {url} cannot run on fewer visual tokens (it is no spvla.serve)")
 
     @property
-    def needs_wrist_image(self) -> bool:
-        """Whether the server looks through the camera in the hand: openpi's do by default, vla-eval's say so."""
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that the server looks through: those with a key. The one in the hand counts where openpi's protocol is
+        spoken, or where the server asks for it."""
+        named = {name: key for name, key in self.keys.items() if name not in ("state", "instruction") and key is not None}
         asked = self.protocol == "openpi" or bool((self.server_info.get("observation_params") or {}).get("send_wrist_image"))
-        return asked and self.keys["wrist_image"] is not None
+        return tuple(name for name in named if name != WRIST or asked)
 
-    def with_pruner(self, pruner: TokenPruner | None) -> RemoteVLA:
-        """The same VLA with another pruner, over a connection of its own."""
+    def with_pruner(self, selector: TokenSelector | None) -> RemoteVLA:
+        """The same VLA with another selector, over a connection of its own."""
         return RemoteVLA(
             self.url,
             self.action_space,
@@ -118,7 +121,7 @@ class RemoteVLA:
             timeout=self.timeout,
             keys=self.keys,
             conventions=self.conventions,
-            pruner=pruner,
+            selector=selector,
         )
 
     def reset(self, instruction: str) -> None:
@@ -179,9 +182,8 @@ class RemoteVLA:
         """The observation in the protocol's terms."""
         images: dict[str, Any] = {}
         fields: dict[str, Any] = {}
-        for name in ("image", "wrist_image"):
-            image, key = getattr(observation, name), self.keys[name]
-            if image is not None and key is not None:
+        for name, image in observation.images.items():
+            if (key := self.keys.get(name)) is not None:
                 images[key] = np.ascontiguousarray(self.conventions.apply_image(image, max(image.shape[:2])))
         if observation.state is not None and self.keys["state"] is not None:
             fields[self.keys["state"]] = np.asarray(observation.state, np.float32)
@@ -216,8 +218,8 @@ class RemoteVLA:
             return _unpack(answer)
         if self._told != self.instruction:
             episode = {"task": {"name": self.instruction}, "vla": True}
-            if self.pruner is not None:
-                episode["pruning"] = asdict(self.pruner)
+            if self.selector is not None:
+                episode["pruning"] = asdict(self.selector)
             self._send(connection, "episode_start", episode)
             self._told = self.instruction
         self._send(connection, "observation", message)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.convert import convert
-from spvla.episodes import read_action_space, read_episodes
+from spvla.store import read_action_space, read_episodes
 
 HERE = Path(__file__).parent
 ARRAYS, WHOLE = HERE / "golden_conversion.npz", HERE / "whole_sets.json"

@@ -30,6 +30,7 @@ from data.envs.libero.scene import LiberoObservation, Poses, PrivilegedState
 from data.envs.libero.tasks import LiberoTask, quiet
 from spvla.actions import LIBERO
 from spvla.errors import InputError
+from spvla.observation import MAIN
 
 Float64Array = NDArray[np.float64]
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -56,11 +57,14 @@ class LiberoEnv:
         render: ``full`` renders everything per image; ``fast`` draws what stands still once per reset and composes moving
             bodies onto it by depth; None never renders.
         image_size: height and width of the images in pixels.
-        wrist_camera: also render the camera in the hand.
+        cameras: which cameras to render; beside :data:`~spvla.observation.MAIN` and :data:`~spvla.observation.WRIST` those that
+            robosuite names, such as ``frontview``.
     """
 
+    camera = CAMERA
+
     def __init__(
-        self, task: LiberoTask, *, render: RenderMode | None = None, image_size: int = 256, wrist_camera: bool = False
+        self, task: LiberoTask, *, render: RenderMode | None = None, image_size: int = 256, cameras: Sequence[str] = (MAIN,)
     ) -> None:
         os.environ.setdefault("MUJOCO_GL", "egl")
         if os.environ["MUJOCO_GL"] == "egl":
@@ -96,7 +100,7 @@ class LiberoEnv:
         self._rest_heights = np.zeros(len(self.scene.names))
         self._renderer: LiberoRenderer | None = None
         if render:
-            self._renderer = LiberoRenderer(self._model, self._data, image_size, wrist_camera, render == "fast")
+            self._renderer = LiberoRenderer(self._model, self._data, image_size, cameras, render == "fast")
 
     def reset(
         self, init_state: int | None = None, seed: int = 0, instruction: str | None = None, shuffle: bool = False
@@ -169,8 +173,8 @@ class LiberoEnv:
 
     def observe(self) -> LiberoObservation:
         """The current observation; images are rendered here, if this environment renders at all."""
-        image, wrist_image = (None, None) if self._renderer is None else self._renderer.images()
-        return LiberoObservation(image, self.state(), wrist_image, privileged=self.privileged())
+        images = {} if self._renderer is None else self._renderer.images()
+        return LiberoObservation(images, self.state(), privileged=self.privileged())
 
     def state(self) -> NDArray[np.float32]:
         """Proprioception (8,): end effector position 3 (m), axis-angle 3 (rad), finger positions 2 (m)."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.envs.render import Renderer
+from spvla.observation import MAIN, WRIST
 
 CAMERA = "agentview"
-WRIST_CAMERA = "robot0_eye_in_hand"
+CAMERAS = {MAIN: CAMERA, WRIST: "robot0_eye_in_hand"}  # others go by the names that robosuite gives them
 
 
 class LiberoRenderer:
@@ -23,12 +25,12 @@ class LiberoRenderer:
     HIDDEN, RESTING, MOVING = 0, 3, 4  # geom groups: robosuite's collision geoms, and two that its models do not use
     MOVED = (5e-4, 5e-3)  # metres, quaternion entries: both under half a pixel
 
-    def __init__(self, model: Any, data: Any, size: int, wrist_camera: bool, fast: bool) -> None:
+    def __init__(self, model: Any, data: Any, size: int, cameras: Sequence[str], fast: bool) -> None:
         import mujoco
 
         self._model, self._data, self._fast = model, data, fast
         self._renderer = Renderer(model, data, size)
-        self._has_wrist = wrist_camera
+        self._cameras = {name: self._renderer.require(CAMERAS.get(name, name)) for name in cameras}
         self._everything = mujoco.MjvOption()
         self._everything.geomgroup[self.HIDDEN] = 0
         if fast:
@@ -45,10 +47,14 @@ class LiberoRenderer:
             self._in_motion = self._always
             self._poses = (data.xpos.copy(), data.xquat.copy())
 
-    def images(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-        """The main camera's image, and the wrist camera's if there is one."""
-        main = self._composed() if self._fast else self._renderer.draw(CAMERA, self._everything)[0]
-        return _upright(main), _upright(self._renderer.draw(WRIST_CAMERA, self._everything)[0]) if self._has_wrist else None
+    def images(self) -> dict[str, NDArray[np.uint8]]:
+        """What each camera sees, (H, W, 3)."""
+        return {
+            name: _upright(
+                self._composed() if self._fast and camera == CAMERA else self._renderer.draw(camera, self._everything)[0]
+            )
+            for name, camera in self._cameras.items()
+        }
 
     def forget_background(self) -> None:
         """Call after a reset: everything may be somewhere else."""

@@ -139,7 +139,7 @@ class PrivilegedState:
 class LiberoObservation(Observation):
     """An observation with the simulator's own knowledge beside it, for the scripted expert and for auxiliary targets.
 
-    ``image`` and ``wrist_image`` are upright, as in LIBERO's published data sets (see :mod:`data.envs.libero.env`)."""
+    Images are upright, as in LIBERO's published data sets (see :mod:`data.envs.libero.env`)."""
 
     privileged: PrivilegedState = field(kw_only=True)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.envs.base import RenderMode, Task
+from data.envs.base import RenderMode, SplitPart, Task
 from data.envs.libero import labels
 from data.envs.libero.env import LiberoEnv
 from data.envs.libero.expert import Expert
+from data.envs.libero.render import CAMERA
 from data.envs.libero.tasks import LiberoTask, load_tasks
 from spvla.actions import LIBERO, FloatArray
+from spvla.observation import MAIN
 
 
 class Libero:
@@ -18,15 +20,23 @@ class Libero:
 
     action_space = LIBERO
     conventions = "libero"
+    camera = CAMERA
 
     def tasks(self, suite: str, tasks: Sequence[int | str] | None = None, max_steps: int | None = None) -> Sequence[LiberoTask]:
         """See :func:`data.envs.libero.tasks.load_tasks`."""
         return load_tasks(suite, tasks, max_steps)
 
-    def make(self, task: Task, *, render: RenderMode | None = None, wrist_camera: bool = False) -> LiberoEnv:
+    def make(self, task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> LiberoEnv:
         """See :class:`data.envs.libero.env.LiberoEnv`."""
         assert isinstance(task, LiberoTask), "tasks and environments are of one simulator"
-        return LiberoEnv(task, render=render, wrist_camera=wrist_camera)
+        return LiberoEnv(task, render=render, cameras=cameras)
+
+    def split(self, facts: Mapping[str, Any]) -> SplitPart | None:
+        """Of the official initial states 30-49 are for evaluation, 20-29 calibrate; seeded resets belong to no part."""
+        state = facts.get("init_state")
+        if state is None:
+            return None
+        return "evaluation" if state in range(30, 50) else "calibration" if state in range(20, 30) else "training"
 
     def image_points(self, states: FloatArray, facts: Mapping[str, Any]) -> FloatArray:
         """See :func:`data.envs.libero.labels.image_points`."""

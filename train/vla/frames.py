@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from data.envs.base import POINTS
 from data.frames import Frame, Frames, Question
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
@@ -174,14 +173,14 @@ class FrameStream(IterableDataset[FrameBatch]):
 
 
 class FrameData(L.LightningDataModule):
-    """Frames for :class:`train.vla.VLAModule` and :class:`train.recover.RecoverModule`.
+    """Frames for :class:`train.vla.module.VLAModule` and :class:`train.recover.RecoverModule`.
 
     Args:
         data: rollout stores with images; they may grow during training, and need not be finalised.
         batch_size: frames per optimiser step.
         batches: optimiser steps per epoch; new shards are picked up at its beginning, validation follows its end.
-        validation_batches: batches of validation frames, always the same: demonstrations of initial states 20-29
-            (and without labels one in ten of the episodes that have none).
+        validation_batches: batches of validation frames, always the same: demonstrations that their simulator assigns to
+            calibration (and without labels one in ten of the episodes that none assigns).
         image_size: side of the encoders' input in pixels.
         conventions: what lies between the environment's images and the model's: a name, fields of
             :class:`spvla.vlas.conventions.Conventions`, or None for nothing.
@@ -227,12 +226,12 @@ class FrameData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read what there is. Raises :class:`InputError` if a part is empty."""
-        more = "" if self.train_frames.labelled else ", or of episodes without one"
-        for frames, what in ((self.train_frames, "0-19 (training)"), (self.validation_frames, "20-29 (validation)")):
+        for frames, what in ((self.train_frames, "training"), (self.validation_frames, "validation")):
             frames.scan()
             if not len(frames):
                 folders = ", ".join(map(str, frames.folders))
-                raise InputError(f"{folders}: no frames of initial states {what}{more}; collect some with --images true")
+                told = "of LIBERO initial states 0-19 are for training and 20-29 for validation"
+                raise InputError(f"{folders}: no frames for {what}; collect some with --images true ({told})")
 
     def train_dataloader(self) -> DataLoader[FrameBatch]:
         stream = FrameStream(self, self.train_frames, self.batches, self.augmentation)
@@ -241,6 +240,3 @@ class FrameData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[FrameBatch]:
         stream = FrameStream(self, self.validation_frames, self.validation_batches, None)
         return DataLoader(stream, batch_size=None)
-
-
-__all__ = ["POINTS", "Augmentation", "FrameBatch", "FrameData", "view"]

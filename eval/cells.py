@@ -1,0 +1,68 @@
+"""Cells of generator x gate x pruning: their names and prunings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spvla.errors import InputError
+from spvla.gates import has_risk
+from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token."""
+
+    generator: str
+    gate: str
+    risk: float | None = None
+    pruning: str = "none"
+
+    @property
+    def name(self) -> str:
+        """Readable and unique."""
+        scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.gate}"
+        pruning = "" if self.pruning == "none" else f"+{self.pruning}"
+        return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
+
+    @property
+    def live(self) -> bool:
+        """The gate learns from episode to episode: all episodes of the cell are one deployment, in their order."""
+        return self.gate == "live"
+
+
+def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cell]:
+    """Cells from their names; the VLA alone always leads.
+
+    ``vla``, ``ridge+release``, ``mlp+learned`` (once per risk), ``mlp+learned@0.05``; each with a pruning after it:
+    ``vla+slow_fewer``, ``ridge+release+fast_fewer``, ``mlp+learned+budget@0.05``.
+    """
+    out = [Cell("none", "none")]
+    for text in cells:
+        parts, at, risk = text.partition("@")
+        names = parts.split("+")
+        if names[0] == "vla":
+            names = ["none", "none", *names[1:]]
+        if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
+            raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
+        if at and not has_risk(names[1]):
+            raise InputError(f"cell {text!r}: the gate {names[1]!r} has no risk")
+        try:
+            asked = [float(risk)] if at else (list(risks) if has_risk(names[1]) else [None])
+        except ValueError:
+            raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
+        out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
+    return list(dict.fromkeys(out))
+
+
+def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> Pruner | None:
+    """The pruner called ``name`` among the ``named`` ones; the published two need no entry, one changes them."""
+    require_current(name)
+    if name in named:
+        speed = {"speed": name} if name in PRESETS else {}
+        return make_pruner({**speed, **named[name]}, f"pruning {name!r}")
+    if name not in ("none", *PRESETS):
+        raise InputError(f"pruning {name!r} is unknown; there are: {', '.join(dict.fromkeys((*named, *PRESETS)))}")
+    return make_pruner(name)

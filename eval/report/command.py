@@ -1,0 +1,122 @@
+"""The command ``python -m eval report``: finds results, and writes them as a page or as Markdown."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tabulate import tabulate
+
+from eval.offline import offline
+from eval.report import closed_loop, latency
+from eval.report import offline as offline_report
+from spvla.errors import InputError
+from spvla.fields import naming
+from spvla.files import write_text
+
+SECTIONS = {"closed_loop": closed_loop.section, "offline": offline_report.section, "latency": latency.section}
+FORMER = {"scheduler": "gate", "policy": "vla", "policy_options": "vla_options"}  # names in the results of older versions
+ORDER = ("closed_loop", "offline", "latency", "data")
+
+Found = Sequence[tuple[Path, dict[str, Any]]]
+
+
+def report(results: Path, output: Path, title: str = "Results: learned against linear", export: Path | None = None) -> None:
+    """Draw one self-contained HTML page from the raw files of earlier evaluations, or their tables alone as Markdown.
+
+    Args:
+        results: folder that holds results (each with a summary.json), at any depth.
+        output: the page to write; its name's end, .html or .md, says which.
+        title: its title.
+        export: results is a recording (a rollout store made with record=, in shadow mode): judge this export on it, as
+            python -m eval offline does, and draw that.
+    """
+    if output.suffix not in (".html", ".md"):
+        raise InputError(f"{output}: a report ends in .html or .md")
+    recording = (results / "meta" / "spvla.json").exists()
+    if recording and export is not None:
+        with TemporaryDirectory() as judged:
+            offline(results, export, Path(judged))
+            return report(Path(judged), output, title)
+    if recording or export is not None:
+        told = "is a recording: name the --export to judge on it" if recording else "is no recording for an --export"
+        raise InputError(f"{results}: {told}")
+    found = read(results)
+    with drawing(results):
+        text = page(found, results, title) if output.suffix == ".html" else markdown(found, results, title)
+    write_text(output, text)
+    print(f"written: {output}")
+
+
+def read(results: Path) -> Found:
+    """Every summary below a folder and where it lies: by kind, then the most episodes a cell first."""
+    found = []
+    for path in sorted(results.rglob("summary.json")):
+        try:
+            summary = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON ({error})") from None
+        rows = summary.get("rows") if isinstance(summary, dict) else None
+        if not rows or not all(isinstance(row, dict) and row for row in rows) or not isinstance(summary.get("kind"), str):
+            raise InputError(f"{path}: not a summary of an evaluation (it needs a kind, and rows of values)")
+        found.append((path.parent, renamed(summary)))
+    if not found:
+        raise InputError(f"{results}: no summary.json below it; run an evaluation with --output there first")
+
+    def rank(entry: tuple[Path, dict[str, Any]]) -> tuple[int, int]:
+        kind, rows = entry[1]["kind"], entry[1]["rows"]
+        return ORDER.index(kind) if kind in ORDER else len(ORDER), -max(r.get("episodes") or 0 for r in rows)
+
+    return sorted(found, key=rank)
+
+
+def renamed(value: Any) -> Any:
+    """A summary with today's names for what older versions called otherwise."""
+    if isinstance(value, list):
+        return [renamed(v) for v in value]
+    if not isinstance(value, dict):
+        return "gate" if value == "scheduler" else value
+    return {FORMER.get(k, k.replace("scheduler_ms", "gate_ms")): renamed(v) for k, v in value.items()}
+
+
+def page(found: Found, results: Path, title: str) -> str:
+    """One HTML page that needs nothing from outside."""
+    sections = []
+    for folder, summary in found:
+        with drawing(folder):
+            section = SECTIONS.get(summary["kind"], latency.plain_section)(folder, summary)
+        section.source = folder.relative_to(results).as_posix()
+        sections.append(section)
+    sources = [(folder / "summary.json").relative_to(results).as_posix() for folder, _ in found]
+    loader = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html.j2")
+    machine = {"python": None, "processor": None, **found[0][1].get("machine", {})}
+    return template.render(title=title, sections=sections, sources=sources, machine=machine) + "\n"
+
+
+def markdown(found: Found, results: Path, title: str) -> str:
+    """Every table as Markdown, with a link to its raw file."""
+    parts = [
+        f"# {title}",
+        "Every table is drawn from its raw file: `python -m eval report --results results --output docs/tables.md`.",
+    ]
+    for folder, summary in found:
+        name = folder.relative_to(results).as_posix()
+        loop = summary["kind"] == "closed_loop"
+        heading, *sentences = closed_loop.setting_of(summary) if loop else [summary["kind"].replace("_", " ").capitalize()]
+        tables = [closed_loop.cells_table(summary["rows"])] if loop else latency.plain_tables(summary["rows"])
+        lines = [tabulate(t.rows, t.header, "pipe", disable_numparse=True) for t in tables]
+        raw = f"[`{results.name}/{name}`](../{results.name}/{name}/summary.json)"
+        parts += [f"## {heading} ({name})", " ".join([*sentences, f"Raw: {raw}."]), *lines]
+    return "\n\n".join(parts) + "\n"
+
+
+def drawing(folder: Path) -> AbstractContextManager[None]:
+    """What a damaged file makes of drawing becomes an :class:`InputError` that names its folder."""
+    return naming(f"{folder}: summary.json or a file beside it is damaged", EOFError, OSError, zlib.error)
