@@ -88,8 +88,9 @@ def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module
 
 def check_network(**config: Any) -> None:
     """Raise :class:`InputError` if a generator refuses its configuration; no memory is taken for its weights."""
+    more = config.pop("more", {})
     with torch.device("meta"):
-        make_network({**config, **config.pop("more", {})})
+        make_network({**config, **more})
 
 
 def distill(
