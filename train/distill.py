@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from data.relabel import relabel_into
-from data.store import RolloutStore
 from spvla.errors import InputError
 from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
@@ -164,9 +163,6 @@ def distill(
     sizes = {"mlp": mlp, "transformer": transformer, **networks}
     kinds = {kind.rpartition(":")[2]: kind for kind in generators}  # by the name that each has in the export
     data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
-    width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
-    if state_dims and max(state_dims) >= width:
-        raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="lightning")
     plan = Plan(
