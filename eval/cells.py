@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.export import Export
 from spvla.gates import has_risk
 from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 
@@ -55,6 +57,13 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
     return list(dict.fromkeys(out))
+
+
+def default_cells(space: ActionSpace, export: Export | None) -> list[str]:
+    """Linear against learned, as far as there are both: the published rule reads three translations, and what is learned comes
+    from an export."""
+    linear = ["ridge+release"] if len(space.translation) >= 3 else []
+    return linear if export is None else [*linear, f"{export.defaults['generator']}+learned"]
 
 
 def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> Pruner | None:
