@@ -108,6 +108,10 @@ class Export:
         if name not in GENERATORS:
             known = ", ".join(dict.fromkeys([*self.generators, *GENERATORS.names()]))
             raise InputError(f"generator {name!r} is unknown; there are: {known}", code="unknown-generator", field="generator")
+        if is_learned(name):
+            held = ", ".join(self.generators) or "none"
+            message = f"generator {name!r} is not in this export, which holds: {held}"
+            raise InputError(message, code="not-in-export", field="generator")
         return make_baseline(name, acting)
 
     def acting_space(self, space: ActionSpace) -> ActionSpace:
