@@ -93,7 +93,7 @@ def test_a_run_continues_after_a_kill_and_never_over_damage(tmp_path):
     with pytest.raises(InputError, match=r"setting\.json: not valid JSON"):
         continued(raw, setting, fixed)
     setting.unlink()
-    with pytest.raises(InputError, match=r"setting\.json: is missing"):
+    with pytest.raises(InputError, match=r"setting\.json: missing"):
         continued(raw, setting, fixed)
     setting.write_text('{"suite": "x"}')
     for first in (0, sizes[4] - 1, sizes[20] + 15):

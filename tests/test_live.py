@@ -239,7 +239,7 @@ def test_a_deployment_goes_on_where_it_was(tmp_path):
     with pytest.raises(InputError, match="identity"):
         other.load(tmp_path / "live.json")
     (tmp_path / "live.json").write_text("{")
-    with pytest.raises(InputError, match="not a saved live state"):
+    with pytest.raises(InputError, match=r"live\.json: not valid JSON"):
         first.load(tmp_path / "live.json")
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
-from spvla.files import write_text
+from spvla.files import read_json, write_text
 from spvla.gates.base import Decisions, Gate
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.meter import DriftAlarm, losses_bound
@@ -272,8 +272,11 @@ class LiveGate:
             if values.get(name) != mine[name]:
                 raise InputError(f"{where}: {name} is {values.get(name)}, this policy's is {mine[name]}", field=name)
         with naming(where):
-            states = {task: LiveState(**state) for task, state in values["states"].items()}
-            self.rng.bit_generator.state = values["coin"]
+            try:
+                states = {task: LiveState(**state) for task, state in values["states"].items()}
+                self.rng.bit_generator.state = values["coin"]
+            except (KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise InputError(f"not a saved live state ({error!r})", code="damaged") from None
         self.states = states
         self._coin = None
         self.begin("")
@@ -284,13 +287,7 @@ class LiveGate:
 
     def load(self, path: str | Path) -> None:
         """Go on from a saved state, see :meth:`restore`."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a saved live state ({error})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: not a saved live state")
-        self.restore(values, str(path))
+        self.restore(read_json(Path(path)), str(path))
 
 
 def identity_of(space: ActionSpace, generator: str, facts: Mapping[str, Any]) -> dict[str, str]:
