@@ -170,6 +170,7 @@ class Endpoint:
                 "action_spec": {name: spec.to_dict() for name, spec in server.get_action_spec().items()},
                 "observation_spec": {name: spec.to_dict() for name, spec in server.get_observation_spec().items()},
                 "action_space": server.space.to_dict(),
+                **server.identity,
             }
             return kind, make_hello_payload(model_server="spvla", capabilities={}, **said)
         if kind == MessageType.OBSERVATION:

@@ -91,6 +91,7 @@ class PolicyServer(ModelServer):
     ) -> None:
         self.interface = interface or Interface()
         self._source = VLASource(vla, checkpoint, vla_options, suite)
+        self.identity = {"model": f"{vla} {checkpoint or ''}".strip(), "statistics_key": (vla_options or {}).get("unnorm_key")}
         self._vla = self._source.load()
         self._export = None if export is None else load_export(export)
         self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
