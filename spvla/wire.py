@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,19 @@ def shorten(text: str, length: int = 200) -> str:
     """A text that came over the wire, as much of it as an error or a log should repeat, on one line and printable."""
     cut = text if len(text) <= length else text[: length - 3] + "..."
     return "".join(c if c.isprintable() else " " for c in cut)
+
+
+def read_token(path: str | Path) -> str:
+    """The token in a file. Raises :class:`InputError` for one that cannot be read, or is too short to be a secret."""
+    try:
+        token = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"token_file: {path}: cannot be read ({error})", field="token_file") from None
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError(
+            f"token_file: {path}: expected at least 16 printable ASCII characters without spaces", field="token_file"
+        )
+    return token
 
 
 def encode_array(value: Any, bytes_keys: bool = False) -> Any:

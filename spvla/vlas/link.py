@@ -32,7 +32,7 @@ class Link:
         Exception: it cannot be reached within ``timeout`` seconds; many types.
     """
 
-    def __init__(self, url: str, protocol: str, timeout: float) -> None:
+    def __init__(self, url: str, protocol: str, timeout: float, token: str | None = None) -> None:
         with needs_extra("remote"):
             import msgpack  # noqa: F401
             from websockets.sync.client import connect
@@ -43,7 +43,13 @@ class Link:
         self._recent: deque[bytes] = deque(maxlen=8)
         self._fence: threading.Event | None = None
         self._connection = connect(
-            url, compression=None, max_size=MAX_ANSWER, open_timeout=timeout, close_timeout=0.1, ping_interval=None
+            url,
+            additional_headers=None if token is None else {"Authorization": f"Bearer {token}"},
+            compression=None,
+            max_size=MAX_ANSWER,
+            open_timeout=timeout,
+            close_timeout=0.1,
+            ping_interval=None,
         )
         try:
             if protocol == "openpi":

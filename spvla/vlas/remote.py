@@ -28,6 +28,7 @@ from spvla.vlas.answers import ProtocolError, difference, read_answer
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.vlas.link import Link, reason, within
+from spvla.wire import read_token
 
 KEYS: dict[str, dict[str, str]] = {
     "vla-eval": {"image": "agentview", "wrist_image": "wrist", "state": "states", "instruction": "task_description"},
@@ -56,6 +57,7 @@ class RemoteVLA:
             not sent.
         conventions: image steps to take here, for example ``{rotate_180: true}``; ours take them at the server.
         selector: which tokens the server's VLA keeps.
+        token_file: file with the token that the server asks for (``--token_file``).
 
     Raises:
         InputError: nobody answers at ``url``, or something else than this protocol does.
@@ -71,6 +73,7 @@ class RemoteVLA:
         keys: Mapping[str, str | None] | None = None,
         conventions: Conventions | Mapping[str, Any] | str | None = None,
         selector: TokenSelector | None = None,
+        token_file: str | None = None,
     ) -> None:
         try:
             known = urlsplit(url).hostname and urlsplit(url).port != 0
@@ -94,9 +97,11 @@ class RemoteVLA:
         self._reconnecting = False
         self._closed = False
         self._why = ""  # the last connection ended
+        self._token_file = token_file
+        self._token = None if token_file is None else read_token(token_file)
         self._features: int | None = None  # entries of the features, once an answer had some
         try:
-            self._link = Link(url, protocol, timeout)
+            self._link = Link(url, protocol, timeout, self._token)
         except InputError:
             raise
         except Exception as error:
@@ -140,6 +145,7 @@ class RemoteVLA:
             keys=self.keys,
             conventions=self.conventions,
             selector=selector,
+            token_file=self._token_file,
         )
         if (why := difference(self.server_info, twin.server_info, self.protocol)) is not None:
             twin.close()
@@ -225,7 +231,7 @@ class RemoteVLA:
         wait = FIRST_WAIT
         while not self._closed:
             try:
-                link = Link(self.url, self.protocol, self.timeout)
+                link = Link(self.url, self.protocol, self.timeout, self._token)
                 if (why := difference(self.server_info, link.hello, self.protocol)) is not None:
                     link.close()
                     raise ProtocolError(why)
@@ -249,12 +255,14 @@ def load(
     timeout: float = 1.0,
     keys: dict[str, str | None] | None = None,
     conventions: Mapping[str, Any] | str | None = None,
+    token_file: str | None = None,
 ) -> RemoteVLA:
     """The policy ``remote``: :class:`RemoteVLA` with options as a configuration file writes them.
 
     Args:
         checkpoint: the server's address, ``ws://host:port``.
         action_space: see :func:`~spvla.actions.read_space`; None: the server says so.
-        protocol, timeout, keys, conventions: see :class:`RemoteVLA`.
+        protocol, timeout, keys, conventions, token_file: see :class:`RemoteVLA`.
     """
-    return RemoteVLA(checkpoint or "", action_space, protocol=protocol, timeout=timeout, keys=keys, conventions=conventions)
+    options: dict[str, Any] = {"protocol": protocol, "timeout": timeout, "keys": keys, "conventions": conventions}
+    return RemoteVLA(checkpoint or "", action_space, **options, token_file=token_file)
