@@ -3,8 +3,8 @@
     python examples/robot_loop.py --seconds 10 --record runs/robot                      # a simulated arm, a toy VLA, 20 Hz
     python examples/robot_loop.py --url ws://gpu:8000 --export EXPORT --seconds 10      # the VLA on another machine
 
-To drive a robot, write the four methods of :class:`Robot` for it (docs/robot.md has them for a Franka) and call
-:func:`control_loop`. The policy thinks in a thread of its own; the loop's clock never waits for it.
+To drive a robot, write the four methods of :class:`~spvla.safety.Robot` for it (docs/robot.md has them for a Franka) and call
+:func:`control_loop`. The policy thinks in a thread of its own, and so does whoever sends; the loop's clock waits for neither.
 """
 
 from __future__ import annotations
@@ -12,33 +12,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import spvla
 from spvla.actions import LIBERO, ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.recording import Policy
+from spvla.safety import PATIENCE, Commands, Robot, Signals, Watchdog, Worker
 from spvla.vlas.base import VLAOutput
-
-
-class Robot(Protocol):
-    """What a robot is to the loop. ``image`` is called in the policy's thread, the others in the loop's; ``stop`` in any."""
-
-    def state(self) -> NDArray[np.float32]:
-        """Proprioception (S,), as the policy's generator was trained with."""
-
-    def image(self) -> NDArray[np.uint8]:
-        """The newest camera frame, uint8 (H, W, 3) RGB; only called when the VLA acts."""
-
-    def send(self, action: FloatArray) -> None:
-        """Command an action (D,) for one control period, in the units of the policy's action space."""
-
-    def stop(self) -> None:
-        """Stand still, whatever was commanded before."""
 
 
 @dataclass
@@ -49,6 +35,7 @@ class Report:
         ticks: control periods.
         held: of these, how many found no answer in time: a stop was commanded.
         overruns: ticks that began more than half a period late.
+        hung: the policy's last step had not ended when the loop returned; do not use that policy again.
         lateness: seconds that each tick began after its time.
         stats: the policy's own.
     """
@@ -56,39 +43,9 @@ class Report:
     ticks: int = 0
     held: int = 0
     overruns: int = 0
+    hung: bool = False
     lateness: list[float] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
-
-
-class Watchdog:
-    """Stops the robot from a thread of its own if the loop does not come round in ``timeout`` seconds."""
-
-    def __init__(self, timeout: float, stop: Callable[[], None]) -> None:
-        self.timeout, self.stop, self.tripped = timeout, stop, False
-        self._fed, self._over = time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def feed(self) -> None:
-        """The loop is alive. Raises RuntimeError if it was taken for dead: the robot stands still already."""
-        if self.tripped:
-            raise RuntimeError(f"the control loop stood still for more than {self.timeout:g} s; the robot was stopped")
-        self._fed = time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self.timeout / 10):
-            if time.monotonic() - self._fed > self.timeout:
-                self.tripped = True
-                self.stop()
-                return
-
-    def __enter__(self) -> Watchdog:
-        self.feed()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
 
 def control_loop(
@@ -101,66 +58,80 @@ def control_loop(
     watchdog: float = 0.5,
     done: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Run an episode at the action space's control rate; the robot is stopped when it ends, however it ends.
+    """Run an episode at the action space's control rate. However it ends, the last command that reaches the robot is its stop.
 
     At each tick the policy gets the newest state. Its action is sent at once if it is there by the deadline; if not, the robot
     is told to stand still, tick by tick, until it is. The policy learns what was executed, so its history stays true.
 
     Args:
         policy: made with ``when_unavailable=...`` if its VLA is remote, and ``record=...`` to keep the episode.
-        robot: see :class:`Robot`.
+        robot: see :class:`~spvla.safety.Robot`.
         instruction: what to do.
         seconds: longest duration.
-        deadline: share of a period that the policy may think before the robot holds.
+        deadline: fraction of a period that the policy may think before the robot holds.
         watchdog: seconds of silence after which another thread stops the robot.
         done: asked at each tick; ends the episode.
+
+    Raises:
+        RuntimeError: the watchdog stopped the robot.
+        KeyboardInterrupt: Ctrl-C.
+        SystemExit: SIGTERM or SIGHUP.
     """
     space, period, report = policy.space, 1 / policy.space.control_rate, Report()
     pending: Future[FloatArray] | None = None
     waited: list[Executed] = []  # since the pending step was asked
     last: FloatArray | None = None
-    pool = ThreadPoolExecutor(1, "policy")
+    commands = Commands(robot, period / 2)
+    dog = Watchdog(watchdog, commands.stop)
+    thinker = Worker("policy")
     policy.reset(instruction)
-    try:
-        with Watchdog(watchdog, robot.stop) as dog:
-            start = time.monotonic()
-            while report.ticks * period < seconds and not done():
-                at = start + report.ticks * period
-                report.lateness.append(time.monotonic() - at)
-                if report.lateness[-1] > period / 2:
-                    report.overruns += 1
-                    start += report.lateness[-1]  # a late tick moves the ones after it: commands never come in bursts
-                    at = time.monotonic()
-                state = robot.state()
-                if pending is None:
-                    capture = (lambda s: lambda: spvla.Observation(robot.image(), s))(state)
-                    pending, waited = pool.submit(policy.select_action, capture, state), []
-                wait([pending], max(0.0, at + deadline * period - time.monotonic()))
-                action: FloatArray | None
-                if pending.done():
-                    action = answer = space.clip(pending.result())
-                    _tell(policy, [*waited, (state, answer)], answer)
-                    pending = None
-                else:
-                    report.held += 1
-                    action = None if last is None else space.stop(last)
-                    waited.append((state, action))
-                dog.feed()
-                if action is not None:
-                    robot.send(action)
-                    last = action
-                report.ticks += 1
-                time.sleep(max(0.0, start + report.ticks * period - time.monotonic()))
-    finally:
-        robot.stop()
-        pool.shutdown(wait=True)  # a step that still runs ends by the VLA's own timeout
-    if pending is not None and pending.exception() is None:
-        _tell(policy, waited, pending.result())
+    with Signals(commands.stop):
+        try:
+            with dog:
+                start = time.monotonic()
+                while report.ticks * period < seconds and not commands.stopping.is_set() and not done():
+                    at = start + report.ticks * period
+                    report.lateness.append(time.monotonic() - at)
+                    if report.lateness[-1] > period / 2:
+                        report.overruns += 1
+                        start += report.lateness[-1]  # a late tick moves the ones after it: commands never come in bursts
+                        at = time.monotonic()
+                    state = robot.state()
+                    if pending is None:
+                        capture = (lambda s: lambda: spvla.Observation(robot.image(), s))(state)
+                        step = (lambda c, s: lambda: policy.select_action(c, s))(capture, state)
+                        pending, waited = thinker.submit(step), []
+                    wait([pending], max(0.0, at + deadline * period - time.monotonic()))
+                    action: FloatArray | None
+                    if pending.done():
+                        action = answer = space.clip(pending.result())
+                        _tell(policy, [*waited, (state, answer)], answer)
+                        pending = None
+                    else:
+                        report.held += 1
+                        action = None if last is None else space.stop(last)
+                        waited.append((state, action))
+                    dog.feed()
+                    if action is not None:
+                        if not commands.send(action):
+                            policy.executed(space.stop(action))
+                            break
+                        last = action
+                    report.ticks += 1
+                    commands.stopping.wait(max(0.0, start + report.ticks * period - time.monotonic()))
+        finally:
+            commands.stop()
+            thinker.close()
+            if pending is not None:
+                report.hung = bool(wait([pending], PATIENCE).not_done)
+                if not report.hung and pending.exception() is None:
+                    _tell(policy, waited or [(None, None)], pending.result())
+        dog.feed()
     report.stats = policy.stats()
     return report
 
 
-Executed = tuple[NDArray[np.float32], FloatArray | None]
+Executed = tuple[NDArray[np.float32] | None, FloatArray | None]
 """A tick's state (S,), and what was sent (D,). None: nothing, since before the first action no gripper command is known."""
 
 
@@ -183,6 +154,7 @@ class SimulatedArm:
         self.sent: list[FloatArray] = []
         self.times: list[float] = []
         self.stopped = 0
+        self._lock = threading.Lock()
 
     def state(self) -> NDArray[np.float32]:
         """(8,)"""
@@ -195,16 +167,25 @@ class SimulatedArm:
         out[row - 2 : row + 2, column - 2 : column + 2] = 255
         return out
 
+    def transmit(self) -> None:
+        """The way to the arm, which may hold a command up."""
+
     def send(self, action: FloatArray) -> None:
-        """Move for one period."""
-        self.sent.append(action.copy())
-        self.times.append(time.monotonic())
-        self.position = self.position + 0.05 * action[:3]
-        self.fingers = 0.0 if action[6] > 0 else 0.04
+        """Move for one period. Raises RuntimeError if the arm was stopped while the command was on its way."""
+        stops = self.stopped
+        self.transmit()
+        with self._lock:
+            if self.stopped != stops:
+                raise RuntimeError("the arm was stopped before this command arrived")
+            self.sent.append(action.copy())
+            self.times.append(time.monotonic())
+            self.position = self.position + 0.05 * action[:3]
+            self.fingers = 0.0 if action[6] > 0 else 0.04
 
     def stop(self) -> None:
         """Stand still."""
-        self.stopped += 1
+        with self._lock:
+            self.stopped += 1
 
 
 class ToyVLA:
@@ -246,7 +227,6 @@ def main(
         when_unavailable: raise, stop, hold or generator.
         record: folder of a rollout store for the episode.
     """
-    from spvla.errors import InputError
     from spvla.vlas.remote import RemoteVLA
 
     if not 0 < seconds < float("inf"):
@@ -254,9 +234,9 @@ def main(
     vla: Any = ToyVLA() if url is None else RemoteVLA(url)
     policy = spvla.accelerate(vla, export, risk, when_unavailable=when_unavailable, record=record)
     arm = SimulatedArm()
-    report = control_loop(policy, arm, instruction, seconds=seconds)
-    policy.finish(success=bool(np.abs(arm.position[:2]).max() < 0.05))
-    policy.close()
+    with policy:  # a recording keeps an episode that ends early, too
+        report = control_loop(policy, arm, instruction, seconds=seconds)
+        policy.finish(success=bool(np.abs(arm.position[:2]).max() < 0.05))
     print(f"{report.ticks} ticks, {report.held} held, {report.overruns} overruns; ticks begin within ", end="")
     print(f"{1e3 * np.percentile(report.lateness, 99):.1f} ms (p99) of their time; at {arm.position.round(3).tolist()}")
     print(", ".join(f"{k} {v:.4g}" for k, v in report.stats.items()))

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -291,6 +291,13 @@ class SPVLAPolicy:
 
     def close(self) -> None:
         """End the last episode. Only a :class:`~spvla.recording.Recorder` has something to do then."""
+
+    def __enter__(self) -> Self:
+        """For ``with policy:``, which closes it at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def stats(self) -> dict[str, float]:
         """Counts and costs since the last reset: see :func:`~spvla.steps.episode_stats`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 from uuid import uuid4
 
 import numpy as np
@@ -59,19 +60,25 @@ class Record:
 
 
 def _rows(values: list[FloatArray | None]) -> FloatArray | None:
-    """Vectors as rows, NaN where there is none; None where there is none at all."""
-    width = next((len(v) for v in values if v is not None), 0)
+    """Vectors as rows of the width that most have; None where there is none at all. NaN where there is no vector, one of
+    another width, or infinity: what a VLA reports beside its action must not cost the episode."""
+    widths = Counter(len(v) for v in values if v is not None)
+    width = max(widths, key=widths.__getitem__, default=0)
     if not width:
         return None
     out = np.full((len(values), width), np.nan, np.float32)
     for row, value in zip(out, values, strict=True):
-        if value is not None:
+        if value is not None and len(value) == width:
             row[:] = value
+    out[np.isinf(out)] = np.nan
     return out
 
 
 class Recorder:
     """A policy around ``policy`` that writes its finished episodes to a rollout store. Everything else is ``policy``'s own.
+
+    ``with recorder:`` closes the store at the end. An episode that an exception ends is written like any other, its success
+    unknown, and its metadata name the exception's type.
 
     Args:
         policy: what acts.
@@ -100,15 +107,17 @@ class Recorder:
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
     ) -> FloatArray:
         """See :meth:`SPVLAPolicy.select_action`."""
+        record = self._record  # a step that ends after its episode does not count for the next
         action = self.policy.select_action(observation, state)
         state = observation.state if isinstance(observation, Observation) else state
-        self._record.add(action, state, self.policy.last_output, self.policy.last_step.source)
+        record.add(action, state, self.policy.last_output, self.policy.last_step.source)
         return action
 
     def executed(self, action: FloatArray) -> None:
         """See :meth:`SPVLAPolicy.executed`."""
         self.policy.executed(action)
-        self._record.actions[-1] = np.array(action, np.float32)
+        if self._record.actions:
+            self._record.actions[-1] = np.array(action, np.float32)
 
     def waited(self, action: FloatArray, state: NDArray[np.floating] | None = None) -> None:
         """See :meth:`SPVLAPolicy.waited`."""
@@ -130,6 +139,14 @@ class Recorder:
         self.finish()
         if any(self._writer.shards.glob("*.parquet")):
             self._writer.finalize()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.finish(exception=kind.__name__)
+        self.close()
 
 
 Policy: TypeAlias = SPVLAPolicy | Recorder  # what :func:`spvla.accelerate` returns

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,27 @@ from numpy.typing import NDArray
 from spvla.errors import InputError
 
 KINDS = "biuf"  # numpy's letters for booleans, integers and floats
+MAX_DIMENSIONS = 8
 MARKS = ("__ndarray__", "__npgeneric__", "nd")  # a map with one of these is an array or a scalar
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """A text that came over the wire, as much of it as an error or a log should repeat, on one line and printable."""
+    cut = text if len(text) <= length else text[: length - 3] + "..."
+    return "".join(c if c.isprintable() else " " for c in cut)
+
+
+def read_token(path: str | Path) -> str:
+    """The token in a file. Raises :class:`InputError` for one that cannot be read, or is too short to be a secret."""
+    try:
+        token = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"token_file: {path}: cannot be read ({error})", field="token_file") from None
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError(
+            f"token_file: {path}: expected at least 16 printable ASCII characters without spaces", field="token_file"
+        )
+    return token
 
 
 def encode_array(value: Any, bytes_keys: bool = False) -> Any:
@@ -56,14 +77,15 @@ def _dtype(name: Any) -> np.dtype[Any]:
     if isinstance(name, bytes):
         name = name.decode("ascii", "replace")
     if not isinstance(name, str):
-        raise InputError(f"array: dtype must be a name such as '<f4', got {name!r}", code="array-dtype")
+        raise InputError(f"array: dtype must be a name such as '<f4', got {shorten(repr(name))}", code="array-dtype")
     try:
         dtype = np.dtype(name)
     except (TypeError, ValueError, SyntaxError):
-        raise InputError(f"array: dtype {name!r} is unknown to numpy", code="array-dtype") from None
+        raise InputError(f"array: dtype {shorten(repr(name))} is unknown to numpy", code="array-dtype") from None
     if dtype.kind not in KINDS or dtype.hasobject or dtype.subdtype is not None:
         raise InputError(
-            f"array: dtype {name!r} is not read; send booleans, integers or floats, such as '<f4' or '|u1'", code="array-dtype"
+            f"array: dtype {shorten(repr(name))} is not read; send booleans, integers or floats, such as '<f4' or '|u1'",
+            code="array-dtype",
         )
     return dtype
 
@@ -72,8 +94,11 @@ def _array(fields: Mapping[str, Any], dtype_key: str) -> NDArray[Any]:
     if missing := [key for key in (dtype_key, "shape", "data") if key not in fields]:
         raise InputError(f"array: {missing[0]} is missing", code="array-incomplete")
     dtype, shape, data = _dtype(fields[dtype_key]), fields["shape"], fields["data"]
-    if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise InputError(f"array: shape must be a list of sizes, got {shape!r}", code="array-shape")
+    sizes = isinstance(shape, list | tuple) and len(shape) <= MAX_DIMENSIONS
+    if not sizes or not all(isinstance(n, int) and 0 <= n < 2**63 for n in shape):
+        raise InputError(
+            f"array: shape must be a list of at most {MAX_DIMENSIONS} sizes, got {shorten(repr(shape))}", code="array-shape"
+        )
     if not isinstance(data, bytes):
         raise InputError(f"array: data must be bytes, got {type(data).__name__}", code="array-data")
     expected = math.prod(shape) * dtype.itemsize
@@ -101,4 +126,4 @@ def _scalar(fields: Mapping[str, Any], dtype_key: str) -> Any:
     try:
         return dtype.type(data)
     except (OverflowError, ValueError) as error:
-        raise InputError(f"scalar: {data!r} is no {dtype} ({error})", code="array-data") from None
+        raise InputError(f"scalar: {shorten(repr(data))} is no {dtype} ({shorten(str(error))})", code="array-data") from None

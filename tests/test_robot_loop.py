@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from data.store import RolloutStore
-from examples.robot_loop import SimulatedArm, ToyVLA, Watchdog, control_loop
+from examples.robot_loop import SimulatedArm, ToyVLA, control_loop
 from spvla import InputError, VLAUnavailable, accelerate
 from spvla.actions import LIBERO
 from spvla.history import Source
+from spvla.safety import Watchdog
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 

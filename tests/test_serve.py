@@ -33,8 +33,9 @@ from vla_eval.protocol.messages import Message, MessageType, pack_message
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from spvla.serve.endpoint import MAX_FRAME, Endpoint
+from spvla.serve.endpoint import Endpoint
 from spvla.serve.interface import Interface, euler_to_axis_angle
+from spvla.serve.messages import MAX_FRAME
 from spvla.serve.server import PolicyServer
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
@@ -98,14 +99,14 @@ def serving():
     """Start servers; they end with the test."""
     running = []
 
-    def start(policy="sharing", interface=WIRE, max_sessions=64, port=0, **parts):
+    def start(policy="sharing", interface=WIRE, max_sessions=64, port=0, limits=None, **parts):
         parts = {"generator": "last", "gate": "release", **parts}
         server = PolicyServer(policy if ":" in policy else f"tests.test_serve:{policy}", interface=interface, **parts)
         out = SimpleNamespace(server=server, stopped=threading.Event())
         started = threading.Event()
 
         async def main():
-            out.endpoint, out.loop = Endpoint(server, max_sessions), asyncio.get_running_loop()
+            out.endpoint, out.loop = Endpoint(server, max_sessions, **(limits or {})), asyncio.get_running_loop()
             ready = out.loop.create_future()
             ready.add_done_callback(lambda r: (setattr(out, "port", r.result()), started.set()))
             await out.endpoint.run("127.0.0.1", port, ready)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import math
+import os
 import signal
+import threading
 from typing import Any
 
 from spvla.errors import InputError, needs_extra
 from spvla.serve.interface import Interface
+from spvla.wire import read_token
 
 PLAIN = Interface()
+LAST_RESORT = 4.5  # seconds from a signal to the end of the process
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine can connect to ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def serve_policy(
@@ -27,6 +41,10 @@ def serve_policy(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_sessions: int = 64,
+    max_per_host: int = 16,
+    idle_limit: float = 3600.0,
+    token_file: str | None = None,
+    insecure: bool = False,
 ) -> None:
     """Serve the accelerated policy to vla-eval, until Ctrl-C or SIGTERM.
 
@@ -42,17 +60,30 @@ def serve_policy(
         vla_options: the VLA's other options, such as ``device`` and ``unnorm_key``.
         suite: LIBERO suite that it will act in, for policies that ask for it.
         interface: the benchmark's conventions; see configs/serve.
-        host: address to bind; 0.0.0.0 serves everyone who reaches this machine, without asking who they are.
+        host: address to bind; 0.0.0.0 serves everyone who reaches this machine and has the token.
         port: port to bind; 0 for any free one.
         max_sessions: connections at once; further ones are refused.
+        max_per_host: of these from one address, unless only this machine can connect.
+        idle_limit: seconds without a message after which a session ends.
+        token_file: file with a token of at least 16 characters that every client must show.
+        insecure: serve other machines without a token.
     """
-    if max_sessions < 1:
-        raise InputError(f"max_sessions must be at least 1, got {max_sessions}")
+    for name, value in (("max_sessions", max_sessions), ("max_per_host", max_per_host), ("idle_limit", idle_limit)):
+        if not 1 <= value < math.inf:
+            raise InputError(f"{name} must be at least 1, got {value}", field=name)
+    token = None if token_file is None else read_token(token_file)
+    local = is_loopback(host)
+    if not (local or token or insecure):
+        raise InputError(
+            f"serving at {host} lets other machines in: give token_file, or insecure if everyone on the network may connect",
+            code="token-required",
+            field="token_file",
+        )
     with needs_extra("serve"):
         from spvla.serve.endpoint import Endpoint
         from spvla.serve.server import PolicyServer
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("websockets").setLevel(logging.WARNING)
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # it logs a traceback for every bad handshake
     server = PolicyServer(
         vla,
         checkpoint,
@@ -67,9 +98,17 @@ def serve_policy(
     )
 
     async def main() -> None:
-        endpoint = Endpoint(server, max_sessions)
+        per_host = None if local else max_per_host
+        endpoint = Endpoint(server, max_sessions, max_per_host=per_host, token=token, idle=idle_limit)
+
+        def stop() -> None:
+            endpoint.stop()
+            end = threading.Timer(LAST_RESORT, os._exit, (1,))  # a VLA that hangs must not keep the process
+            end.daemon = True
+            end.start()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, endpoint.stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
             await endpoint.run(host, port)
         except (OSError, OverflowError) as error:

@@ -1,86 +1,72 @@
 """The WebSocket connection to a :class:`~spvla.serve.server.PolicyServer`.
 
 vla-eval's own runner takes that server too. This one adds what a server that stays up needs: a reply that says what was wrong
-with a message, limits on frames, images and sessions, ``GET /health``, and a stop that finishes what runs.
+with a message, limits on what a client may send, hold and keep waiting, a token, ``GET /health``, and a stop that finishes what
+runs but waits for no client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
 import socket
+import time
+import traceback
 import uuid
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import anyio.to_thread
-import msgpack
-import numpy as np
 from vla_eval.model_servers.base import SessionContext
-from vla_eval.protocol.image_codec import is_encoded_image
 from vla_eval.protocol.messages import Message, MessageType, make_hello_payload, pack_message
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from spvla.errors import InputError
-from spvla.fields import naming
-from spvla.images import open_image
+from spvla.serve.messages import MAX_FRAME, decode, parse
 from spvla.serve.server import PolicyServer
-from spvla.wire import decode_array
+from spvla.wire import shorten
 
 logger = logging.getLogger("spvla.serve")
 
-MAX_FRAME = 16 * 2**20  # bytes; two uncompressed 1080p images
-MAX_PIXELS = 2**23  # of one image, decoded
 HELD_FRAMES = 2  # that a session may have waiting
 STOPPING = (1001, "the server stops")
-
-
-def decode(frame: bytes | str) -> dict[str, Any]:
-    """A frame's content, images as arrays. Raises :class:`InputError` for anything but a msgpack map, or an image too large."""
-    if isinstance(frame, str):
-        raise InputError("message: expected a binary frame (msgpack), got text")
-    try:
-        content = msgpack.unpackb(frame, object_hook=_decode_array, raw=False, strict_map_key=False)
-    except InputError:
-        raise
-    except Exception as error:  # msgpack, numpy and Pillow raise many types for damaged content
-        raise InputError(f"message: not readable as msgpack with arrays ({type(error).__name__}: {error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"message: expected a map, got {type(content).__name__}")
-    return content
-
-
-def _decode_array(content: Any) -> Any:
-    if is_encoded_image(content) and content["format"] != "raw":
-        with naming("image"), open_image(content["data"], MAX_PIXELS) as image:
-            return np.array(image)
-    return decode_array({"__ndarray__": True, **content} if is_encoded_image(content) else content)
-
-
-def parse(content: Mapping[str, Any]) -> tuple[MessageType, dict[str, Any]]:
-    """A message's type and payload. Raises :class:`InputError` that names the field."""
-    try:
-        kind = MessageType(content.get("type"))
-    except ValueError:
-        known = ", ".join(t.value for t in MessageType)
-        raise InputError(f"message: type {content.get('type')!r} is not one of {known}") from None
-    payload = content.get("payload")
-    if not isinstance(payload, dict):
-        raise InputError(f"message: payload must be a map, got {type(payload).__name__}")
-    return kind, payload
+STOP_WAIT = 3.0  # seconds that a stop waits for steps and clients
+SEND_WAIT = 10.0  # seconds that a client may leave an answer unread
+MAX_ERROR = 400  # characters of an error that a client gets
 
 
 class Endpoint:
-    """Serves a :class:`PolicyServer` at an address, until :meth:`stop`."""
+    """Serves a :class:`PolicyServer` at an address, until :meth:`stop`.
 
-    def __init__(self, server: PolicyServer, max_sessions: int = 64) -> None:
-        self.server, self.max_sessions = server, max_sessions
+    Args:
+        server: what answers.
+        max_sessions: connections at once.
+        max_per_host: of these from one address; None: as many.
+        token: what a client must show, as ``Authorization: Bearer TOKEN`` or ``ws://host:port/?token=TOKEN``; None: nothing.
+        first: seconds within which a new connection must send its first message.
+        idle: seconds without a message after which a session ends.
+    """
+
+    def __init__(
+        self,
+        server: PolicyServer,
+        max_sessions: int = 64,
+        *,
+        max_per_host: int | None = None,
+        token: str | None = None,
+        first: float = 10.0,
+        idle: float = 3600.0,
+    ) -> None:
+        self.server, self.max_sessions, self.max_per_host = server, max_sessions, max_per_host
+        self.token, self.first, self.idle = token, first, idle
         self._open: dict[ServerConnection, bool] = {}  # whether a step of it runs
         self._stop = asyncio.Event()
+        self._log = ClientLog()
         anyio.to_thread.current_default_thread_limiter().total_tokens = max_sessions + 8
 
     @property
@@ -89,74 +75,116 @@ class Endpoint:
         return len(self._open)
 
     async def run(self, host: str, port: int, ready: asyncio.Future[int] | None = None) -> None:
-        """Serve; ``ready`` receives the port."""
-        async with serve(
+        """Serve; ``ready`` receives the port. After :meth:`stop` this returns within a few seconds, whatever clients do."""
+        listening = await serve(
             self._connection,
             host,
             port,
             process_request=self._request,
+            origins=[None],  # no page in a browser may connect
             compression=None,
             max_size=MAX_FRAME,
             max_queue=HELD_FRAMES,
+            open_timeout=5,
+            close_timeout=1,
             ping_interval=None,  # a simulator that loads a scene answers no ping; the kernel finds dead peers below
-        ) as listening:
-            port = next(iter(listening.sockets)).getsockname()[1]
-            logger.info("ready: ws://%s:%d, health at http://%s:%d/health", host, port, host, port)
-            if ready is not None:
-                ready.set_result(port)
+        )
+        port = next(iter(listening.sockets)).getsockname()[1]
+        logger.info("ready: ws://%s:%d, health at http://%s:%d/health", host, port, host, port)
+        if ready is not None:
+            ready.set_result(port)
+        try:
             await self._stop.wait()
+        finally:
             await self._close(listening)
 
     async def _close(self, listening: Server) -> None:
         logger.info("stopping: %d sessions, each ends after the step that runs", self.sessions)
         listening.close(close_connections=False)
-        await asyncio.gather(*(ws.close(*STOPPING) for ws, busy in list(self._open.items()) if not busy))
-        while self._open:
-            await asyncio.sleep(0.01)
+        idle = [asyncio.ensure_future(ws.close(*STOPPING)) for ws, busy in self._open.items() if not busy]
+        for wait in (STOP_WAIT, 0.5):
+            end = time.monotonic() + wait
+            while (self._open or not all(task.done() for task in idle)) and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            for ws in self._open:  # what is left after the first round: a client that does not read, or a step that hangs
+                ws.transport.abort()
 
     def stop(self) -> None:
         """Close the sessions, each after the step that runs, and return from :meth:`run`."""
         self._stop.set()
 
     def _request(self, connection: ServerConnection, request: Any) -> Any:
-        if request.path != "/health":
-            return None
-        status = {"status": "ok", "sessions": self.sessions, "max_sessions": self.max_sessions}
-        response = connection.respond(HTTPStatus.OK, json.dumps(status) + "\n")
-        del response.headers["Content-Type"]
-        response.headers["Content-Type"] = "application/json"
-        return response
+        url = urlsplit(request.path)
+        if url.path == "/health":
+            status = {"status": "ok", "sessions": self.sessions, "max_sessions": self.max_sessions}
+            response = connection.respond(HTTPStatus.OK, json.dumps(status) + "\n")
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            return response
+        if self.token is not None:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            given = given or parse_qs(url.query).get("token", [""])[0]
+            if not hmac.compare_digest(given.encode(), self.token.encode()):
+                self._log(connection, "refused: no token, or another one")
+                return connection.respond(HTTPStatus.UNAUTHORIZED, "the server's token is missing or another one\n")
+        return None
 
     async def _connection(self, ws: ServerConnection) -> None:
+        if self._stop.is_set():
+            return await ws.close(*STOPPING)
         if self.sessions >= self.max_sessions:
-            await ws.close(1013, f"{self.max_sessions} sessions are open")
-            return
+            return await ws.close(1013, f"{self.max_sessions} sessions are open")
+        if self.max_per_host is not None and sum(address(o) == address(ws) for o in self._open) >= self.max_per_host:
+            return await ws.close(1013, f"{self.max_per_host} sessions are open from this address")
         self._open[ws] = False
         _keep_alive(ws)
         contexts: list[SessionContext] = []  # the running episode's, if any
+        patience, reason = self.first, f"no message in {self.first:g} s"
         try:
-            async for frame in ws:
-                sequence, self._open[ws] = 0, True
+            while True:
                 try:
-                    content = await anyio.to_thread.run_sync(decode, frame)
-                    if isinstance(content.get("seq"), int):
-                        sequence = content["seq"]
-                    reply = await self._answer(*parse(content), contexts)
-                except InputError as error:
-                    reply = (MessageType.ERROR, {"error": str(error)})
-                except Exception as error:
-                    logger.exception("a session's step failed")
-                    reply = (MessageType.ERROR, {"error": f"{type(error).__name__}: {error}"})
-                if reply is not None:
-                    await ws.send(pack_message(Message(*reply, seq=sequence)))
+                    async with asyncio.timeout(patience):
+                        frame = await ws.recv()
+                except TimeoutError:
+                    return await ws.close(1008, reason)
+                patience, reason = self.idle, f"no message in {self.idle:g} s"
+                self._open[ws] = True
+                await self._reply(ws, frame, contexts)
                 self._open[ws] = False
                 if self._stop.is_set():
-                    await ws.close(*STOPPING)
+                    return await ws.close(*STOPPING)
         except ConnectionClosed:
             pass
         finally:
             await self._end(contexts)
             del self._open[ws]
+
+    async def _reply(self, ws: ServerConnection, frame: bytes | str, contexts: list[SessionContext]) -> None:
+        """Answer one message."""
+        sequence = 0
+        reply: tuple[MessageType, dict[str, Any]] | None
+        try:
+            content = await anyio.to_thread.run_sync(decode, frame)
+            if isinstance(content.get("seq"), int):
+                sequence = content["seq"]
+            kind, payload = parse(content)
+            if kind == MessageType.ERROR:
+                self._log(ws, f"the client reports: {payload.get('error')}")
+            reply = await self._answer(kind, payload, contexts)
+        except InputError as error:
+            reply = (MessageType.ERROR, {"error": shorten(str(error), MAX_ERROR)})
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._log(ws, f"a step failed at {where.filename}:{where.lineno}: {type(error).__name__}: {error}", logging.ERROR)
+            reply = (MessageType.ERROR, {"error": shorten(f"{type(error).__name__}: {error}", MAX_ERROR)})
+        if reply is None:
+            return
+        try:
+            async with asyncio.timeout(SEND_WAIT):
+                await ws.send(pack_message(Message(*reply, seq=sequence)))
+        except TimeoutError:
+            self._log(ws, f"dropped: it has not read an answer in {SEND_WAIT:g} s")
+            ws.transport.abort()
 
     async def _answer(
         self, kind: MessageType, payload: dict[str, Any], contexts: list[SessionContext]
@@ -168,6 +196,7 @@ class Endpoint:
                 "action_spec": {name: spec.to_dict() for name, spec in server.get_action_spec().items()},
                 "observation_spec": {name: spec.to_dict() for name, spec in server.get_observation_spec().items()},
                 "action_space": server.space.to_dict(),
+                **server.identity,
             }
             return kind, make_hello_payload(model_server="spvla", capabilities={}, **said)
         if kind == MessageType.OBSERVATION:
@@ -182,13 +211,37 @@ class Endpoint:
                 contexts.append(ctx)
             return None
         if kind == MessageType.ERROR:
-            logger.warning("a client reports: %s", payload)
             return None
         raise InputError(f"message: a client does not send {kind.value!r}")
 
     async def _end(self, contexts: list[SessionContext]) -> None:
         while contexts:
             await self.server.on_episode_end({}, contexts.pop())
+
+
+class ClientLog:
+    """What clients bring about, in the log: one short line per address and second, the rest counted."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, int]] = {}  # when a line was written, and how many were left out since
+
+    def __call__(self, ws: ServerConnection, text: str, level: int = logging.WARNING) -> None:
+        host, now = address(ws), time.monotonic()
+        before, left_out = self._last.get(host, (-1.0, 0))
+        if now - before < 1 and before >= 0:
+            self._last[host] = (before, left_out + 1)
+            return
+        if len(self._last) > 1000:
+            self._last.clear()
+        self._last[host] = (now, 0)
+        more = f" ({left_out} more lines left out)" if left_out else ""
+        logger.log(level, "%s: %s%s", host, shorten(text), more)
+
+
+def address(ws: ServerConnection) -> str:
+    """The address that a client connects from."""
+    peer = ws.remote_address
+    return str(peer[0]) if peer else "unknown"
 
 
 def _keep_alive(ws: ServerConnection) -> None:

@@ -13,6 +13,10 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError, needs_extra
 from spvla.fields import check_fields, naming
 from spvla.observation import MAIN, WRIST, Observation, check_image
+from spvla.wire import shorten
+
+MAX_STATE = 4096  # values
+MAX_PIXELS = 2**22  # of one image; those of 1080p are half as many
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,22 @@ class Interface:
             try:
                 state = np.asarray(payload[self.state], np.float32)
             except KeyError:
-                raise InputError(f"{self.state}: missing; the observation has: {', '.join(map(str, payload))}") from None
+                has = shorten(", ".join(map(str, payload)))
+                raise InputError(f"{self.state}: missing; the observation has: {has}") from None
             except (TypeError, ValueError):
                 raise InputError(f"{self.state}: expected numbers, got {type(payload[self.state]).__name__}") from None
+            if state.size > MAX_STATE:
+                raise InputError(f"{self.state}: {state.size} values are more than {MAX_STATE}")
         keys = {MAIN: self.image, WRIST: self.wrist_image, **self.cameras}
         return Observation({name: self._image(images, key) for name, key in keys.items() if key is not None}, state)
 
     def _image(self, images: Mapping[Any, Any], key: str) -> NDArray[np.uint8]:
         if key not in images:
-            raise InputError(f"images[{key!r}]: missing; the observation has: {', '.join(map(str, images)) or 'none'}")
+            has = shorten(", ".join(map(str, images)))
+            raise InputError(f"images[{key!r}]: missing; the observation has: {has or 'none'}")
         image = check_image(images[key], f"images[{key!r}]")
+        if image.shape[0] * image.shape[1] > MAX_PIXELS:
+            raise InputError(f"images[{key!r}]: {image.shape[0]} x {image.shape[1]} pixels are more than {MAX_PIXELS}")
         if self.image_size is not None and image.shape[:2] != tuple(self.image_size):
             raise InputError(f"images[{key!r}]: is {image.shape[:2]}, this server was set up for {tuple(self.image_size)}")
         return np.ascontiguousarray(image[::-1, ::-1]) if self.rotate_180 else image

@@ -32,6 +32,9 @@ from spvla.pruning.pruner import make_pruner
 from spvla.serve.interface import Interface
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
 from spvla.vlas.registry import VLASource
+from spvla.wire import shorten
+
+MAX_INSTRUCTION = 2000  # characters
 
 
 class InTurn:
@@ -91,6 +94,7 @@ class PolicyServer(ModelServer):
     ) -> None:
         self.interface = interface or Interface()
         self._source = VLASource(vla, checkpoint, vla_options, suite)
+        self.identity = {"model": f"{vla} {checkpoint or ''}".strip(), "statistics_key": (vla_options or {}).get("unnorm_key")}
         self._vla = self._source.load()
         self._export = None if export is None else load_export(export)
         self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
@@ -153,6 +157,8 @@ class PolicyServer(ModelServer):
                 try:
                     if not isinstance(vla, PrunableVLA):
                         raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens")
+                    if len(repr(pruning)) > MAX_INSTRUCTION:
+                        raise InputError(f"pruning: more than {MAX_INSTRUCTION} characters")
                     pruner = make_pruner(pruning)
                     vla = vla.with_pruner(None if pruner is None else pruner.selector)
                 except InputError:
@@ -185,6 +191,8 @@ class PolicyServer(ModelServer):
         instruction = obs.get("task_description")
         if not isinstance(instruction, str):
             raise InputError(f"task_description: expected the instruction, got {type(instruction).__name__}")
+        if len(instruction) > MAX_INSTRUCTION:  # before anything reads it, under the VLA's lock too
+            raise InputError(f"task_description: {len(instruction)} characters are more than {MAX_INSTRUCTION}")
         observation = self.interface.observation(obs)
         try:
             if session.plain is not None:
@@ -192,8 +200,9 @@ class PolicyServer(ModelServer):
                     session.plain.reset(instruction)
                     session.instruction = instruction
                 keep_mass = obs.get("keep_mass", 1.0)
-                if not isinstance(keep_mass, float | np.floating):
-                    raise InputError(f"keep_mass: expected a number, got {type(keep_mass).__name__}")
+                number = isinstance(keep_mass, int | float | np.floating) and not isinstance(keep_mass, bool)
+                if not number or not 0 < keep_mass <= 1:
+                    raise InputError(f"keep_mass: expected a number above 0 and at most 1, got {shorten(repr(keep_mass), 40)}")
                 output = session.plain.predict(observation, keep_mass=float(keep_mass))
                 return dict(vars(output))
             if instruction != session.instruction or obs.get("episode_restart"):

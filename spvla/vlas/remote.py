@@ -4,8 +4,9 @@ With ``python -m spvla.serve`` at the other end everything travels that the VLA 
 pruning works, and the server names its action space. Other vla-eval model servers and openpi's ``serve_policy`` return actions
 alone; one that buffers chunks must be told not to (vla-eval: ``chunk_size: null``): skipped steps would make them old.
 
-An answer that does not come in time, or a connection that breaks, raises :class:`~spvla.vlas.base.VLAUnavailable` at once; a
-thread reconnects meanwhile. What the joint policy does then is its ``when_unavailable``.
+An answer that does not come in time or cannot be used, or a connection that breaks, raises
+:class:`~spvla.vlas.base.VLAUnavailable` at once; a thread reconnects meanwhile, and accepts only a server that says the same of
+itself as the first one did. What the joint policy does then is its ``when_unavailable``.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from spvla.actions import ActionSpace, read_space
-from spvla.errors import InputError, needs_extra
+from spvla.errors import InputError
 from spvla.observation import WRIST, Observation
 from spvla.pruning.selector import TokenSelector
+from spvla.vlas.answers import ProtocolError, difference, read_answer
 from spvla.vlas.base import VLAOutput, VLAUnavailable
 from spvla.vlas.conventions import Conventions, conventions_by_name
-from spvla.wire import decode_array, encode_array
+from spvla.vlas.link import Link, reason, within
+from spvla.wire import read_token
 
 KEYS: dict[str, dict[str, str]] = {
     "vla-eval": {"image": "agentview", "wrist_image": "wrist", "state": "states", "instruction": "task_description"},
@@ -40,6 +42,7 @@ KEYS: dict[str, dict[str, str]] = {
 """What each protocol calls our observation's fields, by default as its LIBERO configuration does."""
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0  # seconds between attempts to reconnect
+LONGEST_TIMEOUT = 3600.0  # seconds
 
 
 class RemoteVLA:
@@ -49,11 +52,12 @@ class RemoteVLA:
         url: ``ws://host:port``.
         space: the space of its actions; None: the server says so (ours does).
         protocol: ``vla-eval`` or ``openpi``.
-        timeout: seconds to wait for an answer, and for a connection.
+        timeout: seconds for a whole request, from sending to the checked answer, and for a connection.
         keys: names of observation fields that differ from :data:`KEYS`, and of further cameras; None as a name: the field is
             not sent.
         conventions: image steps to take here, for example ``{rotate_180: true}``; ours take them at the server.
         selector: which tokens the server's VLA keeps.
+        token_file: file with the token that the server asks for (``--token_file``).
 
     Raises:
         InputError: nobody answers at ``url``, or something else than this protocol does.
@@ -69,6 +73,7 @@ class RemoteVLA:
         keys: Mapping[str, str | None] | None = None,
         conventions: Conventions | Mapping[str, Any] | str | None = None,
         selector: TokenSelector | None = None,
+        token_file: str | None = None,
     ) -> None:
         try:
             known = urlsplit(url).hostname and urlsplit(url).port != 0
@@ -76,8 +81,8 @@ class RemoteVLA:
             known = False
         if not known or not url.startswith(("ws://", "wss://")):
             raise InputError(f"policy 'remote' needs a server's address as checkpoint, ws://host:port, got {url!r}")
-        if not timeout > 0:
-            raise InputError(f"remote: timeout must be positive, got {timeout}")
+        if not 0 < timeout <= LONGEST_TIMEOUT:
+            raise InputError(f"remote: timeout must be positive, got {timeout} (at most {LONGEST_TIMEOUT:g} s)")
         if protocol not in KEYS:
             raise InputError(f"remote: protocol {protocol!r} is not one of {', '.join(KEYS)}")
         unknown = [name for name in keys or {} if name not in KEYS[protocol]]
@@ -88,33 +93,51 @@ class RemoteVLA:
         self.conventions = conventions_by_name(conventions)
         self.instruction: str | None = None
         self._lock = threading.Lock()  # of the two below
-        self._connection: Any = None
+        self._link: Link | None = None
         self._reconnecting = False
         self._closed = False
         self._why = ""  # the last connection ended
-        self._told: str | None = None  # the instruction that this connection's episode began with
-        self._sequence = 0
+        self._token_file = token_file
+        self._token = None if token_file is None else read_token(token_file)
+        self._features: int | None = None  # entries of the features, once an answer had some
         try:
-            self._connection, self.server_info = self._connect()
-        except (OSError, TimeoutError, _ProtocolError, _websockets().exceptions.WebSocketException) as error:
-            raise InputError(f"remote: no {protocol} server answers at {url} ({_short(error)})") from None
-        if space is None and "action_space" not in self.server_info:
-            raise InputError(f"remote: the server at {url} does not say what its actions are; give action_space")
-        self.action_space = read_space(self.server_info["action_space"] if space is None else space)
-        if selector is not None and self.server_info.get("model_server") != "spvla":
-            raise InputError(f"pruning: the server at {url} cannot run on fewer visual tokens (it is no spvla.serve)")
+            self._link = Link(url, protocol, timeout, self._token)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"remote: no {protocol} server answers at {url} ({reason(error)})") from None
+        self.server_info = self._link.hello
+        try:
+            self.action_space = self._space(space)
+        except BaseException:
+            self.close()
+            raise
+
+    def _space(self, space: ActionSpace | Mapping[str, Any] | str | None) -> ActionSpace:
+        """The action space: ``space``, else what the server says."""
+        theirs = self.server_info.get("action_space")
+        if space is None and theirs is None:
+            raise InputError(f"remote: the server at {self.url} does not say what its actions are; give action_space")
+        if self.selector is not None and self.server_info.get("model_server") != "spvla":
+            raise InputError(f"pruning: the server at {self.url} cannot run on fewer visual tokens (it is no spvla.serve)")
+        if space is not None:
+            return read_space(space)
+        if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):  # never the name of a file here
+            raise InputError(f"remote: the server at {self.url} does not describe its action space by fields")
+        return ActionSpace.from_dict(theirs, f"the action space of {self.url}")
 
     @property
     def cameras(self) -> tuple[str, ...]:
         """The cameras that the server looks through: those with a key. The one in the hand counts where openpi's protocol is
         spoken, or where the server asks for it."""
         named = {name: key for name, key in self.keys.items() if name not in ("state", "instruction") and key is not None}
-        asked = self.protocol == "openpi" or bool((self.server_info.get("observation_params") or {}).get("send_wrist_image"))
+        wanted = self.server_info.get("observation_params")
+        asked = self.protocol == "openpi" or (isinstance(wanted, dict) and bool(wanted.get("send_wrist_image")))
         return tuple(name for name in named if name != WRIST or asked)
 
     def with_pruner(self, selector: TokenSelector | None) -> RemoteVLA:
         """The same VLA with another selector, over a connection of its own."""
-        return RemoteVLA(
+        twin = RemoteVLA(
             self.url,
             self.action_space,
             protocol=self.protocol,
@@ -122,61 +145,63 @@ class RemoteVLA:
             keys=self.keys,
             conventions=self.conventions,
             selector=selector,
+            token_file=self._token_file,
         )
+        if (why := difference(self.server_info, twin.server_info, self.protocol)) is not None:
+            twin.close()
+            raise InputError(f"remote: {self.url}: {why}")
+        return twin
 
     def reset(self, instruction: str) -> None:
         """Start an episode."""
-        self.instruction, self._told = instruction, None
+        self.instruction = instruction
+        with self._lock:
+            if self._link is not None:
+                self._link.begun = None
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """Ask the server; ``timings`` holds its stages and the ``round_trip``.
+        """Ask the server; ``timings`` holds its stages and the ``round_trip``. Returns or raises within ``timeout``.
 
         Raises:
-            VLAUnavailable: it does not answer in time, or answers with an error.
-            InputError: no :meth:`reset`, or an answer without actions.
+            VLAUnavailable: no answer in time, an error, or an answer that cannot be used (:func:`read_answer`).
+            InputError: no :meth:`reset`.
         """
         if self.instruction is None:
             raise InputError("predict: call reset(instruction) first")
-        with self._lock:
-            connection = self._connection
-        if connection is None:
-            raise VLAUnavailable(f"{self.url}: {self._why}; reconnecting")
         start = time.perf_counter()
+        end = time.monotonic() + self.timeout
+        with self._lock:
+            link = self._link
+        if link is None:
+            raise VLAUnavailable(f"{self.url}: {self._why}; reconnecting")
+        message = self._message(observation, keep_mass)
+        episode: dict[str, Any] = {"task": {"name": self.instruction}, "vla": True}
+        if self.selector is not None:
+            episode["pruning"] = asdict(self.selector)
+
+        def ask() -> VLAOutput | str:
+            reply = link.ask(message, episode, end)
+            return reply["error"] if "error" in reply else read_answer(reply, self.action_space.dim, self._features)
+
         try:
-            reply = self._ask(connection, self._message(observation, keep_mass))
-        except (OSError, TimeoutError, _ProtocolError, _websockets().exceptions.WebSocketException) as error:
-            self._why = f"no answer in {self.timeout:g} s" if isinstance(error, TimeoutError) else _short(error)
-            self._drop(connection)
+            output = within(end - time.monotonic(), ask)
+        except Exception as error:  # of whatever type: the robot's policy must learn that there is no answer
+            self._why = f"no answer in {self.timeout:g} s" if isinstance(error, TimeoutError) else reason(error)
+            self._drop(link)
             raise VLAUnavailable(f"{self.url}: {self._why}") from None
-        if "error" in reply:
-            raise VLAUnavailable(f"{self.url}: {reply['error']}")
-        try:
-            actions = np.atleast_2d(np.asarray(reply["actions"], np.float32))
-        except (KeyError, TypeError, ValueError):
-            raise InputError(
-                f"remote: {self.url} answered without actions: {', '.join(map(str, reply)) or 'nothing'}"
-            ) from None
-        tokens = reply.get("visual_tokens")
-        timings = reply.get("timings") or {}
-        return VLAOutput(
-            actions,
-            tokens=reply.get("tokens"),
-            confidence=reply.get("confidence"),
-            features=reply.get("features"),
-            visual_tokens=None if tokens is None else (int(tokens[0]), int(tokens[1])),
-            kept_tokens=reply.get("kept_tokens"),
-            timings={**timings, "round_trip": 1e3 * (time.perf_counter() - start)},
-        )
+        if isinstance(output, str):
+            raise VLAUnavailable(f"{self.url}: {output}")
+        if output.features is not None:
+            self._features = len(output.features)
+        return replace(output, timings={**output.timings, "round_trip": 1e3 * (time.perf_counter() - start)})
 
     def close(self) -> None:
         """End the connection."""
         self._closed = True
         with self._lock:
-            connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    # ------------------------------------------------------------------------------------------------- the protocols
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
     def _message(self, observation: Observation, keep_mass: float) -> dict[str, Any]:
         """The observation in the protocol's terms."""
@@ -193,121 +218,33 @@ class RemoteVLA:
             return {**images, **fields}
         return {"images": images, **fields, "keep_mass": float(keep_mass)}
 
-    def _connect(self) -> tuple[Any, dict[str, Any]]:
-        """A connection, and what the server says of itself."""
-        from websockets.sync.client import connect
-
-        connection = connect(
-            self.url, compression=None, max_size=None, open_timeout=self.timeout, close_timeout=0.1, ping_interval=None
-        )
-        try:
-            if self.protocol == "openpi":
-                return connection, _unpack(connection.recv(timeout=self.timeout))
-            self._send(connection, "hello", {"harness_version": "spvla", "protocol_version": 1})
-            return connection, self._receive(connection)
-        except BaseException:
-            connection.close()
-            raise
-
-    def _ask(self, connection: Any, message: dict[str, Any]) -> dict[str, Any]:
-        if self.protocol == "openpi":
-            connection.send(_pack(message, openpi=True))
-            answer = connection.recv(timeout=self.timeout)
-            if isinstance(answer, str):  # a traceback, after which the server hangs up
-                raise _ProtocolError(answer.strip().splitlines()[-1])
-            return _unpack(answer)
-        if self._told != self.instruction:
-            episode = {"task": {"name": self.instruction}, "vla": True}
-            if self.selector is not None:
-                episode["pruning"] = asdict(self.selector)
-            self._send(connection, "episode_start", episode)
-            self._told = self.instruction
-        self._send(connection, "observation", message)
-        return self._receive(connection)
-
-    def _send(self, connection: Any, kind: str, payload: dict[str, Any]) -> None:
-        self._sequence += 1
-        content = {"type": kind, "payload": payload, "seq": self._sequence, "timestamp": time.time()}
-        connection.send(_pack(content))
-
-    def _receive(self, connection: Any) -> dict[str, Any]:
-        """The answer to the last message sent; an error about one before it, such as the episode's start, counts first."""
-        failed: dict[str, Any] | None = None
-        while True:
-            content = _unpack(connection.recv(timeout=self.timeout))
-            payload = content.get("payload")
-            if not isinstance(payload, dict):
-                raise _ProtocolError(f"an answer without payload: {', '.join(map(str, content))}")
-            if content.get("type") == "error":
-                self._told = None  # begin the episode anew: the server may not have one
-                failed = failed or {"error": str(payload.get("error", payload))}
-            if content.get("seq", self._sequence) == self._sequence:
-                return failed or payload
-
-    # ------------------------------------------------------------------------------------------------- reconnecting
-
-    def _drop(self, connection: Any) -> None:
+    def _drop(self, link: Link) -> None:
         with self._lock:
-            self._connection, self._told = None, None
+            self._link = None
             if self._reconnecting or self._closed:
                 return
             self._reconnecting = True
-        threading.Thread(target=self._reconnect, args=(connection,), daemon=True).start()
+        threading.Thread(target=self._reconnect, args=(link,), daemon=True).start()
 
-    def _reconnect(self, old: Any) -> None:
+    def _reconnect(self, old: Link) -> None:
         old.close()
         wait = FIRST_WAIT
         while not self._closed:
             try:
-                connection, _ = self._connect()
+                link = Link(self.url, self.protocol, self.timeout, self._token)
+                if (why := difference(self.server_info, link.hello, self.protocol)) is not None:
+                    link.close()
+                    raise ProtocolError(why)
             except Exception as error:  # whatever it is, the next attempt may succeed
-                self._why = _short(error)
+                self._why = reason(error)
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)
                 continue
             with self._lock:
-                self._connection, self._reconnecting = connection, False
+                self._link, self._reconnecting = link, False
             if self._closed:
                 self.close()
             return
-
-
-class _ProtocolError(Exception):
-    """The other end speaks something else."""
-
-
-def _websockets() -> Any:
-    with needs_extra("remote"):
-        import msgpack  # noqa: F401
-        import websockets.exceptions
-    return websockets
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0] if str(error) else type(error).__name__
-
-
-def _pack(content: Any, openpi: bool = False) -> bytes:
-    """msgpack with arrays as maps; openpi's keys are bytes."""
-    import msgpack
-
-    packed: bytes = msgpack.packb(content, default=partial(encode_array, bytes_keys=openpi))
-    return packed
-
-
-def _unpack(frame: bytes | str) -> dict[str, Any]:
-    """The map in a frame, arrays of numbers in it as numpy's. Raises :class:`_ProtocolError` for anything else."""
-    import msgpack
-
-    try:
-        content = msgpack.unpackb(frame, object_hook=decode_array, strict_map_key=False)
-    except InputError as error:
-        raise _ProtocolError(str(error)) from None
-    except Exception as error:  # msgpack raises many types for damaged content
-        raise _ProtocolError(f"an answer that is no msgpack map ({_short(error)})") from None
-    if not isinstance(content, dict):
-        raise _ProtocolError(f"an answer that is no map but {type(content).__name__}")
-    return content
 
 
 def load(
@@ -318,12 +255,14 @@ def load(
     timeout: float = 1.0,
     keys: dict[str, str | None] | None = None,
     conventions: Mapping[str, Any] | str | None = None,
+    token_file: str | None = None,
 ) -> RemoteVLA:
     """The policy ``remote``: :class:`RemoteVLA` with options as a configuration file writes them.
 
     Args:
         checkpoint: the server's address, ``ws://host:port``.
         action_space: see :func:`~spvla.actions.read_space`; None: the server says so.
-        protocol, timeout, keys, conventions: see :class:`RemoteVLA`.
+        protocol, timeout, keys, conventions, token_file: see :class:`RemoteVLA`.
     """
-    return RemoteVLA(checkpoint or "", action_space, protocol=protocol, timeout=timeout, keys=keys, conventions=conventions)
+    options: dict[str, Any] = {"protocol": protocol, "timeout": timeout, "keys": keys, "conventions": conventions}
+    return RemoteVLA(checkpoint or "", action_space, **options, token_file=token_file)

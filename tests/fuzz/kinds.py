@@ -202,7 +202,7 @@ def make_wire(folder: Path) -> list[Path]:
 
 
 def read_wire(folder: Path) -> Outcome:
-    from spvla.serve.endpoint import decode, parse
+    from spvla.serve.messages import decode, parse
 
     content = decode((folder / "message.msgpack").read_bytes())
     return Outcome(digest(parse(content), content))
