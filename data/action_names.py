@@ -145,11 +145,11 @@ def read_names(names: Sequence[str]) -> ActionNames:
     found = [read_name(name) for name in names]
     for name, named in zip(names, found, strict=True):
         if not named.clear:
-            raise _refused(f"{name!r} says two different things of one number", "unclear-names")
+            raise _refused(f"{name!r} gives one number two different meanings", "unclear-names")
         if named.quantity == "acceleration" or (named.quantity == "effort" and named.role != "gripper"):
             what = "an acceleration" if named.quantity == "acceleration" else "an effort (torque, force, current)"
             raise _refused(
-                f"{name!r} is {what}: sent again it drives the robot on, and zero lets an arm fall, so there is no action that "
+                f"{name!r} is {what}: repeating it drives the robot on, and zero lets an arm fall, so there is no action that "
                 "stops it; convert the positions or velocities instead, if the data has them",
                 "effort-actions",
             )

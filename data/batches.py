@@ -109,7 +109,7 @@ def _batch(frames: list[tuple[NDArray[np.uint8], Any, str, int]]) -> Frames:
 
 
 def without_traceback(items: Iterable[Frames | End]) -> Iterator[Frames | End]:
-    """The same items; an :class:`InputError` of the worker that makes them without its traceback."""
+    """The same items; an :class:`InputError` from their worker process comes without its traceback."""
     try:
         yield from items
     except InputError as error:

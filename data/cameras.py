@@ -42,12 +42,12 @@ class Cameras:
 
     @property
     def chosen(self) -> str | None:
-        """The camera that is named, else the only one of colour; None where that is not told."""
+        """The camera that is named, else the only one of colour; None if neither decides."""
         return self.named or (self.colour[0] if len(self.colour) == 1 else None)
 
     @property
     def note(self) -> list[str]:
-        """What was chosen where nobody named one, or that it has to be."""
+        """Which camera was chosen by default, or that the user has to choose one."""
         if self.named is not None or not (self.colour or self.depth or self.others):
             return []
         told = f"images are those of {self.chosen}, the only colour camera" if self.chosen else f"{self._reason}; {_HOW}"
@@ -62,16 +62,16 @@ class Cameras:
     @property
     def _reason(self) -> str:
         if self.colour:
-            return f"there are {len(self.colour)} colour cameras and none is named"
+            return f"there are {len(self.colour)} colour cameras and none was chosen"
         return "has no images of a colour camera" if self.depth or self.others else "has no images"
 
     def _refused(self, what: str, code: str, more: str = "") -> InputError:
         kinds = (("", self.colour), (" (a depth map)", self.depth), (" (no files, or not three channels)", self.others))
         there = ", ".join(f"{name}{kind}" for kind, names in kinds for name in names) or "none"
-        return InputError(f"{self.where}: {what}; there are: {there}{more}", code=code, field="camera")
+        return InputError(f"{self.where}: {what}; available: {there}{more}", code=code, field="camera")
 
 
-_HOW = "name one with --camera, or in the conventions, where images are needed"
+_HOW = "choose one with --camera, or in the conventions, where images are needed"
 
 
 def is_depth(feature: Mapping[str, Any]) -> bool:

@@ -54,10 +54,10 @@ class Collecting(Setting):
     weights: str | None = None
 
     def check(self) -> None:
-        """Raise :class:`InputError` for options that belong to another one which is not given."""
+        """Raise :class:`InputError` for options that need another option that is missing."""
         for name in ("shadow", "risk", "generator", "gate", "max_generated_run"):
             if getattr(self, name) not in (None, False) and self.export is None:
-                raise InputError(f"{name}: belongs to an accelerated policy; give its --export too", field=name)
+                raise InputError(f"{name}: applies only to an accelerated policy; give --export too", field=name)
         if self.student_checkpoint is not None and self.student is None:
             raise InputError("student_checkpoint: give --student too", field="student_checkpoint")
 
@@ -124,7 +124,7 @@ class Collector:
 
     def _instructions(self, env: Env, job: Job) -> list[str]:
         if not isinstance(env, Instructable):
-            told = f"instructions: scenes of {env.task.suite} have no others than the task's own; use task"
+            told = f"instructions: scenes of {env.task.suite} have only the task's own instruction; use task"
             raise InputError(told, code="unsupported", field="instructions")
         env.reset(job.init_state)
         return list(env.instructions())

@@ -34,12 +34,12 @@ def require_form(role: str, convert: Sequence[str], width: int) -> None:
     for name in convert:
         if "quaternion" in name and width != 4:
             raise InputError(
-                f"{name} needs the 4 entries of a quaternion, index names {width}", code="rotation-form", field=name
+                f"{name} needs the 4 entries of a quaternion, but index has {width}", code="rotation-form", field=name
             )
     quaternion = any("quaternion" in name for name in convert)
     if role == "rotation" and "difference" in convert and not quaternion and width % 3:
         raise InputError(
-            f"the difference of a rotation needs roll, pitch, yaw or an axis angle (3 entries), index names {width}; for a "
+            f"the difference of a rotation needs roll, pitch, yaw or an axis angle (3 entries), but index has {width}; for a "
             "quaternion write difference_quaternion (x, y, z, w) or difference_quaternion_wxyz",
             code="rotation-form",
             field="difference",

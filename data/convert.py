@@ -141,14 +141,14 @@ def published_space(space: ActionSpace, file: Path, name: str | None = None) -> 
         told = f"no usable entry for {name!r}: {error} is missing"
         known = [k for k, v in table.items() if isinstance(v, dict) and "action" in v]
         if name not in table and known:
-            told += f"; there are: {', '.join(known)}; say with --conventions which entry is this data set's"
+            told += f"; available: {', '.join(known)}; choose this data set's entry with --conventions"
         raise InputError(f"{file}: {told}") from None
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file}: not readable statistics ({error})") from None
     if not len(q01) == len(q99) == len(low) == len(high) == space.dim:
-        raise InputError(f"{file}: {name!r} has actions of {len(q01)} dimensions, the conventions say {space.dim}")
+        raise InputError(f"{file}: {name!r} has actions of {len(q01)} dimensions, but the conventions say {space.dim}")
     mask = entry.get("mask")
     if mask is None:
         print(f"note: {file}: {name} has no mask; its gripper {list(space.gripper)} is taken as not scaled")

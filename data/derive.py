@@ -114,12 +114,12 @@ class Shards:
         if values["size"] != part.size:
             told = f"{part.file} (and what follows) had {values['size']} bytes, now it has {part.size}"
         elif values["content"] not in (None, part.content):
-            told = f"{part.file} (or what follows) held something else"
+            told = f"{part.file} (or what follows) has other content now"
         elif changed := [f for f, time in _changed(values["problems"]).items() if time not in (None, values["changed"].get(f))]:
-            told = f"{changed[0]} had a problem, it was changed since"
+            told = f"{changed[0]} had a problem and has changed since"
         if told is not None:
             raise InputError(
-                f"{shard}: was made when {told}; delete {note.name} there to make it anew, or name another --output"
+                f"{shard}: is out of date: {told}; delete {note.name} there to make it again, or choose another --output"
             )
         return shard.exists() or values["episodes"] == 0
 
@@ -208,7 +208,7 @@ def _require_same_place(shards: Shards, source: Source) -> None:
     elsewhere = {part: n for part, n in notes.items() if n["path"] not in (None, place)}
     for part, n in elsewhere.items():
         if source.named and n["content"] != part.content:
-            told = f"holds these episodes of {source.name} already, in another state, read from {n['path']}"
+            told = f"already holds another version of these episodes of {source.name}, read from {n['path']}"
             raise _twice(shards.note(part), told)
     if len(elsewhere) == len(source.parts) and all(map(shards.finished, source.parts)):
         there = next(n["path"] for n in elsewhere.values())
@@ -217,14 +217,14 @@ def _require_same_place(shards: Shards, source: Source) -> None:
 
 
 def _twice(where: Path, told: str) -> InputError:
-    message = f"{where}: {told}; name another --output or other --episodes"
+    message = f"{where}: {told}; choose another --output or other --episodes"
     return InputError(message, code="episode-twice", field=str(where))
 
 
 def require_one(command: str, data: Path | None, source: str | None, path: Path | None) -> None:
     """Raise :class:`InputError` unless ``command`` was given either a rollout store or a source and its path."""
     if (data is None) == (source is None) or (source is None) != (path is None):
-        raise InputError(f"{command}: name either data (a rollout store) or source and path")
+        raise InputError(f"{command}: give either data (a rollout store) or source and path")
 
 
 def require_apart(data: Path, output: Path) -> None:
@@ -239,7 +239,7 @@ def no_episode(setting: Setting, problems: Sequence[Problem]) -> InputError:
     if problems:
         reason = f"; the first problem: {problems[0]}"
     elif setting.episodes is not None:
-        reason = f"; none has a number that --episodes names ({min(setting.episodes)} to {max(setting.episodes)})"
+        reason = f"; --episodes selects none of them ({min(setting.episodes)} to {max(setting.episodes)})"
     return InputError(f"{setting.path}: no episode could be used{reason}")
 
 
@@ -282,7 +282,7 @@ def beyond_scale(store: Path) -> list[str]:
         q01, q99 = found["q01"][d], found["q99"][d]
         if max(low - q01, q99 - high) > BEYOND * max(high - low, 1e-6):
             told = f"dimension {d} ({space.role(d)}) goes from {q01:.4g} to {q99:.4g}"
-            out.append(f"{store}: {told}, its scale is for {low:.4g} to {high:.4g}; do units and signs agree?")
+            out.append(f"{store}: {told}, but its scale is for {low:.4g} to {high:.4g}; do units and signs agree?")
     return out
 
 

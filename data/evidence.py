@@ -79,7 +79,7 @@ class Evidence:
         if median[best] < EXPLAINS or median[CLAIMS[kind]] > EXPLAINS / 2:
             return None
         r2_best, r2_claimed = 100 * median[best], 100 * max(median[CLAIMS[kind]], 0)
-        return f"as the state's {best} they are explained to {r2_best:.0f} %, as its {CLAIMS[kind]} to {r2_claimed:.0f} %"
+        return f"the state's {best} explains {r2_best:.0f} % of their variance, its {CLAIMS[kind]} only {r2_claimed:.0f} %"
 
     def shows_positions(self) -> bool:
         """Whether the actions can only be positions: the state follows them in every entry, and nothing else explains them."""
@@ -158,7 +158,7 @@ class OffEnds:
 
 
 def contradictions(store: Path) -> list[str]:
-    """What the numbers in a finalised store say against its action space, a line each."""
+    """What in the numbers of a finalised store contradicts its action space, a line each."""
     space = read_action_space(store)
     changes = space.kind not in ("eef_absolute", "joint_position")
     comparable = [d for d in space.continuous if space.role(d) != "rotation" and (d in space.moving) == changes]
@@ -176,7 +176,7 @@ def contradictions(store: Path) -> list[str]:
                 turns.setdefault(name, WholeTurns(values.shape[1])).add(number, values, changes and name == "action")
     out = []
     if evidence is not None and (told := evidence.contradicts(space.kind)) is not None:
-        out.append(f"{store}: its actions are taken as {space.kind}, but {told}; is that their kind?")
+        out.append(f"{store}: its actions are taken as {space.kind}, but {told}; is that the right kind?")
     out += ends.notes(str(store))
     for name, found in turns.items():
         out += _tell_turns(f"{store}: {name}", found, space if name == "action" else None, changes and name == "action")

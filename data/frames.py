@@ -32,7 +32,7 @@ from spvla.store.shards import shard_info
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
-UNKNOWN = {"label": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of what nobody labelled
+UNKNOWN = {"label": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of values without a label
 CACHE_VERSION = 9
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
@@ -103,7 +103,7 @@ class Frames:
         camera: str | None = None,
     ) -> None:
         if others and not labelled:
-            raise InputError("frames: what else could be asked for is taught by labels; use labelled frames, or questions: 1")
+            raise InputError("frames: training on other instructions needs labels; use labelled frames, or set questions: 1")
         self.folders, self.validation, self.others = [Path(f) for f in folders], validation, others
         self.labelled, self.camera = labelled, camera
         self._stamps: dict[Path, int] = {}
@@ -200,7 +200,7 @@ class Frames:
                 raise InputError(f"{shard}: holds no images; collect with --images true")
             if not wanted:
                 found = ", ".join(n.removeprefix("observation.images.") for n in cameras)
-                raise InputError(f"{shard}: has no camera {self.camera!r}; there are: {found}")
+                raise InputError(f"{shard}: has no camera {self.camera!r}; available: {found}")
             if self.labelled:
                 for needed in LABELS:
                     if needed not in names:

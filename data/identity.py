@@ -61,5 +61,5 @@ def read_note(note: Path) -> dict[str, Any]:
         values = read_json(note)
         known = {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
     except (InputError, KeyError) as error:
-        raise InputError(f"{note}: not readable ({error}); delete it to make its shard anew") from None
+        raise InputError(f"{note}: not readable ({error}); delete it to make its shard again") from None
     return {"changed": {}, "path": None, "part": None, "content": None, "apart": "", **known}

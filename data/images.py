@@ -62,7 +62,7 @@ def _open_rgb(
             opened.draft(opened.mode, (SMALL, SMALL))
         opened.load()
         if opened.mode not in COLOURS:
-            told = f"is of the kind {opened.mode}; 8-bit kinds are read: {', '.join(COLOURS)}"
+            told = f"has mode {opened.mode}; only these 8-bit modes are read: {', '.join(COLOURS)}"
             raise InputError(told, code="image-kind")
         if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
             picture = opened.convert("RGBA")

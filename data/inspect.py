@@ -22,7 +22,7 @@ from spvla.errors import InputError
 from spvla.history import Source as Actor
 from spvla.store import Episode, read_episodes
 
-MOST_STEPS = 2_000_000  # whose actions are looked at in one go
+MOST_STEPS = 2_000_000  # examined at once
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -51,7 +51,7 @@ def inspect(
     """
     require_one("inspect", data, source, path)
     if output is not None and output.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"output: {output} is no picture; its name must end in .png, .pdf or .svg")
+        raise InputError(f"output: {output} is not an image file; its name must end in .png, .pdf or .svg")
     if data is not None:
         store = RolloutStore(data)
         _describe_store(store)

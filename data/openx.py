@@ -63,7 +63,7 @@ class Field:
             raise InputError("a field needs either a key or a number of zeros")
         for name in self.convert:
             if name not in CONVERSIONS:
-                raise InputError(f"conversion {name!r} is unknown; there are: {', '.join(CONVERSIONS)}")
+                raise InputError(f"conversion {name!r} is unknown; available: {', '.join(CONVERSIONS)}")
         if self.stop not in (None, "zero", "hold"):
             raise InputError(f"stop is {self.stop!r}, expected zero or hold")
         if self.index:
@@ -121,7 +121,7 @@ class Conventions:
             raise InputError(f"{where}: expected a mapping with the fields {', '.join(known)}")
         for name in values:
             if name not in known:
-                raise InputError(f"{where}: field {name!r} is unknown; there are: {', '.join(known)}")
+                raise InputError(f"{where}: field {name!r} is unknown; available: {', '.join(known)}")
         for name in ("kind", "control_rate", "action"):
             if name not in values:
                 raise InputError(f"{where}: field {name!r} is missing")
@@ -209,7 +209,7 @@ def require_rate(rate: Any, where: str) -> float:
     if isinstance(rate, int | float) and SLOWEST <= rate <= FASTEST:
         return float(rate)
     shown = f"{rate:.4g}" if isinstance(rate, float) else rate
-    told = f"{where} is {shown} Hz, control rates lie between {SLOWEST:g} and {FASTEST:g} Hz"
+    told = f"{where} is {shown} Hz; control rates must lie between {SLOWEST:g} and {FASTEST:g} Hz"
     raise InputError(told, code="control-rate", field=where)
 
 
@@ -230,8 +230,8 @@ def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
     table = _read_yaml(TABLE) if TABLE.is_file() else {}
     if key not in table:
         raise InputError(
-            f"no conventions for data set {key!r}; known are: {', '.join(sorted(table)) or 'none'}; for another one write a "
-            f"YAML file with {', '.join(f.name for f in fields(Conventions))} and name it with --conventions"
+            f"no conventions for data set {key!r}; available: {', '.join(sorted(table)) or 'none'}; for another one write a "
+            f"YAML file with {', '.join(f.name for f in fields(Conventions))} and pass it as --conventions"
         )
     return Conventions.read(table[key], f"{TABLE.name}: {key}")
 
@@ -277,7 +277,7 @@ def standardize(
     length = len(next(iter(steps.values())))
     kept = conventions.kept(length)
     if kept.stop <= kept.start:
-        return Problem(file, f"has {length} steps, of which none is left", number)
+        return Problem(file, f"has {length} steps, and none of them is left", number)
     values: dict[str, FloatArray] = {}
     for name, parts in (("action", conventions.action), ("state", conventions.state)):
         for part in parts:

@@ -42,7 +42,7 @@ class Problem:
 
 
 class DataError(InputError):
-    """A :class:`Problem` that stops the one who meets it."""
+    """A :class:`Problem` raised as an error."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem), code="unusable-episode", field=problem.file)

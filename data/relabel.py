@@ -85,7 +85,7 @@ def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a relabelling run is told."""
+    """The settings of every process of a relabelling run."""
 
     setting: Setting
     output: str
@@ -233,7 +233,7 @@ def relabel_into(folder: Path, options: Mapping[str, Any]) -> Path:
     known = [name for name in signature(relabel).parameters if name != "output"]
     for name in options:
         if name not in known:
-            raise InputError(f"relabel: option {name!r} is unknown; there are: {', '.join(known)}")
+            raise InputError(f"relabel: option {name!r} is unknown; available: {', '.join(known)}")
     if "vla" not in options:
         raise InputError("relabel: option 'vla' is missing")
     values: dict[str, Any] = {k: Path(v) if k in ("data", "path") and v is not None else v for k, v in options.items()}

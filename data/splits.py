@@ -59,7 +59,7 @@ def split_episodes(windows: Windows, fraction: float = 0.2, seed: int = 0, whole
             if only and known.get(scene) is False:
                 told = ", ".join(f"{k} {info.metadata[k]}" for k in SCENE if info.metadata.get(k) is not None)
                 raise InputError(
-                    f"{store.folder}: is to calibrate, but {told} is trained on too",
+                    f"{store.folder}: is for calibration, but {told} is also used for training",
                     code="calibration-leak",
                     field=str(store.folder),
                 )

@@ -163,11 +163,11 @@ class RolloutStore:
                     self._require_finite(raw[name], column, first, allow_missing=name.startswith("vla_"))
             for name in raw.keys() & {"actions", "vla_actions"}:
                 if (width := raw[name].shape[1]) != self.space.dim:
-                    raise InputError(f"{path}: {FLOAT_FIELDS[name]} has {width} entries, the action space {self.space.dim}")
+                    raise InputError(f"{path}: {FLOAT_FIELDS[name]} has {width} entries; the action space has {self.space.dim}")
             found = {name: value.shape[1] for name, value in raw.items()}
             widths = widths or found
             if found != widths:
-                raise InputError(f"{path}: features are {found}, those of the first data file {widths}")
+                raise InputError(f"{path}: features are {found}, but the first data file has {widths}")
             labelled = "vla_actions" in raw
             actions = self.space.normalize(raw["actions"])
             sources = read_sources(table, str(path))

@@ -46,7 +46,7 @@ class Windows:
         history: steps to look back (n).
         horizon: teacher actions ahead (H).
         confidence, features: gather the VLA's confidence and pooled features too; every store must have them.
-        space: whose scale normalises every action, an export's for example; None: the first store's scale.
+        space: its scale normalises every action, for example an export's; None: the first store's scale.
 
     Attributes:
         space: the action space with that scale. Without ``space`` its bounds admit whatever one of the stores' bounds admit.

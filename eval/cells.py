@@ -48,9 +48,9 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
         if names[0] == "vla":
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
-            raise InputError(f"cell {text!r}: expected vla or generator+gate, then +pruning and @risk if wanted")
+            raise InputError(f"cell {text!r}: expected vla or generator+gate, optionally with +pruning and @risk")
         if at and not has_risk(names[1]):
-            raise InputError(f"cell {text!r}: the gate {names[1]!r} has no risk")
+            raise InputError(f"cell {text!r}: the gate {names[1]!r} does not take a risk")
         try:
             asked = [float(risk)] if at else (list(risks) if has_risk(names[1]) else [None])
         except ValueError:
@@ -73,5 +73,5 @@ def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> Pruner | N
         speed = {"speed": name} if name in PRESETS else {}
         return make_pruner({**speed, **named[name]}, f"pruning {name!r}")
     if name not in ("none", *PRESETS):
-        raise InputError(f"pruning {name!r} is unknown; there are: {', '.join(dict.fromkeys((*named, *PRESETS)))}")
+        raise InputError(f"pruning {name!r} is unknown; available: {', '.join(dict.fromkeys((*named, *PRESETS)))}")
     return make_pruner(name)

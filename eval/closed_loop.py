@@ -95,7 +95,7 @@ def closed_loop(
     """
     for name, value, unset in (("vla_ms", vla_ms, None), ("hold", hold, "stop")):
         if value != unset and not real_time:
-            raise InputError(f"{name}: counts in real time only; add --real_time true", field=name)
+            raise InputError(f"{name}: applies in real time only; add --real_time true", field=name)
     setting = Evaluation(
         source=VLASource(vla, checkpoint, vla_options, suite),
         export=export,

@@ -183,7 +183,7 @@ def bench_data(
         reference: what tests/compare_tfds.py measured on the RLDS data set.
         steps: size of the store that is made.
         batch_size: windows per batch.
-        repeats: passes; the fastest one counts, and anonymous memory is told after each.
+        repeats: passes; the fastest one counts, and anonymous memory is reported after each.
         seed: of motion and order.
     """
     output.mkdir(parents=True, exist_ok=True)

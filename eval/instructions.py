@@ -45,7 +45,7 @@ def named(instruction: str) -> str:
     """The X of "pick up the X and place it in the Y"; :class:`InputError` for anything else."""
     found = re.match(r"pick up the (.+?) and place it ", instruction)
     if found is None:
-        raise InputError(f"{instruction!r}: only 'pick up the X and place it in the Y' can ask for something else")
+        raise InputError(f"{instruction!r}: expected the form 'pick up the X and place it in the Y'")
     return found[1]
 
 
@@ -89,7 +89,7 @@ class Asker:
         """Ask for everything in the scene of a task; yields the trials."""
         with environment(group.task, self.vla, "full") as env:
             if not isinstance(env, Instructable):
-                told = f"suite: in scenes of {group.task.suite} nothing but the task's own object can be asked for"
+                told = f"suite: in scenes of {group.task.suite} only the task's own object can be asked for"
                 raise InputError(told, code="unsupported", field="suite")
             for job in group.jobs:
                 env.reset(job.init_state, job.seed)

@@ -92,7 +92,7 @@ def latency(
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
         keep_ratios: fractions of the visual tokens to keep, exactly; contours take half of the places.
         pruning: further prunings by name, fields as spvla.pruning.make_pruner takes, with speed constant.
-        instruction: what the policy is told.
+        instruction: given to the policy.
         repeats: rounds measured, after 2 of warm-up; all prunings take turns in each.
         threads: of torch, on the CPU.
         seed: of the motion and the pictures.

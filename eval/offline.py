@@ -182,7 +182,7 @@ def offline(
         print(f"note: {export} was distilled from {data}: these are no held-out episodes")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates, "ridge", "last"]))
     for name in names:
-        loaded.generator(name, loaded.space)  # an unknown name is told first
+        loaded.generator(name, loaded.space)  # reports an unknown name first
     features = [m.config.features for m in loaded.generators.values()] + [m.config.features for m in loaded.gates.values()]
     windows = Windows(
         [store],

@@ -72,7 +72,7 @@ def _whole_rows(raw: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in text[:whole].split(b"\n")[:-1]]
     except ValueError as error:
-        raise InputError(f"{raw}: not JSON lines ({error}); delete it to begin anew") from None
+        raise InputError(f"{raw}: not JSON lines ({error}); delete it to start again") from None
     if whole < len(text):
         os.truncate(raw, whole)
     return rows

@@ -41,10 +41,10 @@ class Evaluation(Setting):
     render: RenderMode = "full"
 
     def check(self) -> None:
-        """Raise :class:`InputError` for rules and prunings that there cannot be."""
+        """Raise :class:`InputError` for unknown rules and prunings."""
         for name in self.rules:
             if name not in GATES:
-                message = f"rules: gate {name!r} is unknown; there are: {', '.join(GATES.names())}"
+                message = f"rules: gate {name!r} is unknown; available: {', '.join(GATES.names())}"
                 raise InputError(message, field="rules")
         for name in self.pruning or {}:
             cell_pruner(name, self.pruning or {})

@@ -19,7 +19,7 @@ from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
 
 try:
     __version__ = version("spvla")
-except PackageNotFoundError:  # a checkout on the path that nobody has installed
+except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "unknown"
 
 __all__ = [

@@ -273,7 +273,7 @@ def read_space(value: ActionSpace | Mapping[str, Any] | str | Path) -> ActionSpa
         fields = read_json(Path(value))
         return ActionSpace.from_dict(fields.get("action_space", fields), str(value))
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"action space {str(value)!r}: neither 'libero' nor a JSON file with its fields ({error})") from None
+        raise InputError(f"action space {str(value)!r}: expected 'libero' or a JSON file describing one ({error})") from None
 
 
 @dataclass(frozen=True)

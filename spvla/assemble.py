@@ -62,7 +62,7 @@ def accelerate(
     """
     if scheduler is not None:
         if gate is not None:
-            raise InputError("accelerate: scheduler is the former name of gate; give gate alone", field="scheduler")
+            raise InputError("accelerate: scheduler is the old name of gate; give only gate", field="scheduler")
         warnings.warn("accelerate: scheduler is now called gate", DeprecationWarning, stacklevel=2)
         gate = scheduler
     loaded = load_export(export) if isinstance(export, str | Path) else export
@@ -94,7 +94,7 @@ def accelerate(
     else:
         GATES.get(gate)  # an unknown name is refused even where it does not matter
         if rule:
-            raise InputError(f"rule: there is no gate that its constants ({', '.join(rule)}) would belong to", field="rule")
+            raise InputError(f"rule: constants ({', '.join(rule)}) are given, but no gate is in use", field="rule")
     policy = (ShadowPolicy if shadow else SPVLAPolicy)(vla, part, decider, pruner, **options)
     return policy if record is None else Recorder(policy, record)
 
@@ -120,11 +120,11 @@ def make_gate(
 
 
 def _require_same_actions(export: Export, space: ActionSpace) -> None:
-    """Refuse a VLA of other actions than the export's; warn where only their scale differs."""
+    """Refuse a VLA if its actions differ from the export's; warn if only their scale differs."""
     export.space.require_compatible(space, "accelerate")
     if far := export.space.scale_difference(space):
         warnings.warn(
-            f"the export's actions have another scale than the VLA's, in {len(far)} of {space.dim} dimensions: {far[0]}. The "
-            "generator keeps the export's; check that both mean the same units",
+            f"the export's action scale differs from the VLA's in {len(far)} of {space.dim} dimensions: {far[0]}. The "
+            "generator keeps the export's scale; check that both use the same units",
             stacklevel=3,
         )

@@ -56,7 +56,7 @@ CONFIG = {
 }
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a generator
 PARTS = ("generators", "gates", "README.md", "config.json")
-WHOLE = ".whole"  # a version that a killed save had written whole
+WHOLE = ".whole"  # a version that a killed save had completed
 WEIGHTS = (".safetensors", ".onnx")  # all that an export's subfolders hold
 
 
@@ -88,12 +88,12 @@ class Export:
         if self.tolerance <= 0:
             raise InputError(f"tolerance must be positive, got {self.tolerance}")
         if missing := self.gates.keys() - self.calibration.keys():
-            raise InputError(f"calibration lacks gate {min(missing)!r}")
+            raise InputError(f"calibration for gate {min(missing)!r} is missing")
         with naming("defaults"):
             check_defaults(self.defaults, tuple(self.generators))
         modules: list[nn.Module] = [*self.generators.values(), *self.gates.values()]
         for module in modules:
-            module.eval()  # dropout would decide otherwise at every call
+            module.eval()  # with dropout, every call would decide differently
         for name in self.gates.keys() & self.generators.keys():
             generator, gate = self.generators[name].features, self.gates[name].features
             if generator.config == gate.config:
@@ -107,7 +107,7 @@ class Export:
             return self.generators[name].bind(acting)
         if name not in GENERATORS:
             known = ", ".join(dict.fromkeys([*self.generators, *GENERATORS.names()]))
-            raise InputError(f"generator {name!r} is unknown; there are: {known}", code="unknown-generator", field="generator")
+            raise InputError(f"generator {name!r} is unknown; available: {known}", code="unknown-generator", field="generator")
         if is_learned(name):
             held = ", ".join(self.generators) or "none"
             message = f"generator {name!r} is not in this export, which holds: {held}"
@@ -115,25 +115,25 @@ class Export:
         return make_baseline(name, acting)
 
     def acting_space(self, space: ActionSpace) -> ActionSpace:
-        """What generators and gates act in on a robot of action space ``space``: its bounds and environment units, in the
+        """The space in which generators and gates act on a robot of ``space``: its bounds and environment units, in the
         export's scale, which is the one that they were trained in."""
         return space.scaled_like(self.space)
 
     def limits(self, generator: str, space: ActionSpace) -> ActionSpace:
-        """What proposals of ``generator`` on a robot of ``space`` are held to: its bounds, and for a distilled one the largest
+        """The limits on proposals of ``generator`` on a robot of ``space``: its bounds, and for a distilled one the largest
         jump that training saw; in the export's scale."""
         acting = self.acting_space(space)
         jump = self.space.max_jump if generator in self.generators else None
         return acting if jump is None else acting.with_max_jump(jump)
 
     def notes(self) -> list[str]:
-        """What whoever uses this export should know of its generators."""
+        """Notes on the generators for the user of this export."""
         errors = self.provenance.get("calibration_error", {})
         last = errors.get("last", float("inf"))
-        advice = "" if "last" in self.gates else "; distil again with last among the baselines to compare their coverage"
+        advice = "" if "last" in self.gates else "; add last to --baselines and distil again to compare their coverage"
         return [
             f"{name} is no better than repeating the last action: its error on the calibration episodes is "
-            f"{errors[name]:.4f}, that of last {last:.4f}{advice}"
+            f"{errors[name]:.4f}, that of the baseline last is {last:.4f}{advice}"
             for name in self.generators
             if errors.get(name, 0.0) > last
         ]
@@ -148,7 +148,7 @@ def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> 
     for name, known in (("generator", (*generators, *baselines, "none")), ("gate", GATES.names())):
         if defaults[name] not in known and ":" not in defaults[name]:
             raise InputError(
-                f"{name} {defaults[name]!r} is unknown; there are: {', '.join(known)}", code=f"unknown-{name}", field=name
+                f"{name} {defaults[name]!r} is unknown; available: {', '.join(known)}", code=f"unknown-{name}", field=name
             )
     check_risk(defaults["risk"])
     check_values(defaults, PRUNING)
@@ -226,7 +226,7 @@ def require_export_folder(folder: str | Path) -> Path:
     for kind in ("generators", "gates"):
         for path in sorted((folder / kind).glob("*")):
             if path.is_dir() or path.suffix not in WEIGHTS:
-                raise InputError(f"{path}: is no part of an export and would be lost; move it elsewhere")
+                raise InputError(f"{path}: is not part of an export and would be lost; move it elsewhere")
     return folder
 
 
@@ -270,7 +270,7 @@ def load_export(path: str | Path) -> Export:
     with naming(config_path):
         check_values(config, CONFIG)
         if not 1 <= config["format"] <= FORMAT:
-            raise InputError(f"export format {config['format']}, this version reads up to {FORMAT}", code="format")
+            raise InputError(f"export format {config['format']} is too new; this version reads up to {FORMAT}", code="format")
         space = ActionSpace.from_dict(config["action_space"], "action_space")
         calibration = {k: Calibration.from_dict(v, f"calibration.{k}") for k, v in config["calibration"].items()}
         digests = config.get("sha256", {}) if config["format"] > 1 else None
@@ -279,7 +279,7 @@ def load_export(path: str | Path) -> Export:
     for kind, make in (("generators", make_network), ("gates", _make_gate)):
         for name, values in config[kind].items():
             if not NAME.fullmatch(name):
-                raise InputError(f"{config_path}: {kind}: {name!r} is not a name (letters, digits, '_', '-', '.')", field=kind)
+                raise InputError(f"{config_path}: {kind}: {name!r} is not a valid name (letters, digits, _ - .)", field=kind)
             weights = f"{kind}/{name}.safetensors"
             tensors = _read_weights(_part(folder, weights), None if digests is None else digests.get(weights, ""))
             with naming(config_path), naming(f"{kind}.{name}"):
@@ -310,9 +310,9 @@ def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})", code="damaged", field=str(path)) from None
+        raise InputError(f"{path}: incomplete or damaged safetensors file ({error})", code="damaged", field=str(path)) from None
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        message = f"{path}: is not the file that config.json was written with (its SHA-256 differs)"
+        message = f"{path}: is not the file that belongs to config.json (the SHA-256 differs)"
         raise InputError(message, code="damaged", field=str(path))
     for name, tensor in tensors.items():
         require_finite(tensor, name, path)

@@ -142,7 +142,7 @@ class ActionHistory:
         self._run_before = self.generated_run
         self.generated_run = 0 if source == Source.VLA else self.generated_run + (source == Source.GENERATOR)
         if source == Source.VLA:
-            # The VLA's own words, also where something else was executed (noise while collecting).
+            # The VLA's own output, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
             self.vla_age = 1
             if self.states is not None:
@@ -160,7 +160,7 @@ class ActionHistory:
     def amend(self, action: FloatArray) -> None:
         """Replace the last executed action (D,), environment units: something downstream changed it."""
         if not self.steps:
-            raise InputError("history: no action was executed yet")
+            raise InputError("history: no action has been executed yet")
         action = self._checked(action)
         self._window = None
         self.actions[-1] = action

@@ -50,7 +50,7 @@ class Observation:
         if self.images and camera not in self.images:
             seen = ", ".join(self.images)
             raise InputError(
-                f"observation.images: the policy needs camera {camera!r}, there are: {seen}",
+                f"observation.images: the policy needs camera {camera!r}; available: {seen}",
                 code="missing-camera",
                 field=f"observation.images.{camera}",
             )

@@ -121,7 +121,7 @@ class SPVLAPolicy:
         self.space = space or vla.action_space
         if generator is not None and generator.space.rescaling(self.space) is not None:
             raise InputError(
-                "policy: the generator's normalised actions are in another scale than the policy's action space",
+                "policy: the generator's normalised actions do not use the scale of the policy's action space",
                 code="scale-mismatch",
                 field="space",
             )
@@ -133,7 +133,7 @@ class SPVLAPolicy:
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
         self._queue: deque[FloatArray] = deque()  # the rest of the VLA's plan
         self._waiting = False  # the VLA could not be asked in the last step
-        self._decided = self._outside = 0  # steps that the gate decided, and those outside of what it knows
+        self._decided = self._outside = 0  # steps that the gate decided, and how many were unfamiliar or refused
         self._instruction: str | None = None
 
     def reset(self, instruction: str) -> None:
@@ -158,7 +158,7 @@ class SPVLAPolicy:
     def last_step(self) -> StepInfo:
         """What happened in the last step."""
         if not self.steps:
-            raise InputError("policy: no step was taken since reset()")
+            raise InputError("policy: no step has been taken since reset()")
         return self.steps[-1]
 
     def select_action(
@@ -175,7 +175,7 @@ class SPVLAPolicy:
         """
         start = perf_counter()
         if self._instruction is None:
-            raise InputError("policy: reset(instruction) comes before the first select_action()")
+            raise InputError("policy: call reset(instruction) before the first select_action()")
         self.history.observe(observation.state if isinstance(observation, Observation) else state)
         judged = self._judge()
         times = {"scheduling": 1e3 * (perf_counter() - start)}
@@ -207,7 +207,7 @@ class SPVLAPolicy:
         return Judged(decision, proposal, refused)
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
-        """The generator, the rest of a plan, or the VLA."""
+        """Act: by the generator, the rest of a plan, or the VLA."""
         if judged.skips and judged.proposal is not None:
             if not judged.decision.audit:
                 return Acted(judged.proposal, Source.GENERATOR)
@@ -250,7 +250,7 @@ class SPVLAPolicy:
         return Acted(output.actions[0], Source.VLA, output, keep_mass=keep_mass)
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
-        """Take the action into the history; what happened in this step."""
+        """Add the action to the history; return what happened in this step."""
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
@@ -281,7 +281,7 @@ class SPVLAPolicy:
             state: proprioception (S,) before that step.
         """
         if not self.steps:
-            raise InputError("policy: waited() comes after the select_action() that was waited for")
+            raise InputError("policy: call waited() only after the select_action() that was late")
         self.history.observe(state)
         self.history.act(np.array(action, np.float32), Source.HELD)
         self.steps.append(StepInfo(Source.HELD, False, "waited"))
@@ -312,14 +312,14 @@ class SPVLAPolicy:
         self._outside += refused or decision.reason == "unfamiliar state"
         if self._decided == FIRST_STEPS and self._outside > FIRST_STEPS / 2:
             if refused:
-                evidence = f"its last proposal was {np.round(proposal, 2).tolist()} in the export's scale"
+                evidence = f"the last proposal was {np.round(proposal, 2).tolist()} in the export's scale"
                 evidence += f", after {np.round(self.history.normalized[-1], 2).tolist()}"
             else:
                 assert self.history.states is not None
                 evidence = f"the last state was {np.round(self.history.states[-1], 3).tolist()}"
             warnings.warn(
                 f"{self._outside} of the first {FIRST_STEPS} steps lie outside of what the export was calibrated on "
-                f"({evidence}): units, order of the state or the robot itself may differ; the VLA acts in their place",
+                f"({evidence}): units, the order of state entries or the robot itself may differ; the VLA acts on such steps",
                 stacklevel=4,
             )
 

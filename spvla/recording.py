@@ -1,4 +1,4 @@
-"""Episodes of a policy as records: in memory, and a policy around a policy that writes them to a rollout store."""
+"""Records of a policy's episodes: in memory, and a wrapper around a policy that writes them to a rollout store."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Registry:
         target = self.targets.get(name, name if ":" in name else None)
         if target is None:
             raise InputError(
-                f"{self.role} {name!r} is unknown; there are: {', '.join(self.names())}, or name a 'package.module:attribute'",
+                f"{self.role} {name!r} is unknown; available: {', '.join(self.names())}, or name a 'package.module:attribute'",
                 code=f"unknown-{self.role.lower()}",
                 field=self.role,
             )

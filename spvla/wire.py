@@ -69,7 +69,7 @@ def decode_array(content: Mapping[Any, Any]) -> Any:
     if not isinstance(fields["nd"], bool) or not {"type", "data"} <= fields.keys():
         return content  # somebody's own field that happens to be called nd
     if fields.get("kind") not in (None, "", b""):
-        raise InputError("array: objects and structured arrays are not read; send arrays of numbers", code="array-dtype")
+        raise InputError("array: objects and structured arrays are not supported; send arrays of numbers", code="array-dtype")
     return _array(fields, "type") if fields["nd"] else _scalar(fields, "type")
 
 
@@ -104,7 +104,7 @@ def _array(fields: Mapping[str, Any], dtype_key: str) -> NDArray[Any]:
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise InputError(
-            f"array: {list(shape)} of {dtype} are {expected} bytes, data has {len(data)}", code="array-data", field="data"
+            f"array: {list(shape)} of {dtype} needs {expected} bytes, but data has {len(data)}", code="array-data", field="data"
         )
     try:
         array = np.frombuffer(data, dtype).reshape(shape)

@@ -161,7 +161,7 @@ def test_names_that_say_what_they_are_convert_and_stop(tmp_path, capsys, suffix,
     assert space.kind == kind and space.gripper == (3,)
     stopped = space.stop(np.array([0.1, 0.2, 0.3, 1.0], np.float32))
     np.testing.assert_allclose(stopped, [0.1, 0.2, 0.3, 1] if reading == "position" else [0, 0, 0, 1])
-    assert "is that their kind" not in capsys.readouterr().out
+    assert "is that the right kind" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("suffix", "reading"), [("vel", "position"), ("pos", "delta"), ("delta", "velocity")])
@@ -169,7 +169,7 @@ def test_names_that_the_data_contradicts_are_noted(tmp_path, capsys, suffix, rea
     folder = write_set(tmp_path / "set", [f"j{k}_{suffix}" for k in range(3)] + ["gripper"], *episodes(reading))
     convert("lerobot", folder, tmp_path / "store")
     out = capsys.readouterr().out
-    assert "is that their kind" in out and reading in out
+    assert "is that the right kind" in out and reading in out
 
 
 @pytest.mark.parametrize("names", [{"motors": BARE}, [BARE], {name: k for k, name in enumerate(BARE)}])

@@ -62,7 +62,7 @@ def test_prunings_by_name():
     assert cell_pruner("slow_fewer", named) == make_pruner("slow_fewer")
     assert cell_pruner("fast_fewer", named) == make_pruner({"z_threshold": 0.3})
     assert cell_pruner("half", named) == make_pruner(named["half"])
-    with pytest.raises(InputError, match="pruning 'third' is unknown; there are: half, fast_fewer, slow_fewer"):
+    with pytest.raises(InputError, match="pruning 'third' is unknown; available: half, fast_fewer, slow_fewer"):
         cell_pruner("third", named)
     with pytest.raises(InputError, match="pruning 'half': field 'share' is unknown"):
         cell_pruner("half", {"half": {"share": 0.5}})

@@ -273,7 +273,7 @@ def test_a_part_is_known_by_the_file_it_came_from(bridge, tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     convert("rlds", folder, tmp_path / "store", on_error="skip")
     path.write_bytes(whole)
-    with pytest.raises(InputError, match="to make it anew, or name another --output"):
+    with pytest.raises(InputError, match="to make it again, or choose another --output"):
         convert("rlds", folder, tmp_path / "store")
     shutil.rmtree(tmp_path / "store")
     convert("rlds", folder, tmp_path / "store")
@@ -379,7 +379,7 @@ def test_published_scale(bridge, tmp_path, capsys):
     (tmp_path / "tenth.json").write_text(json.dumps({"bridge_dataset": {"action": {**published, **tenth}}}))
     convert("rlds", bridge, tmp_path / "wrong", statistics=tmp_path / "tenth.json")
     assert (
-        "dimension 6 (gripper) goes from 0 to 1, its scale is for 0 to 0.1; do units and signs agree?"
+        "dimension 6 (gripper) goes from 0 to 1, but its scale is for 0 to 0.1; do units and signs agree?"
         in capsys.readouterr().out
     )
     with pytest.raises(InputError, match="no usable entry for 'bridge_dataset'"):
@@ -399,7 +399,7 @@ def test_a_repaired_file_of_the_same_size_is_read_again(bridge, tmp_path):
     before = tree(tmp_path / "store")
     path.write_bytes(whole)
     with pytest.raises(
-        InputError, match=r"tfrecord-00000-of-00001 had a problem, it was changed since; delete .*json"
+        InputError, match=r"tfrecord-00000-of-00001 had a problem and has changed since; delete .*json"
     ) as error:
         convert("rlds", folder, tmp_path / "store", on_error="skip")
     assert tree(tmp_path / "store") == before
@@ -442,5 +442,5 @@ def test_episodes_of_a_store_are_chosen_by_number(store_folder, tmp_path, capsys
         lambda: stats(data=store_folder, episodes="99"),
         lambda: convert("lerobot", store_folder, tmp_path, episodes="99"),
     ):
-        with pytest.raises(InputError, match=r"no episode could be used; none has a number that --episodes names \(99 to 99\)"):
+        with pytest.raises(InputError, match=r"no episode could be used; --episodes selects none of them \(99 to 99\)"):
             call()

@@ -115,12 +115,12 @@ def damage(folder, change):
     [
         ("missing config", r"config\.json: missing"),
         ("missing weights", r"gates/mlp\.safetensors: missing"),
-        ("truncated", r"generators/mlp\.safetensors: not a whole safetensors file"),
+        ("truncated", r"generators/mlp\.safetensors: incomplete or damaged safetensors file"),
         ("not json", r"config\.json: not valid JSON"),
         ("missing field", r"config\.json: field 'tolerance' is missing"),
         ("other sizes", r"mlp\.safetensors: tensor 'net\.0\.bias' has shape \(16,\), config\.json asks for \(32,\)"),
         ("unknown option", r"config\.json: .*colour"),
-        ("no calibration", r"calibration lacks gate 'ridge'"),
+        ("no calibration", r"calibration for gate 'ridge' is missing"),
     ],
 )
 def test_a_damaged_export_names_its_culprit(folder, change, message):
@@ -145,20 +145,20 @@ def mlp(config):
         (lambda c: c["defaults"].update(risk="low"), r"defaults: risk must be a finite number, got 'low'"),
         (lambda c: c["defaults"].update(risk=7), r"defaults: risk must lie in \(0, 1\], got 7"),
         (lambda c: c["defaults"].update(max_generated_run="many"), r"defaults: max_generated_run must be a whole number"),
-        (lambda c: c["defaults"].update(generator="magic"), r"defaults: generator 'magic' is unknown; there are: mlp, "),
+        (lambda c: c["defaults"].update(generator="magic"), r"defaults: generator 'magic' is unknown; available: mlp, "),
         (lambda c: c["defaults"].update(pruning=5), r"defaults: pruning must be .*, got 5"),
-        (lambda c: c["calibration"]["mlp"]["risk"].reverse(), r"calibration\.mlp: risk must ascend"),
-        (lambda c: c["calibration"]["mlp"]["thresholds"].reverse(), r"calibration\.mlp: thresholds must ascend"),
+        (lambda c: c["calibration"]["mlp"]["risk"].reverse(), r"calibration\.mlp: risk must not decrease"),
+        (lambda c: c["calibration"]["mlp"]["thresholds"].reverse(), r"calibration\.mlp: thresholds must not decrease"),
         (lambda c: c["calibration"]["mlp"]["risk"].__setitem__(3, float("nan")), r"calibration\.mlp: risk must be a list"),
         (lambda c: c["calibration"]["mlp"]["coverage"].__setitem__(3, "a"), r"calibration\.mlp: coverage must be a list"),
-        (lambda c: c["calibration"]["mlp"]["risk"].pop(), r"calibration\.mlp: .* must have one length"),
+        (lambda c: c["calibration"]["mlp"]["risk"].pop(), r"calibration\.mlp: .* must have the same length"),
         (lambda c: c["calibration"]["mlp"].update(episodes=-1), r"calibration\.mlp: episodes must be at least 1, got -1"),
         (lambda c: c["calibration"].update(mlp=None), r"calibration must be a map of maps"),
         (lambda c: mlp(c).update(width=-1), r"generators\.mlp: generator: width must be at least 1, got -1"),
         (lambda c: mlp(c).update(width=10**15), r"generators\.mlp: "),
         (lambda c: mlp(c).update(dropout=7), r"generators\.mlp: generator: dropout must lie below 1, got 7"),
         (lambda c: mlp(c).update(gripper=[9]), r"generators\.mlp: generator: gripper \(9,\) lies outside 0\.\.6"),
-        (lambda c: c["generators"]["transformer"].update(heads=5), r"width 16 is no multiple of heads 5"),
+        (lambda c: c["generators"]["transformer"].update(heads=5), r"heads 5 must divide width 16"),
         (lambda c: c["generators"]["transformer"].update(heads=0), r"heads must be at least 1, got 0"),
         (lambda c: mlp(c)["features"].update(state_q01=["a", "b"]), r"features: state_q01 must be a list \(a finite number"),
         (
@@ -183,7 +183,7 @@ def test_values_that_cannot_be_are_named_with_their_file(folder, change, message
 
 def test_files_that_are_none_are_named(folder):
     (folder / "gates" / "mlp.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"gates/mlp\.safetensors: not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"gates/mlp\.safetensors: incomplete or damaged safetensors file"):
         load_export(folder)
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
@@ -269,7 +269,7 @@ def test_names_that_leave_the_folder_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["generators"]["../../elsewhere"] = config["generators"].pop("mlp")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="is not a name"):
+    with pytest.raises(InputError, match="is not a valid name"):
         load_export(folder)
 
 
@@ -310,7 +310,7 @@ def test_a_state_too_short_is_told(folder, state):
         ({"export": 123}, "export must be a folder, hf://owner/name or an Export, got int"),
         ({"risk": 7, "gate": "release"}, r"risk must lie in \(0, 1\], got 7"),
         ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
-        ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; there are: learned, release, paper"),
+        ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; available: learned, release, paper"),
         ({"rule": {"z_max": 1}}, "z_max"),
         ({"gate": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
         ({"gate": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),
@@ -338,7 +338,7 @@ def test_ill_fitting_uses_are_refused(folder):
     with pytest.raises(InputError, match="control_rate"):
         accelerate(ScriptedVLA(np.zeros((5, 7)), slow), folder)
     vla = ScriptedVLA(np.zeros((5, 7)))
-    with pytest.raises(InputError, match="'last' has no gate; gates: mlp, ridge, transformer"):
+    with pytest.raises(InputError, match="'last' has no gate; gates exist for: mlp, ridge, transformer"):
         accelerate(vla, folder, generator="last")
     with pytest.raises(InputError, match="'magic' is unknown"):
         accelerate(vla, folder, generator="magic")

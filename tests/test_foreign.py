@@ -161,9 +161,9 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_obs_steps": 2}, "plans from 2 observations in a row, .* not supported"),
+        ({"n_obs_steps": 2}, "needs 2 observations in a row, .* not supported"),
         ({"temporal_ensemble_coeff": 0.01}, "temporal ensembling .* not supported"),
-        ({"action_feature": SimpleNamespace(shape=(14,))}, "14 dimensions, the action space 'libero' has 7"),
+        ({"action_feature": SimpleNamespace(shape=(14,))}, "14 dimensions, but the action space 'libero' has 7"),
         (
             {"image_features": {f"observation.images.{k}": SimpleNamespace(shape=(3, 8, 8)) for k in "abc"}},
             "say which is which",
@@ -283,13 +283,13 @@ def test_lerobot_says_what_does_not_fit(act):
         (Observation(o.image, o.state), "the policy needs camera 'wrist_image'"),
         (
             Observation({**o.images, "image": o.image[:32]}, o.state),
-            r"observation.images.image: is \(32, 64\), observation.images.top .* \(64, 64\)",
+            r"observation.images.image: is \(32, 64\); observation.images.top .* \(64, 64\)",
         ),
-        (Observation(o.images, o.state[:5]), r"observation.state: the policy needs \(8,\), got \(5,\)"),
+        (Observation(o.images, o.state[:5]), r"observation.state: the policy needs shape \(8,\), got \(5,\)"),
     ):
         with pytest.raises(InputError, match=message):
             vla.predict(bad)
     with pytest.raises(InputError, match="maps none of"):
         load_vla("lerobot", str(act), {"cameras": {"observation.images.side": "image"}})
-    with pytest.raises(InputError, match="no LeRobot policy"):
+    with pytest.raises(InputError, match="not a LeRobot policy"):
         load_vla("lerobot", str(act.parent / "nothing"))

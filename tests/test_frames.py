@@ -113,11 +113,11 @@ def test_unlabelled_frames_need_images_and_instructions_only(tmp_path):
     wrist = Frames([tmp_path], labelled=False, camera="wrist")
     wrist.scan()
     assert wrist[0].image.mean() == pytest.approx(frames[0].image.mean() + 1, abs=0.5)
-    with pytest.raises(InputError, match=r"part 0.*no camera 'top'; there are: front, wrist"):
+    with pytest.raises(InputError, match=r"part 0.*no camera 'top'; available: front, wrist"):
         Frames([tmp_path], labelled=False, camera="top").scan()
     with pytest.raises(InputError, match="2 episodes in one shard"):
         Frames([tmp_path]).scan()
-    with pytest.raises(InputError, match="taught by labels"):
+    with pytest.raises(InputError, match="needs labels"):
         Frames([tmp_path], others=True, labelled=False)
     write(tmp_path / "libero", a=pictured_episode(3), b=pictured_episode(25), c=pictured_episode(2, success=False))
     assert [Frames([tmp_path / "libero"], validation, labelled=False).scan() for validation in (False, True)] == [8, 4]

@@ -100,7 +100,7 @@ def test_video_frames_in_any_order(tmp_path):
 
 
 def test_lying_metadata_is_told_and_the_data_wins(apple):
-    with pytest.raises(InputError, match="which does not tell what they are"):
+    with pytest.raises(InputError, match="which does not say what they mean"):
         LerobotSource(apple)
     source = LerobotSource(apple, REACHY)
     episodes = outcomes(source)
@@ -110,7 +110,7 @@ def test_lying_metadata_is_told_and_the_data_wins(apple):
     assert "3 of 3 videos of observation.image are not there" in told
     assert "total_frames claims 14983, the data holds 899" in told and "claims 0:50, there are 3 episodes" in told
     assert episodes[0].instruction == "place the apple in the plate"
-    with pytest.raises(InputError, match=r"no camera 'observation\.images\.top'; there are: observation\.image"):
+    with pytest.raises(InputError, match=r"no camera 'observation\.images\.top'; available: observation\.image"):
         LerobotSource(apple, REACHY, "observation.images.top")
 
 
@@ -192,14 +192,14 @@ def test_recorded_times_win_over_the_claimed_rate(five, fps):
     claim(five, fps=fps)
     source = LerobotSource(five)
     assert source.space.control_rate == 10
-    assert any(f"fps claims {fps}, by the recorded times it is 10.1 Hz; 10 is taken" in note for note in source.notes)
+    assert any(f"fps claims {fps}, but the recorded times give 10.1 Hz; 10 Hz is used" in note for note in source.notes)
 
 
 def test_no_rate_at_all_is_refused(five):
     claim(five, fps=None)
     for k in range(5):
         change(five, k, "timestamp", pa.nulls(len(rows_of(five, k, "timestamp")), pa.float32()))
-    with pytest.raises(InputError, match="fps is None, and no recorded times tell the control rate"):
+    with pytest.raises(InputError, match="fps is None, and the recorded times do not show the control rate"):
         LerobotSource(five)
     claim(five, fps=10)
     source = LerobotSource(five)
@@ -237,7 +237,7 @@ def test_odd_rows_are_named_and_the_rest_is_read(five):
     assert "record 2, field action: cannot be read (its values are string, not numbers)" in told[2]
     assert "record 3, field frame_index: row 50 is frame 51" in told[3]
     assert len(found[4]) == 237
-    assert any("observation.state of episode 4 has other extremes than meta/ states" in note for note in source.notes)
+    assert any("observation.state of episode 4 has extremes that differ from those in meta/" in note for note in source.notes)
 
 
 def test_names_that_do_not_fit_the_data_are_no_conventions(five):

@@ -333,4 +333,4 @@ def test_an_episode_without_rows_says_so(version, tmp_path):
 def test_an_episode_that_v3_lists_without_rows_is_noted(tmp_path):
     source = LerobotSource(write_set(tmp_path / "s", "v3.0", steps=lambda k: STEPS if k != 1 else 0))
     assert [e.metadata["number"] for e in outcomes(source)] == [0, 2]
-    assert any("lists 1 episodes that no data file has rows of: 1" in note for note in source.notes)
+    assert any("lists 1 episodes without rows in any data file: 1" in note for note in source.notes)

@@ -162,7 +162,7 @@ def test_a_policy_acts_the_same_whatever_the_scale_of_its_vla(export_folder):
 @pytest.mark.slow
 def test_another_unit_is_said(export_folder):
     millimetres = replace(ARM, q01=tuple(1000 * v for v in ARM.q01), q99=tuple(1000 * v for v in ARM.q99))
-    with pytest.warns(UserWarning, match="another scale"):
+    with pytest.warns(UserWarning, match="scale differs"):
         spvla.accelerate(ScriptedVLA(np.zeros((5, 7)), millimetres), export_folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

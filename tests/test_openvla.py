@@ -408,14 +408,14 @@ def test_bad_tensors_are_named(checkpoint):
 def test_bad_configs_are_named(checkpoint):
     for changes, message in [
         ({"model_type": "llava"}, "model_type is 'llava'"),
-        ({"timm_model_ids": ["resnet50", "vit_base_patch16_siglip_224"]}, "'resnet50' is unknown; known are: .*dinov2"),
+        ({"timm_model_ids": ["resnet50", "vit_base_patch16_siglip_224"]}, "'resnet50' is unknown; available: .*dinov2"),
         ({"timm_model_ids": ["vit_base_patch16_siglip_224"]}, "has 1 encoders, expected 2"),
         ({"timm_model_kwargs": [{"width": 3}, None]}, "'width' is unknown"),
         ({"image_resize_strategy": "letterbox"}, "letterbox"),
         ({"image_sizes": [56, 112]}, "different grids"),
         ({"append_space_token": True}, "append_space_token"),
         ({"text_config": {"hidden_size": "wide"}, "append_space_token": True}, "text_config"),
-        ({"norm_stats": {}}, "there are: none"),
+        ({"norm_stats": {}}, "available: none"),
         ({"norm_stats": {"toy": {"action": {"q01": [0.0], "q99": [1.0, 2.0]}}}}, r"norm_stats\['toy'\]"),
     ]:
         before = (checkpoint / "config.json").read_text()
@@ -506,7 +506,7 @@ def test_a_tokenizer_of_another_vocabulary_and_an_odd_index_are_refused(checkpoi
     (checkpoint / "model.safetensors.index.json").unlink()
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "up": 328}, unk_token="<unk>"))
     tokenizer.save(str(checkpoint / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"tokenizer\.json: has token id 328, config\.json's vocabulary has 328"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: has token id 328, but config\.json's vocabulary has 328"):
         from_pretrained(checkpoint)
 
 

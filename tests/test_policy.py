@@ -211,8 +211,8 @@ def test_pruning_is_refused_where_it_cannot_be():
     with pytest.raises(InputError, match=r"'fast_fewer' needs a vertical translation"):
         accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="fast_fewer")
     for pruning, message in [
-        ("often", r"pruning 'often' is unknown; there are: none, fast_fewer, slow_fewer"),
-        ({"ratio": 0.5}, r"field 'ratio' is unknown for speed 'fast_fewer'; there are: speed, z_threshold,"),
+        ("often", r"pruning 'often' is unknown; available: none, fast_fewer, slow_fewer"),
+        ({"ratio": 0.5}, r"field 'ratio' is unknown for speed 'fast_fewer'; available: speed, z_threshold,"),
         ({"speed": "constant", "keep": "half"}, "pruning: keep must be a finite number"),
     ]:
         with pytest.raises(InputError, match=message):

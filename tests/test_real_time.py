@@ -52,7 +52,7 @@ def test_what_is_held():
 def test_steps_that_nobody_decided_are_in_the_history(tmp_path):
     actions = np.linspace(-0.6, 0.6, 21, dtype=np.float32).reshape(3, 7)
     policy = Recorder(SPVLAPolicy(ScriptedVLA(actions)), tmp_path / "store")
-    with pytest.raises(InputError, match=r"waited\(\) comes after"):
+    with pytest.raises(InputError, match=r"call waited\(\) only after"):
         policy.waited(actions[0])
     policy.reset("wait")
     late = policy.select_action(lambda: None, state=STATE)

@@ -37,7 +37,7 @@ def test_options_are_keyword_arguments_of_the_factory():
         load_vla("expert", None, {"unnorm_key": "x"})
     with pytest.raises(InputError, match=r"VLA 'tests.test_registry:handing_on': .* 'lenght'"):
         load_vla(f"{HERE}:handing_on", None, {"lenght": 5})
-    with pytest.raises(InputError, match=r"'nobody' is unknown; there are: openvla, .*expert"):
+    with pytest.raises(InputError, match=r"'nobody' is unknown; available: openvla, .*expert"):
         load_vla("nobody")
     with pytest.raises(InputError, match=r"cannot import spvla\.nowhere:load"):
         load_vla("spvla.nowhere:load")
@@ -48,7 +48,7 @@ def test_options_are_keyword_arguments_of_the_factory():
     [
         (":", "cannot import : "),
         ("./x:y", "cannot import ./x:y"),
-        ("os:sep", "os:sep is no factory but str"),
+        ("os:sep", "os:sep is of type str, not a factory"),
         ("json:loads", r"json:loads\(checkpoint, ...\): the JSON object must be"),
     ],
 )

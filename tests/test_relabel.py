@@ -248,7 +248,7 @@ def test_action_spaces_must_fit(bridge, tmp_path, monkeypatch):
     monkeypatch.setattr(data.relabel, "load_vla", lambda *args: SeeingVLA(bridge_space(8)))
     with pytest.raises(InputError, match="dim = 8"):
         run(tmp_path / "store", bridge)
-    with pytest.raises(InputError, match="name either data"):
+    with pytest.raises(InputError, match="give either data"):
         relabel(tmp_path / "store", "seeing")
 
 

@@ -251,7 +251,7 @@ def test_bad_folders_are_one_line_errors(copy, tmp_path, bridge):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no dataset_info\.json"):
         open_source("rlds", tmp_path / "empty")
-    with pytest.raises(InputError, match="no split 'test'; there are: train, val"):
+    with pytest.raises(InputError, match="no split 'test'; available: train, val"):
         open_source("rlds", bridge, split="test")
     with pytest.raises(InputError, match="no feature 'observation/top'"):
         open_source("rlds", bridge, camera="observation/top")

@@ -144,7 +144,7 @@ def test_bad_episodes_and_stores_are_named(tmp_path, store_folder):
     with pytest.raises(InputError, match="not finalised"):
         list(read_episodes(tmp_path / "s"))
     (tmp_path / "s" / ".shards" / "b.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(InputError, match=r"b\.parquet: not a whole shard"):
+    with pytest.raises(InputError, match=r"b\.parquet: incomplete or damaged shard"):
         writer.finalize()
     with pytest.raises(InputError, match="job id"):
         writer.write("../escape", [smooth_episode(1)])
@@ -329,7 +329,7 @@ def test_folders_of_others_are_not_replaced(tmp_path, store_folder):
     owned = write_store(tmp_path / "owned", range(2))
     (owned / "meta" / "notes.txt").write_text("mine")
     before = contents(owned)
-    with pytest.raises(InputError, match=r"meta/notes\.txt: not a rollout store's file, it would be deleted"):
+    with pytest.raises(InputError, match=r"meta/notes\.txt: not part of a rollout store and would be deleted"):
         finalize(owned)
     assert contents(owned) == before
     (owned / "meta" / "notes.txt").unlink()
@@ -361,10 +361,10 @@ def test_other_features_are_refused_before_they_are_written(tmp_path):
     narrow.states = narrow.states[:, :2]
     for job in ("a", "c"):
         with pytest.raises(
-            InputError, match=r"features differ from those of .*b\.parquet: vla_action \(absent, there 7 entries\)"
+            InputError, match=r"features differ from those of .*b\.parquet: vla_action \(here absent, there 7 entries\)"
         ):
             writer.write(job, [unlabelled])
-    with pytest.raises(InputError, match=r"job c, episode 1: .*: observation.state \(2 entries, there 5 entries\)"):
+    with pytest.raises(InputError, match=r"job c, episode 1: .*: observation.state \(here 2 entries, there 5 entries\)"):
         writer.write("c", [smooth_episode(2), narrow])
     assert [p.name for p in writer.shards.iterdir()] == ["b.parquet"]
     writer.write("b", [unlabelled])  # the only shard is replaced: nothing to agree with
@@ -403,11 +403,11 @@ def test_a_flipped_bit_is_found(tmp_path, kind):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("timestamps", np.arange(5) / 20, r"timestamps, shape \(5,\): expected 60 finite ones"),
+        ("timestamps", np.arange(5) / 20, r"timestamps, shape \(5,\): expected 60 finite values"),
         ("timestamps", np.full(60, np.nan), "timestamps"),
         ("sources", np.zeros(5, np.uint8), r"sources has shape \(5,\), expected \(60,\)"),
         ("sources", np.full(60, 9, np.uint8), "sources is 9 at step 0, expected one of 0, 1, 2"),
-        ("vla_actions", np.zeros((60, 6), np.float32), "vla_actions have 6 dimensions, the action space 7"),
+        ("vla_actions", np.zeros((60, 6), np.float32), "vla_actions have 6 dimensions; the action space has 7"),
         ("instruction", None, "instruction is None, expected text"),
         ("metadata", {"x": np.float32(1)}, "metadata or success cannot be written as JSON"),
     ],
@@ -448,13 +448,13 @@ def listed(rows, width=7):
         (EPISODES, "metadata", lambda v: pa.array(["{"] * 3), "episode 0: metadata: not valid JSON"),
         (EPISODES, "metadata", lambda v: pa.nulls(3, pa.string()), "episode 0: metadata is None"),
         (EPISODES, "tasks", lambda v: pa.array([[]] * 3, pa.list_(pa.string())), r"tasks is \[\], expected an instruction"),
-        (DATA, "action", None, "no column action; there are: observation.state"),
+        (DATA, "action", None, "no column action; available: observation.state"),
         (DATA, "action", lambda v: listed([None, *v[1:]]), "action has 1 empty entries"),
         (
             DATA,
             "action",
             lambda v: listed([a[:6] for a in v], 6),
-            "actions? ha(s|ve) 6 (entries|dimensions), the action space 7",
+            "actions? ha(s|ve) 6 (entries|dimensions); the action space has 7",
         ),
         (DATA, "action", lambda v: pa.array(v, pa.list_(pa.float32())), "action is list.*, expected vectors of one size"),
         (DATA, "action", lambda v: pa.array(["x"] * len(v)), "action is string, expected vectors of one size"),

@@ -85,23 +85,23 @@ def test_distilling_again_redoes_nothing(export_folder, store_folder, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mlp": {"widht": 8}}, "mlp: 'widht' is unknown; there are: batch_size, depth"),
+        ({"mlp": {"widht": 8}}, "mlp: 'widht' is unknown; available: batch_size, depth"),
         ({"mlp": {"kind": "transformer"}}, "mlp: 'kind' is unknown"),
         ({"mlp": {"width": -1}}, "mlp: generator: width must be at least 1, got -1"),
         ({"mlp": {"learning_rate": -1}}, "mlp: learning_rate must be at least 0, got -1"),
-        ({"transformer": {"heads": 5}}, "transformer: generator: width 256 is no multiple of heads 5"),
-        ({"gate": {"colour": 1}}, "gate: 'colour' is unknown; there are: depth, dropout"),
+        ({"transformer": {"heads": 5}}, "transformer: generator: heads 5 must divide width 256"),
+        ({"gate": {"colour": 1}}, "gate: 'colour' is unknown; available: depth, dropout"),
         ({"gate": {"width": 0}}, "gate: gate: width must be at least 1, got 0"),
-        ({"generators": ["mlp", "mlp"]}, "generators: 'mlp' is there twice"),
-        ({"baselines": ["rigde"]}, "baselines: 'rigde' is unknown; there are: ridge, ridge_paper, last"),
+        ({"generators": ["mlp", "mlp"]}, "generators: 'mlp' is given twice"),
+        ({"baselines": ["rigde"]}, "baselines: 'rigde' is unknown; available: ridge, ridge_paper, last"),
         ({"default_generator": "last"}, "default_generator 'last' is not among the distilled ones: mlp, transformer, ridge"),
-        ({"generators": [], "baselines": []}, "there is none to distil"),
+        ({"generators": [], "baselines": []}, "generators and baselines: give at least one"),
         *[({name: 0}, f"{name} must be at least 1, got 0") for name in ("threads", "batch_size", "steps", "gate_steps")],
         ({"max_generated_run": -3}, "max_generated_run must be at least 1, got -3"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"folds": 0}, "folds must be at least 2, got 0"),
         ({"folds": 500}, "folds must be at most the 40 training episodes and 255, got 500"),
-        ({"state_dims": [99]}, "state_dims: 99 is no entry of the state in .*rollouts, which has 5"),
+        ({"state_dims": [99]}, "state_dims: 99 is not an index of the state in .*rollouts, which has 5"),
         ({"state_dims": [-1]}, r"state_dims must be at least 0, got \[-1\]"),
         ({"hide": 7}, "hide must be at most 1, got 7"),
         ({"hide": float("nan")}, "hide must be a finite number, got nan"),
@@ -118,7 +118,7 @@ def test_what_cannot_be_distilled_is_told_before_anything_is_trained(store_folde
 
 
 def test_data_twice_or_an_output_of_other_things_is_told_before_anything_is_trained(store_folder, tmp_path):
-    with pytest.raises(InputError, match=r"data: '.*rollouts' is there twice"):
+    with pytest.raises(InputError, match=r"data: '.*rollouts' is given twice"):
         distill([store_folder, store_folder / ".." / "rollouts"], tmp_path / "e", **OPTIONS)
     (tmp_path / "code.py").write_text("")
     with pytest.raises(InputError, match="is neither empty nor an export"):
@@ -131,7 +131,7 @@ def test_a_stage_cut_short_is_named(store_folder, tmp_path):
     distill([store_folder], tmp_path / "e", **options)
     stage = next((tmp_path / "e" / ".stages").glob("mlp-[0-9a-f]*"))
     stage.write_bytes(stage.read_bytes()[:-100])
-    with pytest.raises(InputError, match=rf"{stage}: not the whole weights of a stage .*; delete it"):
+    with pytest.raises(InputError, match=rf"{stage}: incomplete stage weights .*; delete it"):
         distill([store_folder], tmp_path / "e", **options)
     assert load_export(tmp_path / "e").gates.keys() == {"mlp", "ridge"}
 

@@ -187,7 +187,7 @@ def print_evidence(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.
         print("  " + f"{name:12s}" + "".join(cells) + f"{errors[name]:8.4f}")
     smallest = max(c.smallest_risk for c in export.calibration.values())
     if smallest > min(risks):
-        print(f"  n/a: too few calibration episodes; the smallest risk they can vouch for is {smallest:.3f}")
+        print(f"  n/a: too few calibration episodes; the smallest possible risk is {smallest:.3f}")
 
     def evidence(name: str) -> str:
         curve = export.calibration[name]

@@ -133,12 +133,12 @@ class RolloutData(L.LightningDataModule):
         vla_confidence, vla_features: use them as inputs; the stores must have them.
         horizon: teacher actions ahead (H).
         batch_size: windows per step.
-        hide: share of training windows whose last actions are passed off as the generator's.
+        hide: fraction of training windows with their last actions marked as the generator's.
         calibration_fraction: share of episodes for validation where the data has no official initial states.
         seed: of split and order.
         weights: share of each store of ``data`` in the training batches; by their numbers of frames if None.
         calibration_data: more rollout stores, of scenes that ``data`` does not train on: all their episodes calibrate.
-        space: whose scale normalises every action, as fields of :class:`spvla.actions.ActionSpace`; the first store's if None.
+        space: its scale normalises every action, as fields of :class:`spvla.actions.ActionSpace`; the first store's if None.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class GateData(RolloutData):
     """Windows for :class:`train.modules.ClassifierModule`, with the generators that judge them.
 
     Args:
-        generator: whose gate: ``ridge``, ``ridge_paper``, ``last``, or a checkpoint of ``python -m train fit``. Of a
+        generator: to make the gate for: ``ridge``, ``ridge_paper``, ``last``, or a checkpoint of ``python -m train fit``. Of a
             checkpoint the architecture is trained anew without each fold, so that the gate learns on residuals of
             generators that have not seen the episode.
         folds: number of folds.
@@ -299,7 +299,7 @@ class GateData(RolloutData):
             self.fold = np.zeros(len(self.windows), np.uint8)
         else:
             if module.network.config.features != self.features:
-                raise InputError(f"{generator}: was trained with other features than this gate's data gives")
+                raise InputError(f"{generator}: was trained with features that differ from this gate's data")
             fitted, self.fold = cross_fit(self, module.options(), steps, folds, Path(generator).stem)
             self.judges = [g.bind(self.space) for g in [*fitted, module.network]]
 
@@ -308,5 +308,5 @@ def load_generator_module(checkpoint: str) -> GeneratorModule:
     """A :class:`GeneratorModule` from its checkpoint; an :class:`InputError` names a missing or damaged file."""
     path = Path(checkpoint)
     if not path.is_file():
-        raise InputError(f"{checkpoint}: no such checkpoint, nor a generator without training")
+        raise InputError(f"{checkpoint}: neither a checkpoint nor a generator that needs no training")
     return GeneratorModule.from_checkpoint(path)

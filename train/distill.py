@@ -54,10 +54,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name, learned in (("generators", True), ("baselines", False)):
         known = [n for n in GENERATORS.names() if is_learned(n) == learned]
         if unknown := [n for n in given[name] if n not in known and (":" not in n or is_learned(n) != learned)]:
-            raise InputError(f"{name}: {unknown[0]!r} is unknown; there are: {', '.join(known)}", field=name)
+            raise InputError(f"{name}: {unknown[0]!r} is unknown; available: {', '.join(known)}", field=name)
     for name, items in (("generators", generators), ("baselines", baselines), ("data", stores)):
         if twice := [i for i in items if items.count(i) > 1]:
-            raise InputError(f"{name}: {str(twice[0])!r} is there twice")
+            raise InputError(f"{name}: {str(twice[0])!r} is given twice")
     features = FeatureConfig(1, given["history"])
     options = {"mlp": given["mlp"], "transformer": given["transformer"], **given["networks"]}
     for kind in generators:
@@ -80,7 +80,7 @@ def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module
     known = types.keys() - LINKED - (set() if module is GeneratorModule else {"tolerance"})
     for option in options:
         if option not in known:
-            raise InputError(f"{name}: {option!r} is unknown; there are: {', '.join(sorted(known))}")
+            raise InputError(f"{name}: {option!r} is unknown; available: {', '.join(sorted(known))}")
     with naming(name):
         check_values(options, types, LEAST_OF_TRAINING)
         make(**{k: v for k, v in options.items() if k not in LEAST_OF_TRAINING})
@@ -192,7 +192,7 @@ def distill(
         print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
         if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
             whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
-            print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
+            print(f"{whose}: no teacher's labels, so the recorded actions are learned instead")
         fits = [Stage("generator", name, without) for name in kinds for without in [*range(folds), None]]
         train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
         train_stages(plan, [Stage("gate", name) for name in kinds], threads)

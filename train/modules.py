@@ -123,7 +123,7 @@ class GeneratorModule(_Module):
 
     def loss(self, out: Tensor, batch: Batch) -> Tensor:
         """Huber on the continuous dimensions, a predicted change in units of its spread; cross-entropy on binary grippers.
-        Steps before the first action have no say: the VLA makes that. Scalar."""
+        Steps before the first action do not count: the VLA makes that. Scalar."""
         targets, valid = torch.as_tensor(batch.targets), torch.as_tensor(batch.valid)
         g = list(self.network.config.gripper)
         c = [d for d in range(out.shape[-1]) if d not in g]
@@ -209,14 +209,14 @@ class ClassifierModule(_Module):
             generator.space.require_compatible(space, str(path))
             if space.rescaling(generator.space) is not None:
                 raise InputError(
-                    f"{path}: the gate was trained in another scale (q01, q99) than its generator; train it with "
+                    f"{path}: the gate was trained at a scale (q01, q99) that is not its generator's; train it with "
                     "--data.generator naming the generator's checkpoint",
                     code="scale-mismatch",
                     field=str(path),
                 )
             if values["tolerance"] != generator.tolerance:
                 raise InputError(
-                    f"{path}: was trained for tolerance {values['tolerance']}, its generator for {generator.tolerance}",
+                    f"{path}: was trained for tolerance {values['tolerance']}, but its generator for {generator.tolerance}",
                     code="tolerance-mismatch",
                     field=str(path),
                 )

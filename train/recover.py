@@ -75,9 +75,9 @@ class RecoverModule(L.LightningModule):
             raise InputError("recover: LoRA adapters need the package peft (pip install 'spvla[train]')") from None
 
         if not keep or not all(0 < share < 1 for share in keep):
-            raise InputError(f"recover: keep must be shares of the tokens between 0 and 1, got {list(keep)}")
+            raise InputError(f"recover: keep must hold fractions of the tokens between 0 and 1, got {list(keep)}")
         if dtype not in DTYPES:
-            raise InputError(f"recover: dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
+            raise InputError(f"recover: dtype {dtype!r} is unknown; available: {', '.join(DTYPES)}")
         if not temperature > 0:
             raise InputError(f"recover: temperature must be above 0, got {temperature}")
         self.keep, self.temperature = tuple(keep), temperature

@@ -155,7 +155,7 @@ def load_stage(network: N, path: Path) -> N:
         network.load_state_dict(load_file(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not the whole weights of a stage ({reason}); delete it to train that stage again") from None
+        raise InputError(f"{path}: incomplete stage weights ({reason}); delete it to train that stage again") from None
     return network.eval()
 
 

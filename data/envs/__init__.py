@@ -35,7 +35,7 @@ def simulator(suite: str) -> Simulator:
     if name is None:
         listing = ", ".join(sorted(known))
         raise InputError(
-            f"suite {suite!r} belongs to no known simulator; suites begin with the name of one: {listing}. "
+            f"suite {suite!r} belongs to no known simulator; its name must begin with one of: {listing}. "
             "A name of your own is known once its package is installed",
             code="unknown-suite",
             field="suite",
@@ -94,5 +94,5 @@ def expert(checkpoint: str | None = None, *, suite: str | None = None) -> VLA:
     if checkpoint is not None:
         raise InputError(f"VLA 'expert' takes no checkpoint, got {checkpoint!r}")
     if suite is None:
-        raise InputError("VLA 'expert' belongs to a simulator: name the suite", code="missing", field="suite")
+        raise InputError("VLA 'expert' depends on the simulator: give the suite", code="missing", field="suite")
     return simulator(suite).expert()

@@ -90,9 +90,9 @@ class MetaWorldEnv:
         if init_state is not None and not 0 <= init_state < INIT_STATES:
             raise InputError(f"{self.task.name} has initial states 0-{INIT_STATES - 1}, got {init_state}")
         if instruction not in (None, self.task.instruction):
-            raise InputError(f"{self.task.name} knows its own instruction alone, got {instruction!r}", code="unsupported")
+            raise InputError(f"{self.task.name} accepts only its own instruction, got {instruction!r}", code="unsupported")
         if shuffle:
-            raise InputError("shuffle: Meta-World's objects cannot trade places", code="unsupported", field="shuffle")
+            raise InputError("shuffle: Meta-World's objects cannot be swapped", code="unsupported", field="shuffle")
         self._env.seed(seed if init_state is None else init_state)
         self._full, _ = self._env.reset()
         self.steps, self.success = 0, False
@@ -158,7 +158,7 @@ class MetaWorldExpert:
     def reset(self, instruction: str) -> None:
         """Start an episode. Raises :class:`InputError` for an instruction that is none of the tasks'."""
         if instruction not in self._policies:
-            raise InputError(f"Meta-World's experts know no task {instruction!r}", code="unsupported", field="instruction")
+            raise InputError(f"Meta-World has no expert for task {instruction!r}", code="unsupported", field="instruction")
         self._policy = self._policies[instruction]()
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
@@ -214,7 +214,7 @@ def _package() -> Any:
     except ImportError as error:
         raise InputError(
             f"Meta-World is not installed ({error}): pip install -e '.[metaworld]' and then pip install --no-deps "
-            "metaworld==3.1.1, which otherwise replaces LIBERO's MuJoCo",
+            "metaworld==3.1.1 (--no-deps keeps LIBERO's version of MuJoCo)",
             code="not-installed",
             field="metaworld",
         ) from None

@@ -61,7 +61,7 @@ class Nudge:
             InputError: the simulator cannot move things (code ``unsupported``).
         """
         if not isinstance(env, Perturbable):
-            raise InputError(f"nudge: the simulator of {env.task.suite} cannot move things", code="unsupported", field="nudge")
+            raise InputError(f"nudge: the simulator of {env.task.suite} cannot move objects", code="unsupported", field="nudge")
         generator = np.random.default_rng([seed, 4])
         when, angle = int(generator.integers(5, 21)), generator.uniform(0, 2 * np.pi)
         return env.steps == when and env.nudge(self.distance * np.array([np.cos(angle), np.sin(angle)]))

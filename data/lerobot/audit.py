@@ -26,8 +26,8 @@ from spvla.store.columns import vectors
 if TYPE_CHECKING:
     from data.lerobot.reader import LerobotSource
 
-EPISODES_CHECKED = 256  # that are compared with what meta/ says of them
-STATED = ("action", "observation.state")  # whose extremes meta/ states
+EPISODES_CHECKED = 256  # episodes to compare with meta/
+STATED = ("action", "observation.state")  # features with extremes in meta/
 JITTER = 0.25  # of a control step: larger deviations of the recorded times are noted
 
 
@@ -72,7 +72,7 @@ def notes(source: LerobotSource) -> list[str]:
 
 
 def _other_videos(pictures: Pictures) -> str:
-    """Which videos there are, for whoever named a camera that has none."""
+    """The videos that exist, for a message about a camera without any."""
     files, layout = pictures.video_files, pictures.layout
     unlisted = {path.parent.name for path in files} | {path.parent.parent.name for path in files}
     unlisted = {name for name in unlisted if name not in ("", "videos", *layout.features) and not name.startswith("chunk")}
@@ -117,7 +117,7 @@ def _check_rows(source: LerobotSource) -> list[str]:
             regular = key in table.column_names and is_regular(table[key].type)
             values = vectors(table[key]) if regular else np.zeros((0, 1))
             if len(values) and not (_close(values.min(0), low) and _close(values.max(0), high)):
-                told = f"{key} of episode {row.number} has other extremes than meta/ states: one of them is damaged"
+                told = f"{key} of episode {row.number} has extremes that differ from those in meta/: one of them is damaged"
                 out.append(f"{row.file}: {told}")
     steps = np.concatenate(gaps) if gaps else np.zeros(0)
     nominal = 1 / source.space.control_rate
@@ -157,7 +157,7 @@ def _stated_extremes(layout: Layout) -> dict[int | None, dict[str, tuple[Any, An
             for e in stats.slice(0, EPISODES_CHECKED).to_pylist():
                 out[whole_number(e["episode_index"])] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
         except (pa.ArrowException, OSError, KeyError, InputError):
-            break  # told when the episodes were looked up
+            break  # reported when the episodes were looked up
     return out
 
 

@@ -36,8 +36,8 @@ def choose_conventions(layout: Layout, wanted: str | Path | None, own_space: boo
     found = find_conventions(wanted, robot)
     rate = find_rate(layout, found.control_rate) if _rate_known(layout) else found.control_rate
     if abs(rate / found.control_rate - 1) > RATE_SLACK:
-        told = f"the control rate is {rate:g} Hz by the data set, {found.control_rate:g} by the conventions"
-        layout.told.append(f"{layout.path}: {told}; the conventions are taken")
+        told = f"the control rate is {rate:g} Hz in the data set, {found.control_rate:g} in the conventions"
+        layout.told.append(f"{layout.path}: {told}; the conventions are used")
     tell_other_names(layout, found, wanted)
     return found
 
@@ -70,7 +70,7 @@ def conventions_from_names(layout: Layout) -> Conventions:
     try:
         if names is None:
             stated = (layout.features.get("action") or {}).get("names")
-            told = f"the action's {layout.widths.get('action')} entries are named {stated}, which does not tell what they are"
+            told = f"the action's {layout.widths.get('action')} entries are named {stated}, which does not say what they mean"
             raise InputError(told, code="unclear-names")
         named = read_names(names)
         rate = find_rate(layout)
@@ -92,7 +92,7 @@ def conventions_from_names(layout: Layout) -> Conventions:
         if error.code == "control-rate":
             raise
         how = (
-            "; write a YAML file with kind, control_rate, action and state (see configs/openx) and name it with --conventions "
+            "; write a YAML file with kind, control_rate, action and state (see configs/openx) and pass it as --conventions "
             f"(robot: {layout.info.get('robot_type')})"
         )
         raise InputError(

@@ -262,7 +262,7 @@ class Layout:
             file = self.fill(template, {"episode_chunk": number // self.chunk_size, "episode_index": number})
             found = there.get(number, [])
             if not file.is_file() and len(found) > 1:
-                problem = f"episode {number} is not there, and {len(found)} files could be meant: {found[0]}, {found[1]}"
+                problem = f"episode {number} is not there, and {len(found)} files might be it: {found[0]}, {found[1]}"
                 yield EpisodeRows(number, file, 0, 0, meta, problem)
                 continue
             if not file.is_file() and found:
@@ -314,7 +314,7 @@ class Layout:
                 yield row
         if lacking := sorted(meta.keys() - pieces.keys()):
             which = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
-            self.told.append(f"{self.path}: meta/episodes lists {len(lacking)} episodes that no data file has rows of: {which}")
+            self.told.append(f"{self.path}: meta/episodes lists {len(lacking)} episodes without rows in any data file: {which}")
 
     def _episode_numbers(self, file: Path) -> NDArray[np.int64]:
         """The ``episode_index`` of every row of a data file."""

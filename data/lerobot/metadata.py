@@ -69,7 +69,7 @@ def read_episode_tables(folder: Path) -> tuple[dict[int, dict[str, Any]], list[s
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
             table = pq.read_table(file, columns=names, page_checksum_verification=True)
         except (pa.ArrowException, OSError, InputError) as error:
-            notes.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
+            notes.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files are used")
             continue
         out |= by_episode(table.to_pylist(), file, notes)
     return out, notes

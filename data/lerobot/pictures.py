@@ -120,7 +120,7 @@ class Pictures:
                 f"{about}: video_path is {template!r}, some videos lie elsewhere in the folder and were found"
             )
             return found[0]
-        told = f"the video is not there, and {len(found)} others could be meant: {found[0]}, {found[1]}" if found else ""
+        told = f"the video is not there, and {len(found)} others might be it: {found[0]}, {found[1]}" if found else ""
         return Problem(str(path), told or "the video is not there", row.number, camera)
 
     def _place_v3(self, row: EpisodeRows, camera: str) -> tuple[int | None, ...]:

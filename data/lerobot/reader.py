@@ -60,7 +60,7 @@ class LerobotSource:
         self.space = read_action_space(self.path) if self.own_space else self.conventions.space(self.name, layout.widths)
         for key in self.conventions.keys:
             if key not in layout.columns:
-                raise InputError(f"{self.path}: no feature {key!r}; there are: {', '.join(layout.columns)}")
+                raise InputError(f"{self.path}: no feature {key!r}; available: {', '.join(layout.columns)}")
         self.pictures = Pictures(layout)
         self.cameras = self.pictures.find_cameras(camera or self.conventions.camera)
         self.camera = self.cameras.chosen
@@ -148,7 +148,7 @@ class LerobotSource:
             return words
         lost = not any(map(str.strip, words.used())) and self.layout.has_words
         if lost and not self.own_space and self.conventions.instruction is None:
-            told = "its task has no words in meta/, as the tasks of other episodes have"
+            told = "its task has no text in meta/, unlike those of other episodes"
             return Problem(file, told, row.number, "task_index")
         out = standardize(steps, self.conventions, file, number, facts, {}, None, times, pictures)
         if isinstance(out, Problem):
@@ -198,7 +198,7 @@ def _is_deep(image: bytes) -> bool:
         with open_image(image) as opened:
             return opened.mode.startswith(("I", "F"))
     except InputError:
-        return False  # a damaged image, which is told when it is decoded
+        return False  # a damaged image, which is reported when decoded
 
 
 def _recorded(row: EpisodeRows) -> dict[str, Any] | None:

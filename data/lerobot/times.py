@@ -29,7 +29,7 @@ def find_rate(layout: Layout, named: float | None = None) -> float:
     step = _median_step(layout)
     if step is None:
         if valid is None:
-            told = f"{layout.about}: fps is {claimed}, and no recorded times tell the control rate; name conventions"
+            told = f"{layout.about}: fps is {claimed}, and the recorded times do not show the control rate; give --conventions"
             raise InputError(told, code="control-rate", field=where)
         return require_rate(valid, where)
     measured = 1 / (step * _unit(layout, step, named))
@@ -38,7 +38,7 @@ def find_rate(layout: Layout, named: float | None = None) -> float:
     require_rate(measured, f"{layout.path}: the control rate by the recorded times")
     rate = float(round(measured)) if abs(round(measured) / measured - 1) < 0.02 else float(f"{measured:.3g}")
     layout.told.append(
-        f"{layout.about}: fps claims {claimed}, by the recorded times it is {measured:.3g} Hz; {rate:g} is taken"
+        f"{layout.about}: fps claims {claimed}, but the recorded times give {measured:.3g} Hz; {rate:g} Hz is used"
     )
     return rate
 
@@ -48,7 +48,7 @@ def find_unit(layout: Layout, rate: float) -> float:
     step = _median_step(layout)
     unit = 1.0 if step is None else _unit(layout, step, rate)
     if unit != 1:
-        told = f"the timestamps are steps of {step:g}: taken as {UNITS[unit]} and converted to seconds"
+        told = f"the timestamps are {step:g} apart: taken as {UNITS[unit]} and converted to seconds"
         layout.told.append(f"{layout.path}: {told}")
     return unit
 
@@ -64,7 +64,7 @@ def _unit(layout: Layout, step: float, named: float | None) -> float:
     if len(possible) > 1 and 1.0 not in possible:
         rates = " or ".join(f"{1 / (step * unit):.3g} Hz in {UNITS[unit]}" for unit in possible)
         raise InputError(
-            f"{layout.path}: the recorded times are steps of {step:g}: {rates}? State fps in {layout.about.name}",
+            f"{layout.path}: the recorded times are {step:g} apart: {rates}? Write fps into {layout.about.name}",
             code="control-rate",
             field="timestamp",
         )

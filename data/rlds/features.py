@@ -68,7 +68,7 @@ class RldsFolder:
         """The feature called ``key`` (path with slashes inside a step). Raises :class:`InputError` if there is none."""
         flat = _leaves(self.steps)
         if key not in flat:
-            raise InputError(f"{self.path}: no feature {key!r} in a step; there are: {', '.join(sorted(flat))}")
+            raise InputError(f"{self.path}: no feature {key!r} in a step; available: {', '.join(sorted(flat))}")
         return flat[key]
 
     def image_shape(self, key: str) -> tuple[int, ...] | None:
@@ -86,7 +86,7 @@ class RldsFolder:
         colour = [key for key, f in images.items() if key not in depth and f.shape[-1] == 3]
         others = [key for key in images if key not in depth and key not in colour]
         if named is not None and named not in images:
-            others.append(named)  # a feature in a form of its own, which is told when it cannot be read
+            others.append(named)  # an unusual feature; reported later if it cannot be read
         return Cameras(str(self.path), colour, depth, others, named)
 
     def reader(self, keys: Sequence[str]) -> RldsReader:

@@ -50,7 +50,7 @@ class RldsSource:
         self.camera = self.cameras.chosen
         splits = self.folder.splits
         if split != "all" and split not in splits:
-            raise InputError(f"{self.folder.path}: no split {split!r}; there are: {', '.join(splits)}, or all")
+            raise InputError(f"{self.folder.path}: no split {split!r}; available: {', '.join(splits)}, or all")
         self.split = split
         self.chosen = list(splits) if split == "all" else [split]
         self.parts: list[Part] = []

@@ -44,7 +44,7 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
             offline(results, export, Path(judged))
             return report(Path(judged), output, title)
     if recording or export is not None:
-        told = "is a recording: name the --export to judge on it" if recording else "is no recording for an --export"
+        told = "is a recording: give the --export to evaluate on it" if recording else "is not a recording: leave out --export"
         raise InputError(f"{results}: {told}")
     found = read(results)
     with drawing(results):

@@ -83,10 +83,10 @@ def risk_advice(rows: Sequence[dict[str, Any]], episodes: int) -> tuple[str, str
             r = max(fit, key=lambda r: r["risk"])
             parts.append(f"{name} at {r['risk']:g} (skips {percent(r['skipped'])} %)")
     if not parts:
-        told = f"These {episodes} episodes speak for no risk: record more, or calibrate on such rollouts before acting."
+        told = f"These {episodes} episodes support no risk: record more, or calibrate on such rollouts before acting."
         return told, ""
     return (
-        "Largest risk that these episodes speak for (the share measured stays below it by two standard errors, and at most "
+        "Largest risk that these episodes support (the measured fraction stays below it by two standard errors, and at most "
         f"{percent(MAX_DEVIATING_AMONG_SKIPPED)} % of the skipped steps are off by more than the tolerance): ",
         "; ".join(parts),
     )

@@ -1,4 +1,4 @@
-"""Gates by name. Another one is a class in one file, and its name: here, or as an entry point of the group ``spvla.gates``.
+"""Gates by name. To add one, write its class in a file and name it here or as an entry point of the group ``spvla.gates``.
 
 A class with ``from_export`` (:class:`~spvla.gates.base.TrainedGate`) has an allowed risk and needs an export; any other is
 called with the action space and its constants, as the hand-set rules are.

@@ -41,24 +41,24 @@ class Calibration:
     def __post_init__(self) -> None:
         check_fields(self, at_least={"episodes": 1})
         if not len(self.thresholds) == len(self.risk) == len(self.coverage) == len(self.deviating) > 0:
-            raise InputError("thresholds, risk, coverage and deviating must have one length")
+            raise InputError("thresholds, risk, coverage and deviating must have the same length")
         for name in ("thresholds", "risk"):
             if (np.diff(getattr(self, name)) < 0).any():
-                raise InputError(f"{name} must ascend")
+                raise InputError(f"{name} must not decrease")
 
     @property
     def smallest_risk(self) -> float:
-        """The smallest risk that this many episodes can vouch for: 1 / (n + 1)."""
+        """The smallest risk that this many episodes can guarantee: 1 / (n + 1)."""
         return 1.0 / (self.episodes + 1)
 
     def threshold(self, risk: float) -> float:
         """The largest threshold whose bound is at most ``risk``; negative (nothing is intuitive) if even the lowest
-        is above it. Raises :class:`InputError` for a risk that the calibration set is too small to vouch for."""
+        is above it. Raises :class:`InputError` for a risk that needs more calibration episodes."""
         if not 0 < risk <= 1:
             raise InputError(f"risk must lie in (0, 1], got {risk}")
         if risk < self.smallest_risk:
             raise InputError(
-                f"risk {risk:g} cannot be vouched for by {self.episodes} calibration episodes: "
+                f"risk {risk:g} is too small for {self.episodes} calibration episodes: "
                 f"the smallest possible is {self.smallest_risk:.4f}"
             )
         allowed = self._allowed(risk)

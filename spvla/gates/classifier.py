@@ -159,7 +159,7 @@ class LearnedGate:
     def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
         """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
         if generator not in export.gates:
-            raise InputError(f"export: generator {generator!r} has no gate; gates: {', '.join(sorted(export.gates))}")
+            raise InputError(f"export: generator {generator!r} has no gate; gates exist for: {', '.join(sorted(export.gates))}")
         threshold = export.calibration[generator].threshold(risk)
         return cls(export.gates[generator], threshold, export.limits(generator, space))
 

@@ -24,7 +24,7 @@ from spvla.history import Window
 def _require_translation(space: ActionSpace, rule: str, dims: int) -> None:
     if len(space.translation) < dims:
         raise InputError(
-            f"rule {rule!r} reads {dims} translation dimensions, action space {space.name!r} has {len(space.translation)}"
+            f"rule {rule!r} reads {dims} translation dimensions, but action space {space.name!r} has {len(space.translation)}"
         )
 
 

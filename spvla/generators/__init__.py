@@ -1,4 +1,4 @@
-"""Action generators by name. Another one is a class in one file, and its name: here, or as an entry point of the group
+"""Action generators by name. To add one, write its class in a file and name it here or as an entry point of the group
 ``spvla.generators``.
 
 A :class:`~spvla.generators.learned.LearnedGenerator` is trained by ``python -m train distill`` and lives in an export; any
@@ -42,7 +42,7 @@ def make_baseline(name: str, space: ActionSpace) -> ActionGenerator:
     """The generator called ``name`` for a robot of ``space``, without an export. One that has to be trained is refused."""
     if is_learned(name):
         raise InputError(
-            f"generator {name!r} has to be trained: name an export that holds it; without one there are: "
+            f"generator {name!r} must be trained: give an export that holds it; available without export: "
             + ", ".join(n for n in GENERATORS.names() if not is_learned(n)),
             code="not-trained",
             field="generator",
@@ -55,7 +55,7 @@ def make_network(config: Mapping[str, Any]) -> LearnedGenerator:
     """An untrained network from the fields of its configuration, ``kind`` among them (the form of an export's config.json)."""
     kind = config.get("kind", "mlp")
     if not is_learned(kind):
-        raise InputError(f"generator {kind!r} is not trained", code="not-trained", field="kind")
+        raise InputError(f"generator {kind!r} is not a learned kind", code="not-trained", field="kind")
     network = GENERATORS.get(kind)
     made: LearnedGenerator = network(network.config_class(**config))
     return made

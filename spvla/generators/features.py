@@ -136,7 +136,7 @@ class HistoryFeatures(nn.Module):
                 f"the one with index {self.least_state - 1} is needed" if trained is None else f"it had {trained} in training"
             )
             raise InputError(
-                f"observation.state: has {size} values, {wanted}{names}; another layout would be read at the wrong places",
+                f"observation.state: has {size} values, {wanted}{names}; a state in another layout would be misread",
                 code="state-mismatch",
                 field="observation.state",
             )
@@ -150,7 +150,7 @@ class HistoryFeatures(nn.Module):
 
     def _crop(self, x: Any, keep: int) -> Any:
         if x.shape[1] < keep:
-            raise InputError(f"features: window holds {x.shape[1]} steps, the model looks back {keep}")
+            raise InputError(f"features: window holds {x.shape[1]} steps, but the model needs {keep}")
         return x[:, x.shape[1] - keep :]
 
     def _last_vla(self, w: Window, now: Any) -> list[Any]:
@@ -163,7 +163,7 @@ class HistoryFeatures(nn.Module):
             if size:
                 value = getattr(w, name)
                 if value is None and not (w.vla_age == 0).all():
-                    raise InputError(f"features: the model needs {name}, which this VLA or data set does not report")
+                    raise InputError(f"features: the model needs {name}, which this VLA or data set does not provide")
                 if value is not None and value.shape[1] != size:
                     raise InputError(
                         f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"

@@ -62,13 +62,13 @@ class GeneratorConfig:
             check_fields(self, at_least=least, at_most=LARGEST)
         if self.residual and len(self.residual) != self.features.action_dim:
             raise InputError(
-                f"generator: residual has {len(self.residual)} entries, there are {self.features.action_dim} action dimensions",
+                f"generator: residual has {len(self.residual)} entries for {self.features.action_dim} action dimensions",
                 code="wrong-length",
                 field="generator.residual",
             )
         if any(self.residual[g : g + 1] > (0,) for g in self.gripper):
             raise InputError(
-                "generator: residual must be zero at binary grippers, which are predicted as logits",
+                "generator: residual must be zero for binary grippers, which are predicted as logits",
                 code="residual-gripper",
                 field="generator.residual",
             )

@@ -36,7 +36,7 @@ class TransformerGenerator(LearnedGenerator):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
         if config.width % config.heads:
-            raise InputError(f"generator: width {config.width} is no multiple of heads {config.heads}", field="generator.width")
+            raise InputError(f"generator: heads {config.heads} must divide width {config.width}", field="generator.width")
         w = config.width
         self.embed = nn.Linear(self.features.token_size + self.changes_size, w)
         self.embed_now = nn.Linear(self.features.token_size + self.features.global_size, w)

@@ -43,7 +43,7 @@ def make_pruner(pruning: Pruner | Mapping[str, Any] | str | None, name: str = "p
     if isinstance(pruning, str):
         require_current(pruning, name)
         if pruning not in PRESETS:
-            raise InputError(f"{name} {pruning!r} is unknown; there are: none, {', '.join(PRESETS)}")
+            raise InputError(f"{name} {pruning!r} is unknown; available: none, {', '.join(PRESETS)}")
         pruning = {"speed": pruning}
     given = dict(pruning)
     response = given.pop("speed", "fast_fewer")
@@ -55,11 +55,11 @@ def make_pruner(pruning: Pruner | Mapping[str, Any] | str | None, name: str = "p
     for option in given:
         if option not in known:
             raise InputError(
-                f"{name}: field {option!r} is unknown for speed {response!r}; there are: {', '.join(['speed', *known])}",
+                f"{name}: field {option!r} is unknown for speed {response!r}; available: {', '.join(['speed', *known])}",
                 field=option,
             )
     if response == "constant" and "keep" not in given:
-        raise InputError(f"{name}: speed 'constant' needs keep, what is kept", field="keep")
+        raise InputError(f"{name}: speed 'constant' needs keep, how much is kept", field="keep")
     speed = SPEEDS[response](**{k: v for k, v in given.items() if k in own})
     return Pruner(speed, TokenSelector(**{k: v for k, v in given.items() if k not in own}))
 

@@ -64,7 +64,7 @@ def select(
     if scores.ndim != 1 or n == 0:
         raise InputError(f"pruning: scores must have shape (N,), got {scores.shape}")
     if contours is not None and contours.shape != (n,):
-        raise InputError(f"pruning: contours have shape {contours.shape}, there are {n} tokens")
+        raise InputError(f"pruning: contours have shape {contours.shape} for {n} tokens")
     if not keep > 0 or (budget is not None and budget < 1):
         raise InputError(f"pruning: keep and budget must be positive, got {keep} and {budget}")
     if keep >= 1:
@@ -142,7 +142,7 @@ class TokenSelector:
     def require(self, tokens: int) -> None:
         """Raise :class:`InputError` if this cannot choose among ``tokens``: no square grid, or a budget that spares none."""
         if isqrt(tokens) ** 2 != tokens:
-            raise InputError(f"pruning: {tokens} tokens form no square grid", code="no-grid")
+            raise InputError(f"pruning: {tokens} tokens do not form a square grid", code="no-grid")
         if self.budget is not None and self.budget >= tokens:
             raise _cannot_matter("budget", f"there are only {tokens} tokens, got {self.budget}")
 

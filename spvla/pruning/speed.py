@@ -49,7 +49,7 @@ class Constant:
             check_fields(self)
         if not 0 < self.keep < 1:
             raise InputError(
-                f"pruning: keep must lie between 0 and 1, got {self.keep} (at 1 nothing is pruned; 'none' says so)",
+                f"pruning: keep must lie between 0 and 1, got {self.keep} (to prune nothing, use 'none')",
                 code="cannot-matter" if self.keep == 1 else "invalid",
                 field="keep",
             )

@@ -212,7 +212,7 @@ class Endpoint:
             return None
         if kind == MessageType.ERROR:
             return None
-        raise InputError(f"message: a client does not send {kind.value!r}")
+        raise InputError(f"message: a client must not send {kind.value!r}")
 
     async def _end(self, contexts: list[SessionContext]) -> None:
         while contexts:

@@ -56,7 +56,7 @@ class Interface:
         if named := (*self.action_spec.values(), *self.observation_spec.values()):
             _require_specs(named)
         if (self.gripper_from is None) != (self.gripper_to is None):
-            raise InputError("interface: gripper_from and gripper_to belong together")
+            raise InputError("interface: give both gripper_from and gripper_to, or neither")
         if self.gripper_from is not None and self.gripper_from[0] == self.gripper_from[1]:
             raise InputError("interface: gripper_from has the same value for closed and open")
 
@@ -85,9 +85,9 @@ class Interface:
             raise InputError(f"images[{key!r}]: missing; the observation has: {has or 'none'}")
         image = check_image(images[key], f"images[{key!r}]")
         if image.shape[0] * image.shape[1] > MAX_PIXELS:
-            raise InputError(f"images[{key!r}]: {image.shape[0]} x {image.shape[1]} pixels are more than {MAX_PIXELS}")
+            raise InputError(f"images[{key!r}]: {image.shape[0]} x {image.shape[1]} pixels exceed the limit of {MAX_PIXELS}")
         if self.image_size is not None and image.shape[:2] != tuple(self.image_size):
-            raise InputError(f"images[{key!r}]: is {image.shape[:2]}, this server was set up for {tuple(self.image_size)}")
+            raise InputError(f"images[{key!r}]: is {image.shape[:2]}, but this server was set up for {tuple(self.image_size)}")
         return np.ascontiguousarray(image[::-1, ::-1]) if self.rotate_180 else image
 
     def action(self, action: FloatArray, space: ActionSpace) -> FloatArray:

@@ -100,14 +100,14 @@ class PolicyServer(ModelServer):
         self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
         self._turn = threading.Lock()
         self._sessions: WeakKeyDictionary[SessionContext, _Session] = WeakKeyDictionary()
-        self._spare = [self._make(first=True)]  # made now, so that what does not fit is told before anyone connects
+        self._spare = [self._make(first=True)]  # made now, so that mismatches are reported before anyone connects
         self.space = self._vla.action_space
         if self.interface.state is None:
             self._require_no_state(self._spare[0].policy)
 
     @staticmethod
     def _require_no_state(policy: SPVLAPolicy) -> None:
-        """Raise :class:`InputError` if generator or gate read the state, which this interface does not hand on."""
+        """Raise :class:`InputError` if generator or gate read the state, which this interface does not pass on."""
         if policy.generator is None or policy.gate is None:
             return
         history = ActionHistory(policy.space, policy.history.length)
@@ -138,7 +138,7 @@ class PolicyServer(ModelServer):
         return out
 
     def get_observation_params(self) -> dict[str, Any]:
-        """What the benchmark's constructor is told."""
+        """The arguments for the benchmark's constructor."""
         return dict(self.interface.benchmark)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
@@ -190,7 +190,7 @@ class PolicyServer(ModelServer):
     def _act(self, session: _Session, obs: dict[str, Any]) -> dict[str, Any]:
         instruction = obs.get("task_description")
         if not isinstance(instruction, str):
-            raise InputError(f"task_description: expected the instruction, got {type(instruction).__name__}")
+            raise InputError(f"task_description: expected a text instruction, got {type(instruction).__name__}")
         if len(instruction) > MAX_INSTRUCTION:  # before anything reads it, under the VLA's lock too
             raise InputError(f"task_description: {len(instruction)} characters are more than {MAX_INSTRUCTION}")
         observation = self.interface.observation(obs)

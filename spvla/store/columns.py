@@ -43,7 +43,7 @@ def is_vectors(column: pa.DataType) -> bool:
 def read_column(table: pa.Table, name: str, what: str, fits: Callable[[pa.DataType], bool], expected: str) -> pa.ChunkedArray:
     """A column without empty entries whose type ``fits``; an :class:`InputError` names ``what`` and the column if not."""
     if name not in table.column_names:
-        raise InputError(f"{what}: no column {name}; there are: {', '.join(table.column_names)}")
+        raise InputError(f"{what}: no column {name}; available: {', '.join(table.column_names)}")
     column = table[name]
     if not fits(column.type):
         raise InputError(f"{what}: {name} is {column.type}, expected {expected}")

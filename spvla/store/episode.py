@@ -79,9 +79,9 @@ class Episode:
         for name in ("actions", "vla_actions"):
             value = getattr(self, name)
             if value is not None and value.shape[1] != space.dim:
-                raise InputError(f"{what}: {name} have {value.shape[1]} dimensions, the action space {space.dim}")
+                raise InputError(f"{what}: {name} have {value.shape[1]} dimensions; the action space has {space.dim}")
         if self.timestamps.shape != (steps,) or not np.isfinite(self.timestamps).all():
-            raise InputError(f"{what}: timestamps, shape {self.timestamps.shape}: expected {steps} finite ones")
+            raise InputError(f"{what}: timestamps, shape {self.timestamps.shape}: expected {steps} finite values")
         if self.sources is not None:
             if self.sources.shape != (steps,):
                 raise InputError(f"{what}: sources has shape {self.sources.shape}, expected ({steps},)")

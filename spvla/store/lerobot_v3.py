@@ -66,7 +66,7 @@ def finalize(folder: str | Path) -> Path:
         (building / name).rename(folder / name)
     building.rmdir()
     readme = folder / "README.md"
-    if not readme.exists() or README_TITLE in readme.read_text(errors="replace"):  # another one is somebody's own
+    if not readme.exists() or README_TITLE in readme.read_text(errors="replace"):  # any other README is the user's
         write_text(readme, _readme(space, contents))
     return folder
 
@@ -237,12 +237,12 @@ def require_own(folder: Path) -> None:
     if there and not (shards and ((folder / "meta" / "spvla.json").exists() or not (folder / "meta").exists())):
         names = " and ".join(path.name for path in there)
         raise InputError(
-            f"{folder}: has {names}, but no .shards of a rollout store that they were made from; choose another folder, or "
-            "bring .shards along if it is a copy of a store"
+            f"{folder}: has {names}, but no .shards folder to rebuild them from; choose another folder, or "
+            "copy .shards too if this is a copy of a rollout store"
         )
     for path in (p for kind in there for p in sorted(kind.rglob("[!.]*"))):
         if path.is_file() and path.suffix not in (".parquet", ".json"):
-            raise InputError(f"{path}: not a rollout store's file, it would be deleted; move it, or choose another folder")
+            raise InputError(f"{path}: not part of a rollout store and would be deleted; move it or choose another folder")
 
 
 def _described(schema: pa.Schema) -> pa.Schema:
@@ -273,7 +273,7 @@ def _dtype(column: pa.DataType) -> str:
 
 
 def _image_shape(images: pa.ChunkedArray, what: str) -> list[int]:
-    """Height, width and channels of the first image of a column; an :class:`InputError` names ``what`` if it is none."""
+    """Height, width and channels of the first image of a column; an :class:`InputError` names ``what`` if it is no image."""
     if not len(images):
         raise InputError(f"{what}: there are no steps", code="damaged", field=what)
     try:

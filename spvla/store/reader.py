@@ -105,7 +105,7 @@ def _check_row(row: dict[str, Any], frames: int, what: str) -> None:
             raise InputError(f"{what}: {name} is {row[name]!r}" if name in row else f"{what}: {name} is missing")
     if row["length"] < 1 or row["dataset_from_index"] != frames:
         told = f"dataset_from_index is {row['dataset_from_index']} and length {row['length']}"
-        raise InputError(f"{what}: {told}; the episode before ends at {frames}")
+        raise InputError(f"{what}: {told}; the previous episode ends at {frames}")
     if not row["tasks"] or not isinstance(row["tasks"][0], str):
         raise InputError(f"{what}: tasks is {row['tasks']}, expected an instruction")
     parse_object(row["metadata"], f"{what}: metadata")

@@ -50,7 +50,7 @@ def with_scale(
 
 
 def judge_shards(shards: Mapping[Path, Mapping[str, Any]], space: ActionSpace) -> list[GripperValues]:
-    """What the grippers of all episodes say; an :class:`InputError` if one is not binary, as ``space`` says it is."""
+    """Judge the grippers of all episodes; an :class:`InputError` if one is not binary although ``space`` says so."""
 
     def values() -> Iterator[NDArray[np.float32]]:
         for path, info in shards.items():
@@ -62,7 +62,7 @@ def judge_shards(shards: Mapping[Path, Mapping[str, Any]], space: ActionSpace) -
     for dimension, gripper in zip(space.gripper, found, strict=True):
         if not gripper.binary:
             raise InputError(
-                f"{store}: the gripper (action entry {dimension}) is not binary, as the action space says: its values are "
+                f"{store}: the action space says that gripper entry {dimension} is binary, but its values are "
                 f"{gripper}; write binary_gripper: false in its conventions",
                 code="gripper-not-binary",
                 field="binary_gripper",
@@ -71,7 +71,7 @@ def judge_shards(shards: Mapping[Path, Mapping[str, Any]], space: ActionSpace) -
 
 
 def wrong_grippers(space: ActionSpace, grippers: Sequence[GripperValues]) -> dict[int, str]:
-    """The episodes in which a binary gripper is at neither end, and what to say of each."""
+    """The episodes in which a binary gripper is at neither end, with the reason to report for each."""
     out = {}
     for dimension, gripper in zip(space.gripper, grippers, strict=False):
         for number, (value, steps) in ({} if gripper.passing else gripper.strays).items():

@@ -39,7 +39,7 @@ def _vectors(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
 
 
 def shard_info(path: Path) -> dict[str, Any]:
-    """What a shard says of itself: ``action_space``, ``policy``, ``measured`` and one dict per episode (see
+    """A shard's own metadata: ``action_space``, ``policy``, ``measured`` and one dict per episode (see
     :class:`RolloutWriter`)."""
     try:
         info = parse_object(shard_schema(path).metadata[SHARD_KEY], str(path))
@@ -69,5 +69,5 @@ def require_features(schema: pa.Schema, expected: pa.Schema, where: str, what: s
     mine, theirs = forms(schema), forms(expected)
     odd = [n for n in sorted(mine.keys() | theirs.keys()) if mine.get(n) != theirs.get(n)]
     if odd:
-        told = "; ".join(f"{n} ({mine.get(n, 'absent')}, there {theirs.get(n, 'absent')})" for n in odd)
+        told = "; ".join(f"{n} (here {mine.get(n, 'absent')}, there {theirs.get(n, 'absent')})" for n in odd)
         raise InputError(f"{what}: features differ from those of {where}: {told}; choose another store")

@@ -37,7 +37,7 @@ def with_adapter_statistics(base: Mapping[str, Any], folder: Path, adapter: Path
     for key in own.keys() & base.keys():
         if own[key].get("action") != base[key].get("action"):
             raise InputError(
-                f"{adapter}: statistics of {key!r} are others than in {folder}; rename or remove one of them ({places})",
+                f"{adapter}: statistics of {key!r} differ from those in {folder}; rename or remove one of them ({places})",
                 code="statistics-ambiguous",
                 field=key,
             )
@@ -52,7 +52,7 @@ def require_same_inputs(folder: Path, adapter: Path) -> None:
         if mine != theirs:
             odd = sorted(mine.items() ^ theirs.items())
             raise InputError(
-                f"{adapter / 'tokenizer.json'}: another vocabulary than the checkpoint's, for example {odd[0][0]!r}",
+                f"{adapter / 'tokenizer.json'}: vocabulary differs from the checkpoint's, for example in {odd[0][0]!r}",
                 code="adapter-mismatch",
                 field="tokenizer.json",
             )
@@ -62,7 +62,7 @@ def require_same_inputs(folder: Path, adapter: Path) -> None:
         for name in ("means", "stds", "interpolations"):
             if name in theirs and mine.get(name) != theirs[name]:
                 raise InputError(
-                    f"{files[1]}: {name} are others than the checkpoint's",
+                    f"{files[1]}: {name} differ from the checkpoint's",
                     code="adapter-mismatch",
                     field=f"preprocessor.{name}",
                 )

@@ -92,11 +92,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
     file = inside(folder, "tokenizer.json")
     if not file.exists():
-        raise InputError(f"{file}: missing (the fast tokenizer's form is the one in use)")
+        raise InputError(f"{file}: missing (only the fast tokenizer format is read)")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise InputError(f"{file}: no tokenizer ({error})") from None
+        raise InputError(f"{file}: not a valid tokenizer ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

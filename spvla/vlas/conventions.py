@@ -108,13 +108,13 @@ def conventions_by_name(conventions: Conventions | Mapping[str, Any] | str | Non
         return base
     if isinstance(conventions, str):
         if conventions not in CONVENTIONS:
-            raise InputError(f"conventions {conventions!r} are unknown; there are: {', '.join(CONVENTIONS)}")
+            raise InputError(f"conventions {conventions!r} are unknown; available: {', '.join(CONVENTIONS)}")
         return CONVENTIONS[conventions]
     if isinstance(conventions, Mapping):
         known = [f.name for f in fields(Conventions)]
         for name in conventions:
             if name not in known:
-                raise InputError(f"conventions: {name!r} is unknown; there are: {', '.join(known)}")
+                raise InputError(f"conventions: {name!r} is unknown; available: {', '.join(known)}")
         return replace(base, **conventions)
     if not isinstance(conventions, Conventions):
         raise InputError(f"conventions must be a name or a map of changes, got {conventions!r}")

@@ -151,18 +151,18 @@ class LeRobotVLA:
         config, name = policy.config, type(policy).__name__
         if getattr(config, "n_obs_steps", 1) != 1:
             raise InputError(
-                f"{name}: plans from {config.n_obs_steps} observations in a row, which skipped steps do not take: not supported"
+                f"{name}: needs {config.n_obs_steps} observations in a row, but skipped steps record none: not supported"
             )
         if getattr(config, "temporal_ensemble_coeff", None) is not None:
             raise InputError(
-                f"{name}: temporal ensembling asks the policy at every step: not supported; set n_action_steps instead"
+                f"{name}: temporal ensembling calls the policy at every step: not supported; set n_action_steps instead"
             )
         features = dict(config.image_features or {})
         self.image_features = match_cameras(features, name, cameras)
         outputs = config.action_feature
         if outputs is not None and outputs.shape[0] != space.dim:
             raise InputError(
-                f"{name}: its actions have {outputs.shape[0]} dimensions, the action space {space.name!r} has {space.dim}"
+                f"{name}: its actions have {outputs.shape[0]} dimensions, but the action space {space.name!r} has {space.dim}"
             )
         if processors is None:
             from lerobot.policies.factory import make_pre_post_processors
@@ -201,13 +201,13 @@ class LeRobotVLA:
             image = observation.require_image(ours)
             image = self.conventions.apply_image(image, max(image.shape[:2]))
             if key in self.sizes and image.shape[:2] != self.sizes[key]:
-                raise InputError(f"observation.images.{ours}: is {image.shape[:2]}, {key} of the policy is {self.sizes[key]}")
+                raise InputError(f"observation.images.{ours}: is {image.shape[:2]}; {key} of the policy is {self.sizes[key]}")
             given[key] = np.ascontiguousarray(image)
         if config.robot_state_feature is not None:
             size = config.robot_state_feature.shape[0]
             if observation.state is None or observation.state.shape != (size,):
                 shape = None if observation.state is None else observation.state.shape
-                raise InputError(f"observation.state: the policy needs ({size},), got {shape}")
+                raise InputError(f"observation.state: the policy needs shape ({size},), got {shape}")
             given["observation.state"] = np.array(observation.state, np.float32)
         with torch.inference_mode():
             batch = self.before(prepare_observation_for_inference(given, torch.device(config.device), self.instruction))
@@ -247,7 +247,7 @@ def load_lerobot(
     try:
         config = PreTrainedConfig.from_pretrained(checkpoint)
     except Exception as error:  # the hub, draccus and json raise types of their own
-        raise InputError(f"checkpoint {checkpoint!r}: no LeRobot policy ({str(error).splitlines()[0]})") from None
+        raise InputError(f"checkpoint {checkpoint!r}: not a LeRobot policy ({str(error).splitlines()[0]})") from None
     config.pretrained_path = checkpoint
     if device is not None:
         config.device = device

@@ -180,7 +180,7 @@ def _unpack(frame: bytes | str) -> dict[str, Any]:
     except InputError as error:
         raise ProtocolError(shorten(str(error))) from None
     except Exception as error:  # msgpack raises many types for damaged content
-        raise ProtocolError(f"an answer that is no msgpack map ({reason(error)})") from None
+        raise ProtocolError(f"an answer that is not a msgpack map ({reason(error)})") from None
     if not isinstance(content, dict):
-        raise ProtocolError(f"an answer that is no map but {type(content).__name__}")
+        raise ProtocolError(f"an answer of type {type(content).__name__} instead of a map")
     return content

@@ -66,7 +66,7 @@ def load_vla(
     factory = VLAS.get(name)
     target = VLAS.targets.get(name, name)
     if not callable(factory):
-        raise InputError(f"VLA {name!r}: {target} is no factory but {type(factory).__name__}")
+        raise InputError(f"VLA {name!r}: {target} is of type {type(factory).__name__}, not a factory")
     keywords = dict(options or {})
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
@@ -80,7 +80,7 @@ def load_vla(
         check_options(factory, keywords)
     try:
         vla = factory(checkpoint, **keywords)
-    except TypeError as error:  # no factory, or one that takes any option and handed it on to one that does not
+    except TypeError as error:  # not a factory, or one that passes options on to a function that does not take them
         raise InputError(f"VLA {name!r}: {target}(checkpoint, ...): {error}") from error
     if not isinstance(vla, VLA):
         raise InputError(f"VLA {name!r}: {target} returned {type(vla).__name__}, which lacks reset() or predict()")
@@ -101,7 +101,7 @@ class VLASource:
         return load_vla(self.name, self.checkpoint, self.options, self.suite)
 
     def second(self, vla: VLA) -> VLA:
-        """The VLA once more, unpruned and with an episode of its own, beside ``vla``, which came from here.
+        """A second VLA like ``vla``, which came from here: unpruned, with an episode of its own.
 
         A VLA that can share its weights does; another one is loaded again.
         """

@@ -77,7 +77,7 @@ class RemoteVLA:
     ) -> None:
         try:
             known = urlsplit(url).hostname and urlsplit(url).port != 0
-        except ValueError:  # a port that is none
+        except ValueError:  # an invalid port
             known = False
         if not known or not url.startswith(("ws://", "wss://")):
             raise InputError(f"policy 'remote' needs a server's address as checkpoint, ws://host:port, got {url!r}")
@@ -92,7 +92,7 @@ class RemoteVLA:
         self.keys: dict[str, str | None] = {**KEYS[protocol], **(keys or {})}
         self.conventions = conventions_by_name(conventions)
         self.instruction: str | None = None
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # guards the two below
         self._link: Link | None = None
         self._reconnecting = False
         self._closed = False
@@ -119,7 +119,9 @@ class RemoteVLA:
         if space is None and theirs is None:
             raise InputError(f"remote: the server at {self.url} does not say what its actions are; give action_space")
         if self.selector is not None and self.server_info.get("model_server") != "spvla":
-            raise InputError(f"pruning: the server at {self.url} cannot run on fewer visual tokens (it is no spvla.serve)")
+            raise InputError(
+                f"pruning: the server at {self.url} cannot run on fewer visual tokens (it does not run spvla.serve)"
+            )
         if space is not None:
             return read_space(space)
         if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):  # never the name of a file here

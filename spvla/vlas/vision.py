@@ -71,11 +71,11 @@ class ViTConfig:
             check_fields(self, at_least={**dict.fromkeys(sizes, 1), "mlp_ratio": 0, "reg_tokens": 0})
         problem = None
         if self.img_size % self.patch_size:
-            problem = f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}"
+            problem = f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"
         elif self.embed_dim % self.num_heads:
-            problem = f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}"
+            problem = f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
         elif self.depth < 2:
-            problem = f"depth must be at least 2 (features leave before the last block), got {self.depth}"
+            problem = f"depth must be at least 2 (features are taken before the last block), got {self.depth}"
         elif self.act_layer not in ACTIVATIONS:
             problem = f"act_layer {self.act_layer!r} is not one of {', '.join(ACTIVATIONS)}"
         elif self.stem not in ("patch", "conv"):
@@ -150,12 +150,12 @@ def vit_config(
     """
     config = ENCODERS.get(model_id.split(".")[0])
     if config is None:
-        raise InputError(f"timm_model_ids: encoder {model_id!r} is unknown; known are: {', '.join(ENCODERS)}")
+        raise InputError(f"timm_model_ids: encoder {model_id!r} is unknown; available: {', '.join(ENCODERS)}")
     changes = dict(overrides or {})
     known = [f.name for f in fields(ViTConfig)]
     for name in changes:
         if name not in known:
-            raise InputError(f"timm_model_kwargs: {name!r} is unknown for {model_id}; known are: {', '.join(known)}")
+            raise InputError(f"timm_model_kwargs: {name!r} is unknown for {model_id}; available: {', '.join(known)}")
     if img_size is not None:
         changes.setdefault("img_size", img_size)
     if act_layer is not None:

@@ -63,7 +63,7 @@ def take_weights(model: OpenVLAModel, earlier: OpenVLAModel, where: str) -> None
     if moved:
         raise InputError(
             f"{where}: the word {moved[0]!r} has token {theirs[moved[0]]} there and {mine.get(moved[0])} here; list the "
-            "checkpoint's words first and in their order",
+            "checkpoint's words first, in the same order",
             code="vocabulary-mismatch",
             field="vocabulary",
         )

@@ -88,7 +88,7 @@ def scene_instructions(state: PrivilegedState) -> list[str]:
     own = parse_goal(state.scene.instruction, state.scene)
     words = object_words(own.item)
     if words not in state.scene.instruction:
-        raise InputError(f"{state.scene.instruction!r} does not name {words!r}, so that no other object can be asked for")
+        raise InputError(f"{state.scene.instruction!r} does not mention {words!r}, so no other object can be asked for")
     place = state.scene.body_of(own.place)
     out = [state.scene.instruction]
     for name in state.scene.movable:

@@ -35,10 +35,10 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
             supports = scene.movable if predicate == "in" else scene.names
             if predicate in ("in", "on") and item in scene.movable and scene.body_of(place) in supports:
                 return Goal(item, place, predicate == "in")
-        raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not one pick and place")
+        raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not a single pick-and-place")
     match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
     if match is None:
-        raise InputError(f"the expert cannot do {instruction!r}: it knows 'pick up the X and place it in the Y'")
+        raise InputError(f"the expert cannot do {instruction!r}: it only understands 'pick up the X and place it in the Y'")
     item, preposition, place = match[1], match[2], match[3]
     found = Goal(_named(item, scene, instruction), _named(place, scene, instruction), preposition.startswith("in"))
     insides = [name for name, region in scene.regions.items() if region.parent == found.place and "contain" in name]

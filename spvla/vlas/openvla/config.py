@@ -76,7 +76,7 @@ class OpenVLAConfig:
             )
         for name in self.interpolations:
             if name not in INTERPOLATIONS:
-                raise InputError(f"preprocessor_config.json: interpolation {name!r} not in {', '.join(INTERPOLATIONS)}")
+                raise InputError(f"preprocessor_config.json: interpolation {name!r} is not one of {', '.join(INTERPOLATIONS)}")
         if any(std <= 0 for stds in self.image_stds for std in stds):
             raise InputError(f"preprocessor_config.json: stds must be positive, got {self.image_stds}")
         if not isinstance(self.text_config.get("vocab_size", 32000), int):

@@ -75,7 +75,7 @@ def from_pretrained(
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= (rows := model.language_model.config.vocab_size):
-        raise InputError(f"{folder / 'tokenizer.json'}: has token id {largest}, config.json's vocabulary has {rows}")
+        raise InputError(f"{folder / 'tokenizer.json'}: has token id {largest}, but config.json's vocabulary has {rows} ids")
     load_tensors(model, files, torch.device(device), dtype)
     if extra is not None:
         load_adapter(model, extra, merge_adapter)
@@ -142,7 +142,7 @@ def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torc
         raise InputError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here")
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; there are: {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype!r} is unknown; available: {', '.join(DTYPES)}")
     return place, DTYPES[dtype]
 
 
@@ -178,7 +178,7 @@ def untrained(
     values = {"model_type": "openvla", "norm_stats": {"untrained": {"action": bounds}}, **config}
     unknown = sorted(values.keys() - OpenVLAConfig.__dataclass_fields__.keys() - {"model_type"})
     if unknown:
-        raise InputError(f"untrained: {unknown[0]!r} is unknown; known are: {', '.join(OpenVLAConfig.__dataclass_fields__)}")
+        raise InputError(f"untrained: {unknown[0]!r} is unknown; available: {', '.join(OpenVLAConfig.__dataclass_fields__)}")
     place, as_type = placement(device, dtype)
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -160,7 +160,7 @@ class OpenVLAModel(nn.Module):
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: pass OpenVLAModel(config, tokenizer=...)")
         if not isinstance(instruction, str) or not instruction.strip():
-            raise InputError("instruction: expected a sentence, got an empty one")
+            raise InputError("instruction: expected a sentence, but it is empty")
         ids: list[int] = self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
         if not ids or ids[0] != self.bos:
             ids = [self.bos, *ids]

@@ -36,12 +36,12 @@ class ActionStatistics:
         available = ", ".join(norm_stats) or "none"
         if key is None:
             if len(norm_stats) != 1:
-                raise InputError(f"unnorm_key: name the data set whose action statistics apply; there are: {available}")
+                raise InputError(f"unnorm_key: choose the data set that gives the action statistics; available: {available}")
             key = next(iter(norm_stats))
         elif key not in norm_stats and f"{key}{NO_NOOPS}" in norm_stats:
             key = f"{key}{NO_NOOPS}"
         if key not in norm_stats:
-            raise InputError(f"unnorm_key: no statistics for {key!r}; there are: {available}")
+            raise InputError(f"unnorm_key: no statistics for {key!r}; available: {available}")
         try:
             stats = norm_stats[key]["action"]
             q01, q99 = np.array(stats["q01"], np.float64), np.array(stats["q99"], np.float64)
@@ -57,7 +57,7 @@ class ActionStatistics:
                 field=f"norm_stats.{key}",
             )
         if q01.ndim != 1 or not q01.size or q01.shape != q99.shape or q01.shape != mask.shape:
-            raise InputError(f"norm_stats[{key!r}]: q01, q99, mask have shapes {q01.shape}, {q99.shape}, {mask.shape}")
+            raise InputError(f"norm_stats[{key!r}]: q01, q99, mask differ in shape: {q01.shape}, {q99.shape}, {mask.shape}")
         return cls(key, q01, q99, mask)
 
     def denormalize(self, normalized: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -96,7 +96,7 @@ def load_adapter(model: OpenVLAModel, folder: Path, merge: bool) -> None:
     weights = folder / "adapter_model.safetensors"
     for file in (folder / "adapter_config.json", weights):
         if not file.exists():
-            raise InputError(f"adapter {folder}: {file.name} is missing (adapters are read as safetensors, no pickles)")
+            raise InputError(f"adapter {folder}: {file.name} is missing (adapters are read from safetensors only)")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.task_type = None  # a published adapter may say CAUSAL_LM, whose wrapper wants generate()
