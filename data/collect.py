@@ -27,6 +27,7 @@ from spvla.actions import ActionSpace
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
+from spvla.files import locked
 from spvla.steps import episode_stats
 from spvla.store import Episode, RolloutWriter, finalize
 from spvla.vlas.registry import VLASource, weights_stamp
@@ -207,7 +208,7 @@ def collect(
         output: rollout store to make or extend.
         vla: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
             package.module:factory.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; the accelerated policy acts, and the teacher labels every visited state.
         shadow: with export, the teacher acts and the accelerated policy only says what it would have done.
@@ -260,7 +261,7 @@ def collect(
         require_init_states(task, states[:count], init_states)
     from tqdm import tqdm
 
-    with Workers[Group[Job], dict[str, Any], Any](partial(_load, setting, output), workers) as pool:
+    with locked(output), Workers[Group[Job], dict[str, Any], Any](partial(_load, setting, output), workers) as pool:
         weights, space = pool.facts()
         setting = replace(setting, weights=weights)
         writer = RolloutWriter(output, space)
@@ -279,5 +280,5 @@ def collect(
                 successes += bool(result["success"])
                 bar.set_postfix(success=f"{successes / (i + 1):.0%}", calls=int(result["vla_calls"]))
                 bar.update()
-    finalize(output)
+        finalize(output)
     print(f"{output}: {total} episodes of this call, {left} of them new; finalised")

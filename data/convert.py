@@ -6,7 +6,6 @@ workers as it likes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from data.sources import SourceName
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
+from spvla.files import read_json
 from spvla.store.scale import with_scale
 
 
@@ -133,19 +133,19 @@ def published_space(space: ActionSpace, file: Path, name: str | None = None) -> 
         InputError: no such file or entry, or one of another number of dimensions.
     """
     try:
-        table = json.loads(file.read_bytes())
+        table = read_json(file)
         name = name if name in table else space.name
         entry = table[name]["action"]
         q01, q99, low, high = (list(map(float, entry[k])) for k in ("q01", "q99", "min", "max"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
     except KeyError as error:
         told = f"no usable entry for {name!r}: {error} is missing"
         known = [k for k, v in table.items() if isinstance(v, dict) and "action" in v]
         if name not in table and known:
             told += f"; there are: {', '.join(known)}; say with --conventions which entry is this data set's"
         raise InputError(f"{file}: {told}") from None
-    except (json.JSONDecodeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{file}: not readable statistics ({error})") from None
     if not len(q01) == len(q99) == len(low) == len(high) == space.dim:
         raise InputError(f"{file}: {name!r} has actions of {len(q01)} dimensions, the conventions say {space.dim}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.files import read_json
 
 TAIL = 32 * 2**10  # bytes read of a Parquet file: its footer, with sizes and extremes of all columns; small files whole
 
@@ -31,6 +31,8 @@ def digest(values: Iterable[object]) -> str:
 def file_content(path: Path) -> str:
     """A fingerprint of a Parquet file: its size and its last :data:`TAIL` bytes; of one that is not there, nothing."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            return ""
         with path.open("rb") as stream:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - TAIL))
@@ -53,11 +55,11 @@ def number_of(metadata: Mapping[str, Any]) -> int | None:
 def read_note(note: Path) -> dict[str, Any]:
     """What is kept beside a shard (see :class:`data.derive.Shards`), empty where a recorder wrote it. Raises
     :class:`InputError` if it is damaged."""
-    try:
-        values = json.loads(note.read_text())
-        known = {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
-    except FileNotFoundError:
+    if not note.exists():
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{note}: not readable ({error!r}); delete it to make its shard anew") from None
+    try:
+        values = read_json(note)
+        known = {name: values[name] for name in values.keys() | {"size", "episodes", "problems"}}
+    except (InputError, KeyError) as error:
+        raise InputError(f"{note}: not readable ({error}); delete it to make its shard anew") from None
     return {"changed": {}, "path": None, "part": None, "content": None, "apart": "", **known}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spvla.errors import InputError
+from spvla.images import open_image
 from spvla.store import Episode
 from spvla.vlas.conventions import encode_jpeg
 
@@ -39,36 +40,36 @@ def read_rgb(encoded: bytes) -> NDArray[np.uint8]:
 
 def as_rgb_file(encoded: bytes) -> bytes:
     """The same image as an RGB file: as it is, or as PNG. Errors as for :func:`read_rgb`."""
-    with Image.open(io.BytesIO(encoded)) as opened:
+    with open_image(encoded) as opened:
         if opened.mode == "RGB":
             return encoded
     out = io.BytesIO()
-    _open_rgb(encoded)[0].save(out, "PNG")
+    Image.fromarray(read_rgb(encoded)).save(out, "PNG")
     return out.getvalue()
 
 
-def _open_rgb(encoded: bytes, small: bool = False) -> tuple[Image.Image, tuple[int, int, int]]:
-    """An encoded image as RGB, and its shape (H, W, 3); of a JPEG a ``small`` version, if that is enough."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            picture: Image.Image = opened
-            shape = (opened.height, opened.width, 3)
-            if small:
-                opened.draft(opened.mode, (SMALL, SMALL))
-            opened.load()
-            if opened.mode not in COLOURS:
-                told = f"is of the kind {opened.mode}; 8-bit kinds are read: {', '.join(COLOURS)}"
-                raise InputError(told, code="image-kind")
-            if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-                picture = opened.convert("RGBA")
-                if picture.getchannel("A").getextrema() != (255, 255):
-                    told = "has transparent pixels, whose colour depends on a background"
-                    raise InputError(f"{told} that the data set does not name", code="image-kind")
-            return picture.convert("RGB"), shape
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for damaged files
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot be read ({error})", code="damaged-image") from None
+def _open_rgb(
+    encoded: object, small: bool = False, shape: tuple[int, ...] | None = None
+) -> tuple[Image.Image | None, tuple[int, int, int]]:
+    """An encoded image as RGB, and its shape (H, W, 3); of a JPEG a ``small`` version, if that is enough. None if its header
+    has another shape than ``shape``: nothing is decoded then."""
+    with open_image(encoded) as opened:
+        picture: Image.Image = opened
+        found = (opened.height, opened.width, 3)
+        if shape is not None and found != shape:
+            return None, found
+        if small:
+            opened.draft(opened.mode, (SMALL, SMALL))
+        opened.load()
+        if opened.mode not in COLOURS:
+            told = f"is of the kind {opened.mode}; 8-bit kinds are read: {', '.join(COLOURS)}"
+            raise InputError(told, code="image-kind")
+        if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+            picture = opened.convert("RGBA")
+            if picture.getchannel("A").getextrema() != (255, 255):
+                told = "has transparent pixels, whose colour depends on a background"
+                raise InputError(f"{told} that the data set does not name", code="image-kind")
+        return picture.convert("RGB"), found
 
 
 class ImageCheck:
@@ -92,16 +93,16 @@ class ImageCheck:
         t, self.steps = self.steps, self.steps + 1
         if image is None:
             return f"there is no image of step {t}"
-        if isinstance(image, bytes):
+        if isinstance(image, np.ndarray):
+            size: tuple[int, ...] = image.shape
+            self.coloured = self.coloured or int(image.max()) != int(image.min())
+        else:
             try:
-                picture, size = _open_rgb(image, small=True)
+                picture, size = _open_rgb(image, small=True, shape=self.shape)
             except InputError as error:
                 return f"the image of step {t} {error}"
-            ends: Any = picture.getextrema()
+            ends: Any = () if picture is None else picture.getextrema()
             self.coloured = self.coloured or any(low != high for low, high in ends)
-        else:
-            size = image.shape
-            self.coloured = self.coloured or int(image.max()) != int(image.min())
         if self.shape is None:
             self.shape = size
         elif size != self.shape:

@@ -21,6 +21,7 @@ from data.conversions import CONVERSIONS, apply, require_form
 from data.parts import Problem
 from spvla.actions import KINDS, ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.files import read_bytes
 from spvla.store import Episode
 
 TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
@@ -239,10 +240,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(read_bytes(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping")

@@ -171,7 +171,7 @@ def relabel(
     Args:
         output: rollout store to make or extend.
         vla: openvla, nano_vla, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options, for openvla such as {unnorm_key: bridge_orig} (see spvla.vlas.openvla.load).
         data: a rollout store with images; or, in its place, source and path.
         source: what the data set is: rlds or lerobot.

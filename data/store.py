@@ -8,7 +8,6 @@ anonymous memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
-from spvla.files import building, open_array, read_json
+from spvla.files import building, open_array, parse_object, read_json
 from spvla.history import Source
 from spvla.store import read_action_space, read_episode_table
 from spvla.store.columns import read_parquet, read_sources, read_steps, read_vectors
@@ -79,7 +78,7 @@ class RolloutStore:
                 int(row["length"]),
                 row["tasks"][0],
                 row["success"],
-                json.loads(row["metadata"]),
+                parse_object(row["metadata"], "metadata"),
             )
             for row in read_episode_table(self.folder)
         ]

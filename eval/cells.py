@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.export import Export
 from spvla.gates import has_risk
 from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 
@@ -26,6 +28,11 @@ class Cell:
         scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.gate}"
         pruning = "" if self.pruning == "none" else f"+{self.pruning}"
         return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
+
+    @property
+    def live(self) -> bool:
+        """The gate learns from episode to episode: all episodes of the cell are one deployment, in their order."""
+        return self.gate == "live"
 
 
 def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cell]:
@@ -50,6 +57,13 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
     return list(dict.fromkeys(out))
+
+
+def default_cells(space: ActionSpace, export: Export | None) -> list[str]:
+    """Linear against learned, as far as there are both: the published rule reads three translations, and what is learned comes
+    from an export."""
+    linear = ["ridge+release"] if len(space.translation) >= 3 else []
+    return linear if export is None else [*linear, f"{export.defaults['generator']}+learned"]
 
 
 def cell_pruner(name: str, named: Mapping[str, Mapping[str, Any]]) -> Pruner | None:

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.envs import load_tasks
+from data.envs import load_tasks, simulator
 from data.envs.base import RenderMode
 from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group
 from data.parallel import Workers
-from eval.cells import parse_cells
+from eval.cells import default_cells, parse_cells
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
 from eval.summary import COLUMNS, Row, summarise, write_traces
@@ -24,7 +24,7 @@ from eval.timing import measure_time
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import fingerprint, load_export
-from spvla.files import write_text
+from spvla.files import locked, write_text
 from spvla.vlas.registry import VLASource
 
 
@@ -38,7 +38,7 @@ def closed_loop(
     tasks: list[int | str] | None = None,
     init_states: str | None = "30-49",
     random_resets: NonNegativeInt = 0,
-    cells: list[str] = ["ridge+release", "mlp+learned"],  # noqa: B006
+    cells: list[str] | None = None,
     risk: list[float] | None = None,
     rules: dict[str, dict[str, int | float]] = {},  # noqa: B006
     pruning: dict[str, dict[str, Any]] = {},  # noqa: B006
@@ -58,21 +58,23 @@ def closed_loop(
     """Evaluate cells of generator x gate x pruning in closed loop, paired against the VLA alone.
 
     Stopped, it continues where it was when called again with the same output. With another export there, only the cells
-    that use it run anew.
+    that use it run anew. All episodes of a cell with a live gate are one deployment: its tasks one after another, in one
+    worker, whatever the number of workers.
 
     Args:
         suite: the simulator's suite of tasks, for example libero_object.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options, for openvla such as {dtype: bfloat16} (see spvla.vlas.openvla.load).
         export: exported folder; needed by learned cells.
         tasks: task indices or names; all if omitted.
-        init_states: official initial states; 30-49 are for evaluation; null for none.
+        init_states: the suite's fixed initial states; 30-49 are for evaluation; null for none.
         random_resets: seeded random resets of each task, beside them.
         cells: what to compare with the VLA alone: generator+gate, generator+gate+pruning or vla+pruning; a risk
-            of its own goes last, as in mlp+learned+half_dual@0.05.
+            of its own goes last, as in mlp+learned+half_dual@0.05. If omitted: ridge+release where the robot moves in three
+            translations, and the export's default generator under the learned gate.
         risk: allowed risks at which learned gates are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
         pruning: prunings by name, fields as spvla.pruning.make_pruner takes; fast_fewer and slow_fewer need no entry.
@@ -107,41 +109,46 @@ def closed_loop(
         render=render,
     )
     setting.check()
-    default_risk = float(load_export(export).defaults["risk"]) if export else None
+    loaded = load_export(export) if export else None
+    default_risk = None if loaded is None else float(loaded.defaults["risk"])
+    cells = default_cells(simulator(suite).action_space, loaded) if cells is None else cells
     wanted = parse_cells(cells, risk or [default_risk])
     starts = starts_of(load_tasks(suite, tasks, max_steps), init_states, random_resets, seed)
     content = fingerprint(export)
     raw = output / "episodes.jsonl"
-    with Workers[Group[Job], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
-        facts = pool.facts()
-        films = films and facts.needs_images and not real_time
-        fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
-        del fixed["export"]  # cells that use no export are the same with another one
-        output.mkdir(parents=True, exist_ok=True)
-        done = continued(raw, output / "setting.json", fixed)
-        done = [e for e in done if e["generator"] == "none" or e["export"] == content]
-        groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
-        total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for g in groups)
-        from tqdm import tqdm
+    with locked(output):
+        with Workers[tuple[Group[Job], ...], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
+            facts = pool.facts()
+            films = films and facts.needs_images and not real_time
+            fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
+            del fixed["export"]  # cells that use no export are the same with another one
+            done = continued(raw, output / "setting.json", fixed)
+            done = [e for e in done if e["generator"] == "none" or e["export"] == content]
+            groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
+            total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for part in groups for g in part)
+            from tqdm import tqdm
 
-        for row in tqdm(pool.run(groups), f"closed loop {suite}", total, initial=total - left, unit="episode"):
-            append(raw, row)
-            done.append(row)
-    timing: dict[str, dict[str, float]] = {}
-    beside: dict[str, Any] = {}
-    if timing_episodes:
-        beside = {"load_average_before": os.getloadavg()[0]}  # timings taken beside other work say little
-        timing, timed = measure_time(wanted, in_turn(starts)[:timing_episodes], setting)
-        write_csv(output / "timing.csv.gz", timed)
-    mine = belonging(done, wanted, starts)
-    rows = summarise(mine, timing)
-    write_csv(output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept")} for e in mine])
-    write_traces(output / "traces.json.gz", mine)
-    what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
-    path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
-    extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
-    extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
-    text = table(rows, [*COLUMNS, *extra])
-    write_text(output / "table.txt", text + "\n")
-    print(text)
-    print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
+            for row in tqdm(pool.run(groups), f"closed loop {suite}", total, initial=total - left, unit="episode"):
+                append(raw, row)
+                done.append(row)
+        timing: dict[str, dict[str, float]] = {}
+        beside: dict[str, Any] = {}
+        if timing_episodes:
+            beside = {"load_average_before": os.getloadavg()[0]}  # timings taken beside other work say little
+            timing, timed = measure_time(wanted, in_turn(starts)[:timing_episodes], setting)
+            write_csv(output / "timing.csv.gz", timed)
+        mine = belonging(done, wanted, starts)
+        rows = summarise(mine, timing)
+        write_csv(
+            output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept", "live")} for e in mine]
+        )
+        write_traces(output / "traces.json.gz", mine)
+        what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
+        path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
+        extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
+        extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any(cell.live for cell in wanted) else []
+        extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
+        text = table(rows, [*COLUMNS, *extra])
+        write_text(output / "table.txt", text + "\n")
+        print(text)
+        print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")

@@ -150,7 +150,7 @@ def instructions(
         suite: LIBERO suite whose tasks are "pick up the X and place it in the Y".
         output: folder for summary.json and trials.csv.gz.
         vla: the VLA: nano_vla, openvla, an entry point of spvla.vlas, or package.module:factory.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options.
         tasks: task indices or names, one scene each; all if omitted.
         init_states: official initial states; 30-49 are for evaluation.

@@ -87,7 +87,7 @@ def latency(
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
         vla: a VLA such as openvla: its stages are timed, without pruning and with each one below.
-        checkpoint: the VLA's folder or hub id.
+        checkpoint: the VLA's folder or hf://owner/name.
         vla_options: the VLA's other options (see spvla.vlas.openvla.load).
         suite: LIBERO suite whose image steps and statistics the policy uses; none if omitted.
         keep_ratios: fractions of the visual tokens to keep, exactly; contours take half of the places.

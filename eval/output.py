@@ -16,7 +16,7 @@ from typing import Any
 from tabulate import tabulate
 
 from spvla.errors import InputError
-from spvla.files import explained, write_text
+from spvla.files import explained, read_json, write_text
 
 
 def cell(value: Any, missing: str = "-") -> str:
@@ -54,11 +54,9 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
     rows = _whole_rows(raw) if raw.exists() else []
     if rows:
         try:
-            theirs = json.loads(setting_path.read_text())
-        except FileNotFoundError:
-            raise InputError(f"{setting_path}: is missing, so what {raw.name} holds cannot be continued") from None
-        except ValueError as error:
-            raise InputError(f"{setting_path}: not valid JSON ({error}), so {raw.name} cannot be continued") from None
+            theirs = read_json(setting_path)
+        except InputError as error:
+            raise InputError(f"{error}, so {raw.name} cannot be continued", code=error.code, field=error.field) from None
         if theirs != json.loads(json.dumps(fixed)):
             raise InputError(
                 f"{setting_path.parent}: holds results of another setting (see setting.json); choose another --output"

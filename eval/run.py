@@ -16,6 +16,7 @@ from data.jobs import Group, Setting, environment, episode_seed, parse_range, pa
 from data.rollout import Rollout, deviations, rollout
 from eval.cells import Cell, cell_pruner
 from eval.film import write_film
+from eval.summary import LIVE
 from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.export import Export, fingerprint, load_export
@@ -51,12 +52,14 @@ class Evaluation(Setting):
 
 @dataclass(frozen=True)
 class Job:
-    """One episode of one cell; it is filmed if ``film`` names a folder."""
+    """One episode of one cell; it is filmed if ``film`` names a folder. ``learned`` is what the cell's live gate had learned
+    when an earlier run was stopped."""
 
     cell: Cell
     init_state: int | None
     seed: int
     film: Path | None = None
+    learned: dict[str, Any] | None = None
 
 
 Row = dict[str, Any]
@@ -77,18 +80,31 @@ def starts_of(tasks: Sequence[Task], init_states: str | None, random_resets: int
     return starts
 
 
-def groups_of(starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None) -> list[Group[Job]]:
-    """What is left to run; the first episode of each cell is filmed into the folder ``films``."""
+def groups_of(
+    starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None
+) -> list[tuple[Group[Job], ...]]:
+    """What is left to run, in parts for one worker each; the first episode of each cell is filmed into the folder ``films``.
+
+    All episodes of a cell with a live gate are one part, task after task, so that it does not depend on the workers what the
+    gate has learned.
+    """
     have = {(e["cell"], e["task"], e["init_state"], e["seed"]) for e in done}
-    groups = []
+    so_far = sorted((e for e in done if e.get("live")), key=lambda e: e["live_steps"])
+    learned: dict[str, dict[str, Any]] = {e["cell"]: e["live"] for e in so_far}
+    deployments: dict[Cell, list[Group[Job]]] = {cell: [] for cell in cells if cell.live}
+    parts: list[tuple[Group[Job], ...]] = []
     for task, episodes in starts.items():
         jobs = []
         for init, seed in episodes:
             first = task == next(iter(starts)) and (init, seed) == episodes[0]
             missing = [c for c in cells if (c.name, task.index, init, seed) not in have]
-            jobs += [Job(cell, init, seed, films if first else None) for cell in missing]
-        groups += split(task, jobs, parts_for(len(jobs), workers))
-    return groups
+            jobs += [Job(cell, init, seed, films if first else None, learned.get(cell.name)) for cell in missing]
+        apart = [job for job in jobs if not job.cell.live]
+        parts += [(group,) for group in split(task, apart, parts_for(len(apart), workers))]
+        for cell, deployment in deployments.items():
+            if own := tuple(job for job in jobs if job.cell == cell):
+                deployment.append(Group(task, own))
+    return parts + [tuple(deployment) for deployment in deployments.values() if deployment]
 
 
 def in_turn(starts: Starts) -> list[tuple[Task, int | None, int]]:
@@ -134,8 +150,15 @@ class Runner:
         self.policies = {cell: make_policy(cell, self.vla, export, setting) for cell in cells}
         self.teacher = setting.source.second(self.vla) if setting.label else None
 
-    def run(self, group: Group[Job]) -> Iterator[Row]:
-        """Play the episodes of a task; yields the row of each."""
+    def run(self, groups: Sequence[Group[Job]]) -> Iterator[Row]:
+        """Play groups of episodes one after another; yields the row of each episode."""
+        for i, group in enumerate(groups):
+            learned = {job.cell: job.learned for job in group.jobs if job.learned is not None} if i == 0 else {}
+            for cell, state in learned.items():
+                self.policies[cell].live.restore(state)
+            yield from self._play(group)
+
+    def _play(self, group: Group[Job]) -> Iterator[Row]:
         with environment(group.task, self.vla, self.setting.render) as env:
             for job in group.jobs:
                 policy = self.policies[job.cell]
@@ -159,6 +182,7 @@ class Runner:
                     **{"suite": task.suite, "task": task.index, "task_name": task.name},
                     **{"init_state": job.init_state, "seed": job.seed},
                     **self._measured(policy, result),
+                    "live": policy.live.to_dict() if job.cell.live else None,
                 }
 
     def _measured(self, policy: Policy, result: Rollout) -> dict[str, Any]:
@@ -177,6 +201,8 @@ class Runner:
             "reaction": result.reaction,
             "fallbacks": int(stats["fallbacks"]),
             "switches": int(stats["switches"]),
+            "audits": int(stats["audits"]),
+            **{name: stats.get(name) for name in LIVE},
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),
             "generated_run_lengths": run_lengths(generated).tolist(),

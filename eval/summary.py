@@ -28,6 +28,7 @@ COLUMNS = (
     *("vla_calls_per_episode", "steps_per_episode", "deviation_rate", "generated_run_length_mean", "fallbacks"),
     *("visual_tokens_mean", "policy_ms_per_step_p50", "policy_seconds_per_episode", "policy_speedup"),
 )
+LIVE = ("live_risk", "live_risk_bound95", "threshold", "live_steps", "drift_alarms")  # of a deployment so far
 UNTIMED = dict.fromkeys([*(f"policy_ms_per_step_p{q}" for q in (50, 95, 99)), "policy_seconds_per_episode"])
 
 
@@ -41,13 +42,29 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
         es = list(found.values())
         row: Row = {k: es[0][k] for k in ("cell", "generator", "gate", "pruning", "risk")}
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
-        row |= _success(es) | _pairs(pairs, es) | _resets(es) | _calls(es) | _nudges(es) | _tokens(es) | _deviations(es)
+        row |= (
+            _success(es)
+            | _pairs(pairs, es)
+            | _resets(es)
+            | _calls(es)
+            | _nudges(es)
+            | _tokens(es)
+            | _deviations(es)
+            | _live(es)
+        )
         row |= UNTIMED | dict(timing.get(name, {}))
         if "vla" in timing and name in timing:
             of = "policy_seconds_per_episode"
             row["policy_speedup"] = timing["vla"][of] / timing[name][of]
         rows.append(row)
     return rows
+
+
+def _live(episodes: Sequence[Row]) -> Row:
+    """What a live gate had found at the end of its deployment, which is the episode with the most steps before it."""
+    if (last := max(episodes, key=lambda e: e.get("live_steps") or 0)).get("live_steps") is None:
+        return {}
+    return {"audits_per_episode": float(np.mean([e["audits"] for e in episodes])), **{name: last[name] for name in LIVE}}
 
 
 def _total(episodes: Sequence[Row], column: str) -> int:

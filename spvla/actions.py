@@ -7,7 +7,6 @@ weights and one set of thresholds carries over between robots and data sets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.files import read_json
 
 FloatArray = NDArray[np.float32]
 
@@ -270,7 +270,7 @@ def read_space(value: ActionSpace | Mapping[str, Any] | str | Path) -> ActionSpa
     if value == LIBERO.name:
         return LIBERO
     try:
-        fields = json.loads(Path(value).read_text())
+        fields = read_json(Path(value))
         return ActionSpace.from_dict(fields.get("action_space", fields), str(value))
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"action space {str(value)!r}: neither 'libero' nor a JSON file with its fields ({error})") from None

@@ -43,7 +43,7 @@ def accelerate(
         vla: the frozen policy, unmodified: a :class:`~spvla.vlas.base.VLA`, a LeRobot policy, or any object with
             ``select_action(observation)`` and ``reset()``; the latter two act in the export's action space
             (:mod:`spvla.vlas.foreign` has the adapters, with their options).
-        export: an exported folder, a hub id, or a loaded :class:`Export`; None for built-in parts alone.
+        export: an exported folder, hf://owner/name, or a loaded :class:`Export`; None for built-in parts alone.
         risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
             None.
         generator: one of the export's generators, or of those that need no training; the export's default if None,
@@ -67,7 +67,7 @@ def accelerate(
         gate = scheduler
     loaded = load_export(export) if isinstance(export, str | Path) else export
     if not isinstance(loaded, Export | None):
-        raise InputError(f"accelerate: export must be a folder, a hub id or an Export, got {type(loaded).__name__}")
+        raise InputError(f"accelerate: export must be a folder, hf://owner/name or an Export, got {type(loaded).__name__}")
     if risk is not None:
         check_risk(risk)
     check_values({"pruning": pruning}, PRUNING)

@@ -29,7 +29,7 @@ from spvla.actions import ActionSpace
 from spvla.card import model_card
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
-from spvla.files import explained, is_running, read_json, write_bytes, write_text
+from spvla.files import explained, inside, is_running, read_bytes, read_json, write_bytes, write_text
 from spvla.gates import GATES
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
@@ -108,6 +108,10 @@ class Export:
         if name not in GENERATORS:
             known = ", ".join(dict.fromkeys([*self.generators, *GENERATORS.names()]))
             raise InputError(f"generator {name!r} is unknown; there are: {known}", code="unknown-generator", field="generator")
+        if is_learned(name):
+            held = ", ".join(self.generators) or "none"
+            message = f"generator {name!r} is not in this export, which holds: {held}"
+            raise InputError(message, code="not-in-export", field="generator")
         return make_baseline(name, acting)
 
     def acting_space(self, space: ActionSpace) -> ActionSpace:
@@ -201,7 +205,7 @@ def _move_in(folder: Path) -> None:
 def _part(folder: Path, name: str) -> Path:
     """Where a part of the export lies: in its place, or where a save that was killed left it."""
     kind = name.partition("/")[0]
-    return folder / WHOLE / name if (folder / WHOLE / kind).exists() else folder / name
+    return inside(folder, f"{WHOLE}/{name}" if (folder / WHOLE / kind).exists() else name)
 
 
 def require_export_folder(folder: str | Path) -> Path:
@@ -251,7 +255,7 @@ def _write(export: Export, folder: Path) -> None:
 
 def load_export(path: str | Path) -> Export:
     """Read an exported folder, one that comes with the package by its name (``generator_nano``,
-    ``generator_libero_expert``), or download one by its hub id.
+    ``generator_libero_expert``), or download one from hf://owner/name.
 
     Raises :class:`InputError` that names the missing, truncated or ill-fitting file.
     """
@@ -269,7 +273,7 @@ def load_export(path: str | Path) -> Export:
             raise InputError(f"export format {config['format']}, this version reads up to {FORMAT}", code="format")
         space = ActionSpace.from_dict(config["action_space"], "action_space")
         calibration = {k: Calibration.from_dict(v, f"calibration.{k}") for k, v in config["calibration"].items()}
-        digests = config.get("sha256") if config["format"] > 1 else None
+        digests = config.get("sha256", {}) if config["format"] > 1 else None
         check_values({"sha256": digests}, {"sha256": dict[str, str] | None})
     networks: dict[str, dict[str, Any]] = {"generators": {}, "gates": {}}
     for kind, make in (("generators", make_network), ("gates", _make_gate)):
@@ -291,7 +295,7 @@ def load_export(path: str | Path) -> Export:
 
 def fingerprint(export: str | None) -> str | None:
     """Short hash of an export folder's ``config.json``, which holds the check sums of the weights (in format 1 their
-    calibration): tells whether results are of the same export, wherever it lies. A hub id stands for itself."""
+    calibration): tells whether results are of the same export, wherever it lies. A hub address stands for itself."""
     config = _part(packaged(export or ""), "config.json")
     return hashlib.sha256(config.read_bytes()).hexdigest()[:16] if export and config.exists() else export
 
@@ -302,12 +306,10 @@ def _make_gate(config: Mapping[str, Any]) -> ActionTypeClassifier:
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     """The tensors of a safetensors file with that SHA-256 (None: unknown), all finite."""
-    if not path.exists():
-        raise InputError(f"{path}: missing from the export", code="missing", field=str(path))
+    data = read_bytes(path)
     try:
-        data = path.read_bytes()
         tensors = load(data)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})", code="damaged", field=str(path)) from None
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         message = f"{path}: is not the file that config.json was written with (its SHA-256 differs)"

@@ -1,10 +1,16 @@
-"""Files are written whole or not at all: first beside the place where they belong, then moved there. Reading JSON."""
+"""Files are written whole or not at all: first beside the place where they belong, then moved there.
+
+Reading what others wrote: JSON, and paths that stay inside a folder."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
+import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +21,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from spvla.errors import InputError
 from spvla.machine import machine_fault
+
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 @contextlib.contextmanager
@@ -43,6 +51,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path.parent)
         try:
             yield temporary
             _sync(temporary)
@@ -64,23 +73,115 @@ def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. A byte order mark, and line breaks inside strings, are accepted.
+def parse_json(text: str | bytes, what: str) -> Any:
+    """The value that JSON text stands for. A byte order mark in bytes, and line breaks inside strings, are accepted.
 
     Raises:
-        InputError: naming the file: it is not there, cannot be read, or holds something else.
+        InputError: naming ``what`` (code ``not-json``): not JSON, nested too deep, a number with thousands of digits.
     """
     try:
-        content = json.loads(path.read_bytes(), strict=False)
+        return json.loads(text, strict=False)
+    except ValueError as error:
+        raise InputError(f"{what}: not valid JSON ({error})", code="not-json", field=what) from None
+    except RecursionError:
+        raise InputError(f"{what}: not valid JSON (nested too deep)", code="not-json", field=what) from None
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The object that JSON text stands for. Errors as for :func:`parse_json`, and for any other value."""
+    content = parse_json(text, what)
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: expected a JSON object", code="not-json", field=what)
+    return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        InputError: naming the file: it is not there (code ``missing``), is no file, or cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+            raise InputError(f"{path}: is not a file", code="not-a-file", field=str(path))
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: missing", code="missing", field=str(path)) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})", field=str(path)) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})", field=str(path)) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object", field=str(path))
-    return content
+        raise InputError(f"{path}: cannot be read ({error.strerror})", code="unreadable", field=str(path)) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors as for :func:`read_bytes` and :func:`parse_object`, naming the file."""
+    return parse_object(read_bytes(path), str(path))
+
+
+def inside(folder: Path, path: str | Path) -> Path:
+    """``path``, seen from ``folder``, as one that may be read: links and ``..`` do not lead out of the folder.
+
+    In the hub's cache, where files are links, the folder is the whole repository.
+
+    Raises:
+        InputError: it leads out (code ``outside-folder``), or is neither a file nor a folder (code ``not-a-file``).
+    """
+    whole = folder / path
+    try:
+        root = folder.resolve()
+        root = root.parent.parent if root.parent.name == "snapshots" else root
+        if not whole.resolve().is_relative_to(root):
+            raise InputError(f"{whole}: leads out of {folder}; copy the file there", code="outside-folder", field=str(whole))
+        if whole.exists() and not (whole.is_file() or whole.is_dir()):
+            raise InputError(f"{whole}: is not a file", code="not-a-file", field=str(whole))
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, links in a circle, a null character
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(whole)!r}: not a usable path ({error})", code="outside-folder", field=str(folder)) from None
+    return whole
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Nobody else writes to ``folder`` meanwhile: the block holds its ``.lock``, which ends with this process at the latest.
+
+    Raises:
+        InputError: another run holds it (code ``in-use``), or the machine refuses.
+    """
+    folder = Path(folder)
+    path = folder / ".lock"
+    made = not folder.exists()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())  # else the one before has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            stream.seek(0)
+            who = stream.read().strip() or "another one"
+            told = f"is in use by another run (process {who}); wait for it to end, or choose another output"
+            raise InputError(f"{folder}: {told}", code="in-use", field=str(folder))
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):  # what came of it is kept
+                    folder.rmdir()
+
+
+@functools.cache
+def _tidy(folder: Path) -> None:
+    """Remove temporary files that processes left which run no more, once per folder."""
+    for path in folder.glob(".*.tmp"):
+        if (found := TEMPORARY.fullmatch(path.name)) and not is_running(found[1]):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -105,7 +206,10 @@ def building(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` for the block to fill and to move; what is left of it at the end is removed."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     with explained(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+            process = left_over.name.rpartition(".")[2]
+            if left_over == temporary or (process.isdecimal() and not is_running(process)):
+                shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from spvla.errors import InputError
 
+HUB = "hf://"
+ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -15,24 +18,42 @@ def packaged(path: str | Path) -> Path:
     return inside if not Path(path).is_dir() and len(Path(path).parts) == 1 and inside.is_dir() else Path(path)
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """A folder here, one in the package by its name, or the downloaded copy of a hub repository (no pickles).
+def hub_repository(path: str | Path) -> tuple[str, str | None] | None:
+    """Name and revision of ``hf://owner/name[@revision]``; None for anything that does not begin with ``hf://``.
 
     Raises:
-        InputError: there is none (code ``no-such-folder``).
+        InputError: it begins so and goes on otherwise (code ``hub-address``).
     """
-    folder, hub_id = packaged(path), str(path)
-    if folder.is_dir():
-        return folder
-    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
-        raise InputError(f"{hub_id}: no such folder", code="no-such-folder", field=hub_id)
+    if not str(path).startswith(HUB):
+        return None
+    found = ADDRESS.fullmatch(str(path))
+    if found is None:
+        raise InputError(f"{path}: expected hf://owner/name or hf://owner/name@revision", code="hub-address", field=str(path))
+    return found[1], found[2]
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A folder here, one in the package by its name, or the downloaded copy of ``hf://owner/name[@revision]`` (no pickles).
+
+    Only ``hf://`` downloads: a folder's name with a mistake in it must not bring somebody else's files.
+
+    Raises:
+        InputError: there is none (code ``no-such-folder``), or see :func:`hub_repository`.
+    """
+    repository = hub_repository(path)
+    if repository is None:
+        folder = packaged(path)
+        if folder.is_dir():
+            return folder
+        told = f"a repository on the Hugging Face hub is {HUB}owner/name"
+        missing = "is not a folder; " if folder.exists() else "no such folder; "
+        raise InputError(f"{path}: {missing}{told}", code="no-such-folder", field=str(path))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        name, revision = repository
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:  # LocalEntryNotFoundError is an OSError
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{hub_id}: no such folder, and not found on the hub ({reason})", code="no-such-folder", field=hub_id
-        ) from None
+        raise InputError(f"{path}: not found on the hub ({reason})", code="no-such-folder", field=str(path)) from None

@@ -48,7 +48,7 @@ def print_info(export: str, json: bool = False) -> None:
     """Say what an export holds.
 
     Args:
-        export: a folder, a hub id, or the name of an export that comes with the package, such as generator_nano.
+        export: a folder, hf://owner/name, or the name of an export that comes with the package, such as generator_nano.
         json: print JSON instead of a table.
     """
     loaded = load_export(export)

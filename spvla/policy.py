@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate
+from spvla.gates.base import Decision, Gate, LearningGate
+from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
 from spvla.observation import Observation
@@ -115,6 +116,7 @@ class SPVLAPolicy:
         self.vla = vla
         self.generator = generator
         self.gate = gate
+        self._learning = gate if isinstance(gate, LearningGate) else None
         self.pruner = pruner
         self.space = space or vla.action_space
         if generator is not None and generator.space.rescaling(self.space) is not None:
@@ -142,6 +144,15 @@ class SPVLAPolicy:
         self._queue.clear()
         self._waiting = False
         self.steps = []
+        if self._learning is not None:
+            self._learning.begin(instruction)
+
+    @property
+    def live(self) -> LiveGate:
+        """The live gate, which saves and loads what it has learned. Raises :class:`InputError` where the gate is another."""
+        if not isinstance(self.gate, LiveGate):
+            raise InputError("policy: there is no live gate; use accelerate(..., gate='live')", field="gate")
+        return self.gate
 
     @property
     def last_step(self) -> StepInfo:
@@ -198,7 +209,12 @@ class SPVLAPolicy:
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """The generator, the rest of a plan, or the VLA."""
         if judged.skips and judged.proposal is not None:
-            return Acted(judged.proposal, Source.GENERATOR)
+            if not judged.decision.audit:
+                return Acted(judged.proposal, Source.GENERATOR)
+            answered = self._ask(judged.proposal, observation, times)
+            self._queue.clear()
+            unanswered = answered.unavailable is not None
+            return answered if unanswered else replace(answered, action=judged.proposal, source=Source.GENERATOR)
         if self._queue:
             plan = self.history.vla_output
             assert plan is not None, "a queue is what is left of a plan"
@@ -238,6 +254,8 @@ class SPVLAPolicy:
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
+        if self._learning is not None and not unavailable:
+            self._learning.observe(judged.proposal, None if acted.output is None else acted.output.actions[0])
         return StepInfo(
             source=acted.source,
             intuitive=judged.decision.intuitive,
@@ -283,7 +301,7 @@ class SPVLAPolicy:
 
     def stats(self) -> dict[str, float]:
         """Counts and costs since the last reset: see :func:`~spvla.steps.episode_stats`."""
-        return episode_stats(self.steps)
+        return episode_stats(self.steps) | ({} if self._learning is None else self._learning.stats())
 
     def _warn_if_far_from_calibration(self, decision: Decision, refused: bool, proposal: FloatArray) -> None:
         """Warn once if the robot is not where the export was calibrated: in most of the first steps that the gate decides,

@@ -54,12 +54,21 @@ def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
 def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
     """Counts and costs of an episode's steps.
 
-    Returns ``steps, vla_calls, generated, held, fallbacks, unavailable, switches`` (changes of who acts), ``generated_runs``,
-    ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode ``would_skip`` and
-    ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
+    Returns ``steps, vla_calls, generated, held, fallbacks, audits, unavailable, switches`` (changes of who acts),
+    ``generated_runs``, ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode
+    ``would_skip`` and ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
     """
     if not steps:
-        return {"steps": 0, "vla_calls": 0, "generated": 0, "held": 0, "fallbacks": 0, "unavailable": 0, "switches": 0}
+        return {
+            "steps": 0,
+            "vla_calls": 0,
+            "generated": 0,
+            "held": 0,
+            "fallbacks": 0,
+            "audits": 0,
+            "unavailable": 0,
+            "switches": 0,
+        }
     generated = np.array([s.source == Source.GENERATOR for s in steps])
     runs = run_lengths(generated)
     ms = np.array([s.milliseconds["total"] for s in steps if "total" in s.milliseconds])
@@ -69,6 +78,7 @@ def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
         "generated": int(generated.sum()),
         "held": sum(s.source == Source.HELD for s in steps),
         "fallbacks": sum(s.fallback for s in steps),
+        "audits": sum(s.reason == "audit" for s in steps),
         "unavailable": sum(s.unavailable is not None for s in steps),
         "switches": int((generated[1:] != generated[:-1]).sum()),
         "generated_runs": len(runs),

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval.output import append, continued
 from spvla.cli import guard, join_list_options, rename_former_options, run, spell_out_flags
@@ -92,7 +93,7 @@ def test_a_run_continues_after_a_kill_and_never_over_damage(tmp_path):
     with pytest.raises(InputError, match=r"setting\.json: not valid JSON"):
         continued(raw, setting, fixed)
     setting.unlink()
-    with pytest.raises(InputError, match=r"setting\.json: is missing"):
+    with pytest.raises(InputError, match=r"setting\.json: missing"):
         continued(raw, setting, fixed)
     setting.write_text('{"suite": "x"}')
     for first in (0, sizes[4] - 1, sizes[20] + 15):
@@ -108,7 +109,7 @@ def test_fit_names_what_it_cannot_use(tmp_path, capsys):
     (tmp_path / "bad.ckpt").write_text("junk")
     config = ["--config", str(ROOT / "configs/train/recover_pruned.yaml")]
     for options, message in (
-        (["--model.init_args.checkpoint", f"{tmp_path}/none"], "none': no such folder"),
+        (["--model.init_args.checkpoint", f"{tmp_path}/none"], "none: no such folder"),
         (["--ckpt_path", f"{tmp_path}/bad.ckpt"], "bad.ckpt is not a whole checkpoint"),
         ([f"--ckpt_path={tmp_path}/none.ckpt"], "none.ckpt does not exist"),
         (["--trainer.max_steps", "-7"], "max_steps"),
@@ -117,6 +118,28 @@ def test_fit_names_what_it_cannot_use(tmp_path, capsys):
             warnings.simplefilter("ignore")
             assert guard(lambda options=options: fit([*config, *options])) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["option", "configuration", "hyper-parameters"])
+def test_fit_runs_no_code_of_a_checkpoint(tmp_path, capsys, monkeypatch, how):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "payload.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    hyper = {"hyper_parameters": {"_class_path": "payload.Module"}}
+    torch.save({"state_dict": {}, **(hyper if how == "hyper-parameters" else {"x": Payload()})}, "bad.ckpt")
+    arguments = ["--config", str(ROOT / "configs/train/recover_pruned.yaml")]
+    if how == "configuration":
+        (tmp_path / "own.yaml").write_text("ckpt_path: bad.ckpt\n")
+        arguments += ["--config", "own.yaml"]
+    else:
+        arguments += ["--ckpt_path", "bad.ckpt"]
+    assert guard(lambda: fit(arguments)) == 2
+    assert "bad.ckpt is not a whole checkpoint" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 def test_run_dispatches_and_reports(capsys, tmp_path):

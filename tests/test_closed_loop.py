@@ -132,7 +132,7 @@ def test_frames_show_what_reached_the_language_model_and_who_acted():
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
     vla = PrunableVLA(np.zeros((5, 7)))
-    export = load_export(ROOT / config["export"]) if "export" in config else make_export()
+    export = load_export(config["export"]) if "export" in config else make_export()
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
@@ -146,7 +146,7 @@ def test_openvla_configurations_use_the_published_weights_and_all_initial_states
     path = next(p for p in CONFIGS if p.stem == f"openvla_libero_{suite}")
     config = yaml.safe_load(path.read_text())
     assert config["suite"] == f"libero_{suite}" and config["init_states"] == "0-49" and config["vla"] == "openvla"
-    assert config["checkpoint"] == f"openvla/openvla-7b-finetuned-libero-{suite}"
+    assert config["checkpoint"] == f"hf://openvla/openvla-7b-finetuned-libero-{suite}"
     assert {c.split("+")[1] for c in config["cells"]} == {"paper", "release", "learned"}
 
 
@@ -187,7 +187,7 @@ def two_cameras(checkpoint: str | None) -> ScriptedVLA:
     """A factory for worker processes: a policy that fails unless it sees through both cameras."""
 
     class TwoCameras(ScriptedVLA):
-        cameras = ("image", "wrist_image")
+        needs_images, cameras = True, ("image", "wrist_image")
 
         def predict(self, observation, keep_mass=1.0):
             main, wrist = observation.require_image(), observation.require_image("wrist_image")

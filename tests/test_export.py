@@ -307,7 +307,7 @@ def test_a_state_too_short_is_told(folder, state):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"export": 123}, "export must be a folder, a hub id or an Export, got int"),
+        ({"export": 123}, "export must be a folder, hf://owner/name or an Export, got int"),
         ({"risk": 7, "gate": "release"}, r"risk must lie in \(0, 1\], got 7"),
         ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
         ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; there are: learned, release, paper"),

@@ -247,7 +247,7 @@ def test_names_that_do_not_fit_the_data_are_no_conventions(five):
     with pytest.raises(InputError, match="the action's 7 entries are named"):
         LerobotSource(five)
     claim(five, data_path="data/{robot}.parquet")
-    with pytest.raises(InputError, match=r"info\.json: cannot fill in the path 'data/\{robot\}\.parquet'"):
+    with pytest.raises(InputError, match=r"info\.json: cannot fill in \{robot\} in the path 'data/\{robot\}\.parquet'"):
         LerobotSource(five)
 
 

@@ -60,7 +60,6 @@ REFUSED = {
     "transparent grey": encoded(Image.fromarray(np.dstack([GREY, alpha(0)]), "LA")),
     "transparent palette": encoded(PALETTE, transparency=int(np.asarray(PALETTE)[0, 0])),
     "16 bits": encoded(Image.fromarray(GREY.astype(np.uint16) * 200)),
-    "floats": encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
     "ink": encoded(Image.fromarray(colours()).convert("CMYK"), "JPEG"),
     "bits": encoded(Image.fromarray(GREY).convert("1")),
 }

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, arguments, culprit, check
 
 def test_no_checkpoint_is_told(capsys, tmp_path):
     assert call(EVAL, "latency", "--vla", "openvla", "--output", tmp_path) == 2
-    assert capsys.readouterr().err == "error: policy 'openvla' needs a checkpoint: a folder or a hub id\n"
+    assert capsys.readouterr().err == "error: policy 'openvla' needs a checkpoint: a folder or hf://owner/name\n"
     assert call(EVAL, "latency", "--output", tmp_path) == 2
     assert "--export" in capsys.readouterr().err
 

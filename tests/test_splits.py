@@ -1,5 +1,6 @@
 """Which recorded episodes may be trained on: each simulator says, and nobody speaks for a robot."""
 
+import numpy as np
 import pytest
 
 from data.envs import recorded_by, training_part
@@ -59,3 +60,28 @@ def test_initial_states_of_a_robot_are_nobodys_evaluation_data(tmp_path):
 def test_the_main_camera_is_the_simulators():
     assert [recorded_by({}, name).camera for name in ("libero", "metaworld")] == ["agentview", "corner2"]
     assert recorded_by({}, "franka") is None
+
+
+def test_the_documented_simulator_is_one_file_and_a_name(monkeypatch, tmp_path):
+    """A Gymnasium environment by an entry point: the expert reaches every goal, from what the environment shows."""
+    from importlib.metadata import EntryPoint
+
+    import spvla.registry
+    from data.envs import load_tasks, make_env, simulator
+    from data.rollout import rollout
+    from spvla import accelerate
+    from spvla.vlas.registry import load_vla
+
+    point = EntryPoint("point", "examples.point_simulator:PointSimulator", "spvla.envs")
+    monkeypatch.setattr(spvla.registry, "entry_points", lambda group: [point] if group == "spvla.envs" else [])
+    simulator.cache_clear()
+    vla = load_vla("expert", suite="point_reach")
+    for task in load_tasks("point_reach"):
+        policy = accelerate(vla, generator="last", gate="tests.test_own_parts:EverySecond")
+        with make_env(task, render="full") as env:
+            result = rollout(env, policy, init_state=3, seed=0, images=True)
+            again = rollout(env, policy, init_state=3, seed=1)
+        assert result.episode.success and list(result.episode.images) == [env.camera]
+        np.testing.assert_array_equal(result.episode.actions, again.episode.actions)
+        assert policy.stats()["vla_calls"] < len(result.steps)
+    simulator.cache_clear()

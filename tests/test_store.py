@@ -128,7 +128,7 @@ def test_images_travel_encoded(tmp_path):
     episode.images = {"main": [b"no image"]}
     writer = RolloutWriter(tmp_path / "bad", LIBERO)
     writer.write("a", [episode])
-    with pytest.raises(InputError, match=r"a\.parquet: observation\.images\.main: not an encoded image"):
+    with pytest.raises(InputError, match=r"a\.parquet: observation\.images\.main: the first image cannot be read"):
         writer.finalize()
 
 
@@ -445,7 +445,7 @@ def listed(rows, width=7):
         (EPISODES, "length", None, "episode 0: length is missing"),
         (EPISODES, "length", lambda v: pa.array([-60, 60, 60]), "episode 0: dataset_from_index is 0 and length -60"),
         (EPISODES, "length", lambda v: pa.array([50, 70, 60]), "episode 1: dataset_from_index is 60 and length 70"),
-        (EPISODES, "metadata", lambda v: pa.array(["{"] * 3), "episode 0: metadata is '{', expected a JSON object"),
+        (EPISODES, "metadata", lambda v: pa.array(["{"] * 3), "episode 0: metadata: not valid JSON"),
         (EPISODES, "metadata", lambda v: pa.nulls(3, pa.string()), "episode 0: metadata is None"),
         (EPISODES, "tasks", lambda v: pa.array([[]] * 3, pa.list_(pa.string())), r"tasks is \[\], expected an instruction"),
         (DATA, "action", None, "no column action; there are: observation.state"),

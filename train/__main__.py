@@ -1,11 +1,11 @@
 """``python -m train fit | distill | export``."""
 
-import argparse
 import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from spvla.actions import ActionSpace
 from spvla.cli import guard, run
@@ -27,14 +27,16 @@ def fit(arguments: list[str]) -> None:
             for name in ("features", "space", "residual", "judges", "fold"):  # the last two are a gate's
                 parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+        def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
+            super().parse_arguments(*args, **kwargs)
+            options = self.config["fit"]
+            options.weights_only = True  # a checkpoint never runs code
+            if options.ckpt_path not in (None, "best", "last", "hpc", "registry"):
+                require_checkpoint(Path(options.ckpt_path))
+
     set_parsing_settings(subclasses_enabled=[FeatureConfig, ActionSpace])  # linked as objects, not field by field
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", module="lightning")
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--ckpt_path")
-    path = options.parse_known_args(arguments)[0].ckpt_path
-    if path is not None and path not in ("best", "last", "hpc", "registry", "null"):
-        require_checkpoint(Path(path))
     try:
         CLI(
             subclass_mode_model=True,
@@ -45,6 +47,8 @@ def fit(arguments: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise InputError(str(error).splitlines()[0]) from error
+    except pickle.UnpicklingError as error:  # of a checkpoint that Lightning found itself
+        raise _not_ours("the checkpoint to continue from", error) from None
     except ValueError as error:  # what model and data refuse comes wrapped by the parser
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
@@ -53,15 +57,27 @@ def fit(arguments: list[str]) -> None:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Raise :class:`InputError` unless ``path`` is a training's checkpoint."""
+    """Raise :class:`InputError` unless ``path`` is a training's checkpoint: tensors and plain values.
+
+    Reading it runs no code. Lightning would make the class that a checkpoint's hyper-parameters name; ours have none.
+    """
     import torch
 
     if not path.is_file():
-        raise InputError(f"ckpt_path: {path} does not exist")
+        raise InputError(f"ckpt_path: {path} does not exist", code="missing", field="ckpt_path")
     try:
-        torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"ckpt_path: {path} is not a whole checkpoint ({type(error).__name__}: {error})") from None
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if "state_dict" not in checkpoint or "hyper_parameters" in checkpoint:
+            raise ValueError("its entries are not those of a training here")
+    except Exception as error:  # zip, pickle and torch raise many types for damaged files
+        raise _not_ours(str(path), error) from None
+
+
+def _not_ours(what: str, error: Exception) -> InputError:
+    reason = "it holds more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else error
+    return InputError(
+        f"ckpt_path: {what} is not a whole checkpoint of a training here ({reason})", code="damaged", field="ckpt_path"
+    )
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "distill": distill, "export": export}

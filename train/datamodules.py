@@ -43,7 +43,12 @@ def feature_config(
         state_lags: state differences over these many steps.
         vla_output: use the VLA's last action and its age.
     """
-    dims = list(range(windows.stores[0].arrays["states"].shape[1])) if state_dims is None else list(state_dims)
+    width = windows.stores[0].arrays["states"].shape[1]
+    dims = list(range(width)) if state_dims is None else list(state_dims)
+    if max(dims, default=0) >= max(width, 1):
+        folder = windows.stores[0].folder
+        message = f"state_dims: {max(dims)} is no entry of the state in {folder}, which has {width}"
+        raise InputError(message, code="state-mismatch", field="state_dims")
     states = training_states(windows, split)
     q01, q99 = np.quantile(states[:, dims], [0.01, 0.99], axis=0) if dims else (np.zeros(0), np.zeros(0))
     features = windows.stores[0].arrays["vla_features"].shape[1] if windows.features else 0

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from data.relabel import relabel_into
-from data.store import RolloutStore
 from spvla.errors import InputError
 from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
+from spvla.files import locked
 from spvla.gates.classifier import ClassifierConfig
 from spvla.generators import GENERATORS, is_learned, make_network
 from spvla.generators.features import FeatureConfig
@@ -59,16 +59,16 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if twice := [i for i in items if items.count(i) > 1]:
             raise InputError(f"{name}: {str(twice[0])!r} is there twice")
     features = FeatureConfig(1, given["history"])
+    options = {"mlp": given["mlp"], "transformer": given["transformer"], **given["networks"]}
     for kind in generators:
-        check_training(kind, given[kind], GeneratorModule, partial(check_network, kind=kind, features=features))
+        check_training(kind, options.get(kind, {}), GeneratorModule, partial(check_network, kind=kind, features=features))
     check_training("gate", given["gate"], ClassifierModule, partial(ClassifierConfig, features))
     default = given["default_generator"]
-    if default is not None and default not in (*generators, *baselines):
-        raise InputError(
-            f"default_generator {default!r} is not among the distilled ones: {', '.join([*generators, *baselines])}"
-        )
+    names = [kind.rpartition(":")[2] for kind in generators]
+    if default is not None and default not in (*names, *baselines):
+        raise InputError(f"default_generator {default!r} is not among the distilled ones: {', '.join([*names, *baselines])}")
     if not (generators or baselines):
-        raise InputError("generators and baselines: there is none to distil")
+        raise InputError("nothing to distil: give generators or baselines")
     make_pruner(given["default_pruning"], "default_pruning")
     require_export_folder(given["output"])
 
@@ -88,8 +88,9 @@ def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module
 
 def check_network(**config: Any) -> None:
     """Raise :class:`InputError` if a generator refuses its configuration; no memory is taken for its weights."""
+    more = config.pop("more", {})
     with torch.device("meta"):
-        make_network(config)
+        make_network({**config, **more})
 
 
 def distill(
@@ -105,6 +106,7 @@ def distill(
     horizon: int = 4,
     mlp: dict[str, Any] = {"width": 256, "depth": 3},  # noqa: B006
     transformer: dict[str, Any] = {"width": 64, "depth": 2, "heads": 4, "batch_size": 256},  # noqa: B006
+    networks: dict[str, dict[str, Any]] = {},  # noqa: B006
     gate: dict[str, Any] = {"width": 128, "depth": 3},  # noqa: B006
     steps: int = 3000,
     gate_steps: int = 1500,
@@ -128,7 +130,7 @@ def distill(
         data: rollout stores; teacher rollouts and accelerated rollouts labelled by the teacher.
         output: the export to write.
         calibration_data: more rollout stores, of scenes that data does not train on: all their episodes calibrate.
-        generators: learned generators: mlp, transformer.
+        generators: generators to train: mlp, transformer, or one of your own by name or as package.module:Class.
         baselines: built-in generators that get a gate too: ridge, ridge_paper, last.
         history: executed actions to look back on.
         state_dims: entries of proprioception to use; all if omitted.
@@ -138,14 +140,15 @@ def distill(
         mlp: width, depth, dropout, learning_rate, ... of the MLP (see train.modules.GeneratorModule), and its own
             batch_size.
         transformer: the same for the transformer.
+        networks: the same for generators of other packages, by name.
         gate: width, depth, dropout, learning_rate, ... of the gates (see train.modules.ClassifierModule).
         steps: optimiser steps per generator.
         gate_steps: optimiser steps per gate.
         batch_size: windows per step.
-        hide: share of training windows whose last actions are passed off as the generator's.
+        hide: fraction of the training windows whose last actions count as the generator's.
         folds: folds of the cross-fit that makes the gates' labels.
         tolerance: largest error of a step that does not deviate, normalised units.
-        calibration_fraction: share of episodes kept for calibration where there are no official initial states.
+        calibration_fraction: fraction of the episodes kept for calibration where the simulator does not say which.
         default_generator: which generator acts unless another is named; if omitted, the one that acts on most steps of the
             calibration episodes at default_risk (of equals, the one with the smallest error).
         default_risk: the export's default risk.
@@ -153,53 +156,56 @@ def distill(
         default_pruning: visual tokens that the VLA keeps by default: fast_fewer, slow_fewer, or fields.
         relabel: data sets to label with a VLA first, each with the options of python -m data relabel; the stores are kept
             under output and come after those of data.
-        weights: share of each store in the training batches, in their order; by their numbers of frames if omitted.
+        weights: fraction of each store in the training batches, in their order; by their numbers of frames if omitted.
         threads: stages to train side by side, one core each; the result does not depend on it.
         seed: of everything.
     """
     check_arguments(locals())
-    sizes = {"mlp": mlp, "transformer": transformer}
-    data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
-    width = RolloutStore(data[0]).arrays["states"].shape[1] if data and state_dims else 0
-    if state_dims and max(state_dims) >= width:
-        raise InputError(f"state_dims: {max(state_dims)} is no entry of the state in {data[0]}, which has {width}")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="lightning")
-    plan = Plan(
-        data={
-            **{"data": data, "calibration_data": calibration_data},
-            **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
-            **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide, "seed": seed, "weights": weights},
-            "calibration_fraction": calibration_fraction,
-        },
-        folder=output / ".stages",
-        learned={name: {"kind": name, "horizon": horizon, "tolerance": tolerance, **sizes[name]} for name in generators},
-        gate=gate,
-        steps=steps,
-        gate_steps=gate_steps,
-        folds=folds,
-        tolerance=tolerance,
-    )
-    rollouts, split = plan.rollouts, plan.rollouts.split
-    if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
-        raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
-    print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
-    if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
-        whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
-        print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
-    fits = [Stage("generator", name, without) for name in generators for without in [*range(folds), None]]
-    train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
-    train_stages(plan, [Stage("gate", name) for name in generators], threads)
-    learned = {name: plan.generator(name) for name in generators}
-    gates = {name: plan.classifier(name) for name in [*generators, *baselines]}
-    defaults = {
-        "generator": default_generator,
-        "gate": "learned",
-        "risk": default_risk,
-        "max_generated_run": max_generated_run,
-        **({} if default_pruning is None else {"pruning": default_pruning}),
-    }
-    export = calibrated_export(rollouts, learned, gates, tolerance, defaults)
-    save_export(export, output)
-    print_evidence(export)
-    print(f"exported to {output}")
+    with locked(output):
+        sizes = {"mlp": mlp, "transformer": transformer, **networks}
+        kinds = {kind.rpartition(":")[2]: kind for kind in generators}  # by the name that each has in the export
+        data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
+        torch.set_num_threads(1)
+        warnings.filterwarnings("ignore", module="lightning")
+        plan = Plan(
+            data={
+                **{"data": data, "calibration_data": calibration_data},
+                **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
+                **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide},
+                **{"seed": seed, "weights": weights},
+                "calibration_fraction": calibration_fraction,
+            },
+            folder=output / ".stages",
+            learned={
+                name: {"kind": kind, "horizon": horizon, "tolerance": tolerance, **sizes.get(kind, {})}
+                for name, kind in kinds.items()
+            },
+            gate=gate,
+            steps=steps,
+            gate_steps=gate_steps,
+            folds=folds,
+            tolerance=tolerance,
+        )
+        rollouts, split = plan.rollouts, plan.rollouts.split
+        if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
+            raise InputError(f"folds must be at most the {len(split.train)} training episodes and 255, got {folds}")
+        print(f"{len(split.train)} training and {len(split.calibration)} calibration episodes, split by {split.by}")
+        if recorded := [str(s.folder) for s in rollouts.windows.stores if not s.labelled_by_teacher]:
+            whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
+            print(f"{whose}: without a teacher's labels, so that the recorded actions are what is learned")
+        fits = [Stage("generator", name, without) for name in kinds for without in [*range(folds), None]]
+        train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
+        train_stages(plan, [Stage("gate", name) for name in kinds], threads)
+        learned = {name: plan.generator(name) for name in kinds}
+        gates = {name: plan.classifier(name) for name in [*kinds, *baselines]}
+        defaults = {
+            "generator": default_generator,
+            "gate": "learned",
+            "risk": default_risk,
+            "max_generated_run": max_generated_run,
+            **({} if default_pruning is None else {"pruning": default_pruning}),
+        }
+        export = calibrated_export(rollouts, learned, gates, tolerance, defaults)
+        save_export(export, output)
+        print_evidence(export)
+        print(f"exported to {output}")

@@ -5,7 +5,7 @@ Both learn from :class:`data.windows.Batch` streams. Inputs are what was execute
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,7 @@ from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators import make_network
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig, to_device
+from spvla.generators.learned import GeneratorConfig
 
 RISKS = (0.02, 0.05, 0.1, 0.2, 0.3)
 
@@ -59,6 +60,7 @@ class GeneratorModule(_Module):
         later_weight: loss weight of the horizon steps after the first, which alone is executed.
         tolerance: error beyond which a step deviates, normalised units (for the metric).
         residual: see :class:`spvla.generators.learned.GeneratorConfig` (linked from the data).
+        more: fields that the network's own configuration has beyond these.
     """
 
     def __init__(
@@ -76,12 +78,13 @@ class GeneratorModule(_Module):
         later_weight: float = 0.2,
         tolerance: float = 0.2,
         residual: tuple[float, ...] = (),
+        more: dict[str, Any] = {},  # noqa: B006
     ) -> None:
         super().__init__()
         gripper = space.gripper if space.binary_gripper else ()
         size = {"width": width, "depth": depth, "heads": heads, "horizon": horizon, "dropout": dropout}
         fixed = {"features": features, "gripper": gripper, "residual": tuple(residual)}
-        self.network = make_network({"kind": kind, **size, **fixed})
+        self.network = make_network({"kind": kind, **size, **more, **fixed})
         self.space = space
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.later_weight, self.tolerance = later_weight, tolerance
@@ -89,10 +92,14 @@ class GeneratorModule(_Module):
     def options(self) -> dict[str, Any]:
         """The arguments, beside features and space, that make a module like this one."""
         c = self.network.config
+        common = {f.name for f in fields(GeneratorConfig)}
+        more = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in common}
         own = ("learning_rate", "weight_decay", "later_weight", "tolerance")
-        return {k: getattr(c, k) for k in ("kind", "width", "depth", "heads", "horizon", "dropout")} | {
-            k: getattr(self, k) for k in own
-        }
+        return (
+            {k: getattr(c, k) for k in ("kind", "width", "depth", "heads", "horizon", "dropout")}
+            | {k: getattr(self, k) for k in own}
+            | {"more": more}
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put everything that :meth:`from_checkpoint` needs into the checkpoint, as plain values."""

@@ -38,7 +38,7 @@ class RecoverModule(L.LightningModule):
     tokens, in bins: where its distributions are wide, rounding alone changes which of two neighbouring bins is the likelier.
 
     Args:
-        checkpoint: folder or hub id of the VLA.
+        checkpoint: folder or hf://owner/name of the VLA.
         output: folder that the adapter is written to after each validation and at the end.
         keep: shares of the visual tokens, in (0, 1); each batch draws one.
         pruning: other fields of :class:`spvla.pruning.TokenSelector`; by default the most attended tokens stay.
@@ -88,7 +88,7 @@ class RecoverModule(L.LightningModule):
             self.adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"recover: targets {targets!r}: {str(error).splitlines()[0]}") from None
-        self.adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
+        self.adapted.peft_config["default"].base_model_name_or_path = str(checkpoint).removeprefix("hf://")
         self.sees_anew = any("vision_backbone." in name for name, p in self.named_parameters() if p.requires_grad)
         self.output = Path(output)
         self.learning_rate, self.weight_decay, self.warmup_steps = learning_rate, weight_decay, warmup_steps

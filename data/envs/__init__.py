@@ -35,7 +35,8 @@ def simulator(suite: str) -> Simulator:
     if name is None:
         listing = ", ".join(sorted(known))
         raise InputError(
-            f"suite {suite!r} belongs to no known simulator; suites begin with the name of one: {listing}",
+            f"suite {suite!r} belongs to no known simulator; suites begin with the name of one: {listing}. "
+            "A name of your own is known once its package is installed",
             code="unknown-suite",
             field="suite",
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data.lerobot.columns import INDEX, is_regular, recorded_times
 from data.lerobot.layout import Layout
+from data.lerobot.metadata import whole_number
 from data.lerobot.pictures import Pictures
 from data.lerobot.times import EPISODES_TIMED
 from data.openx import first_action_note
@@ -45,13 +46,14 @@ def notes(source: LerobotSource) -> list[str]:
         for name, count in found.items()
         if layout.info.get(name) != count
     ]
-    for split, span in (layout.info.get("splits") or {}).items():
+    splits = layout.info.get("splits")
+    for split, span in splits.items() if isinstance(splits, dict) else ():
         last = str(span).rpartition(":")[2]
         if last.isdecimal() and int(last) > len(layout.rows):
             out.append(f"{layout.about}: split {split} claims {span}, there are {len(layout.rows)} episodes")
     for name, width in layout.widths.items():
         shape = (layout.features.get(name) or {}).get("shape")
-        if shape and prod(shape) != width:
+        if shape and prod(whole_number(n) or 0 for n in shape) != width:
             out.append(f"{layout.about}: {name} claims the shape {list(shape)}, the data has {width} entries")
     for camera, of_camera in videos.items():
         if missing := sum(isinstance(video, Problem) for video in of_camera):
@@ -140,19 +142,21 @@ def _stated_extremes(layout: Layout) -> dict[int | None, dict[str, tuple[Any, An
     out: dict[int | None, dict[str, tuple[Any, Any]]] = {}
     if lines.is_file() and layout.version != "v3.0":
         for entry in layout.read_lines(lines):
-            stats = entry.get("stats") or {}
-            out[entry.get("episode_index")] = {
-                key: (stats[key]["min"], stats[key]["max"]) for key in STATED if {"min", "max"} <= (stats.get(key) or {}).keys()
+            stats = entry.get("stats")
+            stats = stats if isinstance(stats, dict) else {}
+            stated = {key: stats[key] for key in STATED if isinstance(stats.get(key), dict)}
+            out[whole_number(entry.get("episode_index"))] = {
+                key: (values["min"], values["max"]) for key, values in stated.items() if {"min", "max"} <= values.keys()
             }
     for file in sorted((layout.path / "meta" / "episodes").glob("*/*.parquet"))[:1]:
         try:
-            names = set(pq.read_schema(file).names)
+            names = set(layout.schema(file).names)
             there = [key for key in STATED if {f"stats/{key}/min", f"stats/{key}/max"} <= names]
             columns = ["episode_index", *(f"stats/{key}/{end}" for key in there for end in ("min", "max"))]
             stats = pq.read_table(file, columns=columns, page_checksum_verification=True)
             for e in stats.slice(0, EPISODES_CHECKED).to_pylist():
-                out[e["episode_index"]] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
-        except (pa.ArrowException, OSError, KeyError):
+                out[whole_number(e["episode_index"])] = {key: (e[f"stats/{key}/min"], e[f"stats/{key}/max"]) for key in there}
+        except (pa.ArrowException, OSError, KeyError, InputError):
             break  # told when the episodes were looked up
     return out
 

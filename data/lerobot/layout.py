@@ -6,6 +6,8 @@ v2.x keeps one Parquet file and one video per episode, v3.0 puts many episodes i
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +24,9 @@ from numpy.typing import NDArray
 from data.lerobot.columns import in_one_form, is_vector
 from data.lerobot.metadata import by_episode, read_episode_tables, read_json_lines, read_tasks, whole_number
 from spvla.errors import InputError
-from spvla.files import read_json
+from spvla.files import inside, read_json
 
+FIELD = re.compile(r"\{(\w+)(?::0?(\d)d)?\}")  # of data_path and video_path
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 EPISODES_MEASURED = 16  # in which the sizes of all vectors must show
@@ -52,7 +55,7 @@ class EpisodeRows:
     def tasks(self) -> list[str]:
         """The words that ``meta/`` has for the episode as a whole."""
         told = self.meta.get("tasks")
-        return [told] if isinstance(told, str) else [] if told is None else [str(text) for text in told]
+        return [told] if isinstance(told, str) else [str(text) for text in told] if isinstance(told, list) else []
 
 
 class Layout:
@@ -71,8 +74,8 @@ class Layout:
         if not self.about.is_file():
             raise InputError(f"{self.about}: no such file; is this a LeRobot data set?", code="missing", field=str(self.about))
         self.info = read_json(self.about)
-        self.features: dict[str, Any] = self.info.get("features") or {}
         self.told: list[str] = []  # what came up while opening
+        self.features = self._find_features()
         self.version = self._find_version()
         self.rows = list(self._find_v3() if self.version == "v3.0" else self._find_v2())
         if not self.rows:
@@ -140,9 +143,7 @@ class Layout:
     @cached_property
     def has_words(self) -> bool:
         """Whether the data set puts any of its tasks in words."""
-        listed = [row.meta.get("tasks") or [] for row in self.rows]
-        texts = [*self.tasks.values(), *(t for tasks in listed for t in ([tasks] if isinstance(tasks, str) else tasks))]
-        return any(str(text or "").strip() for text in texts)
+        return any(text.strip() for text in (*self.tasks.values(), *(t for row in self.rows for t in row.tasks)))
 
     def table(self, row: EpisodeRows, columns: Iterable[str]) -> pa.Table:
         """The rows of an episode: those of the ``columns`` that its file has, each :func:`in one form <in_one_form>`.
@@ -178,7 +179,7 @@ class Layout:
 
     def schema(self, path: Path) -> pa.Schema:
         try:
-            return pq.read_schema(path)
+            return pq.read_schema(inside(self.path, path.relative_to(self.path)))
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from None
 
@@ -187,14 +188,53 @@ class Layout:
             self.told.append(note)
 
     def fill(self, template: str, place: Mapping[str, Any]) -> Path:
-        try:
-            return self.path / template.format(**place)
-        except (KeyError, ValueError, IndexError) as error:
-            raise InputError(f"{self.about}: cannot fill in the path {template!r} ({error!r})") from None
+        """The file that a path of ``meta/info.json`` names, its fields such as ``{episode_chunk:03d}`` filled in.
+
+        Raises:
+            InputError: another field (``str.format`` itself would reach attributes), or a path out of the folder.
+        """
+
+        def value(found: re.Match[str]) -> str:
+            known = place.get(found[1])
+            if known is None or (isinstance(known, str) and found[2]):
+                raise InputError(
+                    f"{self.about}: cannot fill in {found[0]} in the path {template!r}; there are: {', '.join(place)}",
+                    code="path-template",
+                    field=str(self.about),
+                )
+            return f"{known:0{found[2]}d}" if found[2] else str(known)
+
+        if re.search(r"[{}]", FIELD.sub("", template)):
+            told = "its fields are names with at most a width, such as {episode_chunk:03d}"
+            raise InputError(
+                f"{self.about}: cannot fill in the path {template!r}: {told}", code="path-template", field=str(self.about)
+            )
+        filled = os.path.normpath(FIELD.sub(value, template))
+        if filled.startswith(("..", os.sep)):
+            raise InputError(
+                f"{self.about}: the path {template!r} leads out of the folder", code="outside-folder", field=str(self.about)
+            )
+        return self.path / filled
 
     @property
     def chunk_size(self) -> int:
-        return int(self.info.get("chunks_size") or 1000)
+        size = whole_number(self.info.get("chunks_size") or 1000)
+        if size is None or size < 1:
+            raise InputError(f"{self.about}: chunks_size is {self.info['chunks_size']!r}, no number of episodes")
+        return size
+
+    def _find_features(self) -> dict[str, dict[str, Any]]:
+        found = self.info.get("features") or {}
+        if not isinstance(found, dict) or not all(isinstance(feature, dict) for feature in found.values()):
+            raise InputError(f"{self.about}: features must map names to objects", field=str(self.about))
+        for name, feature in found.items():
+            shape = feature.get("shape") or []
+            if not isinstance(shape, list) or None in map(whole_number, shape):
+                self.told.append(
+                    f"{self.about}: the shape of {name} is {str(shape)[:100]!r}, no list of sizes; it is not looked at"
+                )
+                feature["shape"] = None
+        return found
 
     def _find_version(self) -> str:
         """The format: as claimed, unless the folder is laid out as another one."""
@@ -232,12 +272,13 @@ class Layout:
             if number not in listed:
                 self.told.append(f"{file}: meta/episodes.jsonl does not list episode {number}; it is read all the same")
             try:
-                length = pq.read_metadata(file).num_rows
+                length = pq.read_metadata(inside(self.path, file.relative_to(self.path))).num_rows
             except FileNotFoundError:
                 self.told.append(f"{file}: is not there, though meta/episodes.jsonl lists episode {number}")
                 continue
-            except (pa.ArrowException, OSError) as error:
-                yield EpisodeRows(number, file, 0, 0, meta, str(_damaged(file, error)).removeprefix(f"{file}: "))
+            except (pa.ArrowException, OSError, InputError) as error:
+                fault = error if isinstance(error, InputError) else _damaged(file, error)
+                yield EpisodeRows(number, file, 0, 0, meta, str(fault).removeprefix(f"{file}: "))
                 continue
             if "length" in meta and length != whole_number(meta["length"]):
                 self.told.append(f"{file}: holds {length} steps, meta/episodes.jsonl claims {meta['length']}")

@@ -13,20 +13,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spvla.errors import InputError
+from spvla.files import inside, parse_json, read_bytes
+
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The objects of a file of JSON lines, and a note on whatever is not there or not readable."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         lines = content.decode(json.detect_encoding(content)).split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [f"{path}: cannot be read ({error}); the data files count"]
+    except (InputError, UnicodeDecodeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return [], [f"{path}: cannot be read ({reason}); the data files count"]
     out, notes = [], []
     for number, line in enumerate(lines, 1):
         text = line.strip().removeprefix("\ufeff")  # files that were joined have such a mark in their middle
         try:
-            value = json.loads(text, strict=False) if text else {}
-        except json.JSONDecodeError:
+            value = parse_json(text, str(path)) if text else {}
+        except InputError:
             value = None
         if not isinstance(value, dict):
             notes.append(f"{path}, line {number}: not a JSON object; left out")
@@ -44,10 +48,11 @@ def read_tasks(folder: Path) -> tuple[dict[int, str], list[str]]:
         found = [(row.get("task_index"), row.get("task")) for row in rows]
     else:
         try:
+            inside(folder, table.relative_to(folder))
             rows = pq.read_table(table, page_checksum_verification=True).to_pylist()
         except FileNotFoundError:
             return {}, []
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, InputError) as error:
             return {}, [f"{table}: damaged Parquet file ({' '.join(str(error).split())}); there are no instructions"]
         found = [(row.get("task_index"), next((v for v in row.values() if isinstance(v, str)), None)) for row in rows]
     numbered = [(whole_number(index), words) for index, words in found]
@@ -60,9 +65,10 @@ def read_episode_tables(folder: Path) -> tuple[dict[int, dict[str, Any]], list[s
     notes = []
     for file in sorted((folder / "meta" / "episodes").glob("**/*.parquet")):
         try:
+            inside(folder, file.relative_to(folder))
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
             table = pq.read_table(file, columns=names, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, InputError) as error:
             notes.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files count")
             continue
         out |= by_episode(table.to_pylist(), file, notes)

@@ -14,6 +14,8 @@ from data.cameras import Cameras, is_depth
 from data.lerobot.layout import EpisodeRows, Layout
 from data.lerobot.metadata import whole_number
 from data.parts import Problem
+from spvla.errors import InputError
+from spvla.files import inside
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class Pictures:
     def image_shape(self, camera: str) -> tuple[int, ...] | None:
         """(H, W, C), whatever order the metadata lists them in, or None where it does not say."""
         feature = self.layout.features[camera]
-        shape, names = feature.get("shape") or [], feature.get("names") or ["height", "width", "channel"]
+        shape, names = feature.get("shape") or [], feature.get("names")
+        names = names if names and isinstance(names, list) else ["height", "width", "channel"]
         sizes = dict(zip((str(n).rstrip("s") for n in names), shape, strict=False))
         wanted = tuple(sizes.get(n) for n in ("height", "width", "channel"))
-        return None if None in wanted else tuple(int(n) for n in wanted if n is not None)
+        numbers = tuple(whole_number(n) for n in wanted)
+        return None if None in numbers else tuple(n for n in numbers if n is not None)
 
     def has_images(self, camera: str) -> bool:
         """Whether any episode has images of a camera, in a video file or in its Parquet file."""
@@ -101,10 +105,15 @@ class Pictures:
             numbers = (row.number,)
             place = {"episode_chunk": (row.number or 0) // self.layout.chunk_size, "episode_index": row.number}
         template = str(self.layout.info.get("video_path") or "")
-        path = self.layout.fill(template, {"video_key": camera, **place})
-        if path.is_file():
-            return path
-        found = self._videos.get((camera, *numbers), [])
+        try:
+            path = inside(
+                self.layout.path, self.layout.fill(template, {"video_key": camera, **place}).relative_to(self.layout.path)
+            )
+            if path.is_file():
+                return path
+            found = [inside(self.layout.path, file) for file in self._videos.get((camera, *numbers), [])]
+        except InputError as error:
+            return Problem(str(row.file), str(error), row.number, camera)
         if len(found) == 1:
             about = self.layout.about
             self.layout.tell_once(
@@ -140,7 +149,7 @@ class Pictures:
             chunk = next((name for name in path.parts if name.startswith("chunk")), "")
             names = (chunk, path.stem) if self.layout.version == "v3.0" else (path.stem,)
             numbers = [re.search(r"\d+$", name) for name in names]
-            found.setdefault((camera, *(int(n[0]) if n else None for n in numbers)), []).append(self.layout.path / path)
+            found.setdefault((camera, *(int(n[0]) if n else None for n in numbers)), []).append(path)
         return found
 
     @cached_property

@@ -7,8 +7,6 @@ episodes. (The writer of v3.0 is ``spvla.store.lerobot_v3``.)
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from data.identity import digest, file_content, hub_name
 from data.lerobot import audit
@@ -31,6 +28,8 @@ from data.parts import Part, Problem
 from data.video import VideoFrames
 from data.words import Words, split_at_words
 from spvla.errors import InputError
+from spvla.files import parse_object
+from spvla.images import open_image
 from spvla.store import VECTOR_COLUMNS, Episode, read_action_space
 from spvla.store.columns import read_sources, read_vectors
 
@@ -187,7 +186,7 @@ class LerobotSource:
             return found if isinstance(found, Problem) else VideoFrames(found.path, found.numbers)
         if self.camera not in table.column_names:
             return Problem(str(row.file), "there is no such feature", row.number, self.camera)
-        frames = [v["bytes"] if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
+        frames = [v.get("bytes") if isinstance(v, dict) else v for v in table[self.camera].to_pylist()]
         if _is_deep(next((f for f in frames if f is not None), b"")):
             return Problem(str(row.file), "is a depth map (more than 8 bits of grey), not an image", row.number, self.camera)
         return frames
@@ -196,16 +195,15 @@ class LerobotSource:
 def _is_deep(image: bytes) -> bool:
     """Whether an encoded image has numbers of more than 8 bits."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with open_image(image) as opened:
             return opened.mode.startswith(("I", "F"))
-    except (OSError, SyntaxError, ValueError):
+    except InputError:
         return False  # a damaged image, which is told when it is decoded
 
 
 def _recorded(row: EpisodeRows) -> dict[str, Any] | None:
     """The metadata that a rollout store keeps of an episode, empty for any other data set; None if it cannot be read."""
     try:
-        value = json.loads(row.meta.get("metadata", "{}"))
-    except (ValueError, TypeError):
+        return parse_object(row.meta.get("metadata", "{}"), "metadata")
+    except (InputError, TypeError):
         return None
-    return value if isinstance(value, dict) else None

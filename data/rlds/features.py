@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +16,9 @@ from data.cameras import Cameras
 from data.openx import Steps
 from data.parts import Problem
 from spvla.errors import InputError
+from spvla.files import inside, parse_json, read_json
+
+CLASS_NAMES = ("pythonClassName", "python_class_name", "type", "proto_cls")  # entries of features.json that tfds imports
 
 
 class RldsFolder:
@@ -31,6 +35,8 @@ class RldsFolder:
         self.path = _version_folder(Path(path))
         import tensorflow_datasets as tfds
 
+        for name in ("dataset_info.json", "features.json"):
+            _require_own_classes(read_json(inside(self.path, name)), self.path / name)
         try:
             self.builder = tfds.builder_from_directory(self.path)
             self.features = self.builder.info.features
@@ -45,10 +51,18 @@ class RldsFolder:
     @cached_property
     def splits(self) -> dict[str, list[tuple[Path, int]]]:
         """Per split, its shards: file and number of episodes as the metadata claims it."""
-        return {
-            name: list(zip((Path(f) for f in split.filepaths), split.shard_lengths, strict=True))
-            for name, split in self.builder.info.splits.items()
-        }
+        try:
+            return {
+                name: [
+                    (inside(self.path, file), length) for file, length in zip(split.filepaths, split.shard_lengths, strict=True)
+                ]
+                for name, split in self.builder.info.splits.items()
+            }
+        except InputError:
+            raise
+        except Exception as error:  # tfds fills in a template that the folder names
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: its splits cannot be read ({reason})", field=str(self.path)) from None
 
     def leaf(self, key: str) -> Any:
         """The feature called ``key`` (path with slashes inside a step). Raises :class:`InputError` if there is none."""
@@ -165,6 +179,18 @@ def _version_folder(path: Path) -> Path:
     if not versions:
         raise InputError(f"{path}: not an RLDS data set: no dataset_info.json there or one folder below")
     return max(versions, key=lambda p: [int(n) if n.isdecimal() else -1 for n in p.name.split(".")])
+
+
+def _require_own_classes(value: Any, file: Path) -> None:
+    """Raise :class:`InputError` if a description names a class for tfds to import that is not its own: importing runs code."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        if key in CLASS_NAMES and isinstance(entry, str) and not re.fullmatch(r"tensorflow_datasets(\.\w+)+", entry):
+            told = f"{key} is {entry!r}; only classes of tensorflow_datasets are read"
+            raise InputError(f"{file}: {told}", code="foreign-class", field=str(file))
+        if key == "content" and isinstance(entry, str) and entry.lstrip().startswith("{"):  # older files nest JSON as text
+            entry = parse_json(entry, str(file))
+        _require_own_classes(entry, file)
 
 
 def _leaves(features: Any, prefix: str = "") -> dict[str, Any]:

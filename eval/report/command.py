@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from eval.report import closed_loop, latency
 from eval.report import offline as offline_report
 from spvla.errors import InputError
 from spvla.fields import naming
-from spvla.files import write_text
+from spvla.files import read_json, write_text
 
 SECTIONS = {"closed_loop": closed_loop.section, "offline": offline_report.section, "latency": latency.section}
 FORMER = {"scheduler": "gate", "policy": "vla", "policy_options": "vla_options"}  # names in the results of older versions
@@ -58,11 +57,8 @@ def read(results: Path) -> Found:
     """Every summary below a folder and where it lies: by kind, then the most episodes a cell first."""
     found = []
     for path in sorted(results.rglob("summary.json")):
-        try:
-            summary = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not valid JSON ({error})") from None
-        rows = summary.get("rows") if isinstance(summary, dict) else None
+        summary = read_json(path)
+        rows = summary.get("rows")
         if not rows or not all(isinstance(row, dict) and row for row in rows) or not isinstance(summary.get("kind"), str):
             raise InputError(f"{path}: not a summary of an evaluation (it needs a kind, and rows of values)")
         found.append((path.parent, renamed(summary)))

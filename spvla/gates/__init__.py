@@ -13,6 +13,7 @@ GATES = Registry(
     "spvla.gates",
     {
         "learned": "spvla.gates.classifier:LearnedGate",
+        "live": "spvla.gates.live:LiveGate",
         "release": "spvla.gates.rules:ReleaseRule",
         "paper": "spvla.gates.rules:PaperRule",
     },

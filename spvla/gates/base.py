@@ -25,12 +25,14 @@ class Decision:
         probability: estimated probability that the proposal deviates from the VLA's action, or None for rules.
         refused: intuitive, but the proposal is known not to be admissible: the VLA acts. The policy holds the proposals of
             every gate to its limits, whether or not the gate has checked them.
+        audit: the VLA is asked even so, and the gate hears its answer: a silent audit, of which only the answer counts.
     """
 
     intuitive: bool
     reason: str
     probability: float | None = None
     refused: bool = False
+    audit: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Decisions:
     reason: NDArray[np.str_]
     probability: NDArray[np.float64] | None = None
     refused: NDArray[np.bool_] | None = None
+    audit: NDArray[np.bool_] | None = None
 
     def __getitem__(self, step: int) -> Decision:
         """The label of one step."""
@@ -49,6 +52,7 @@ class Decisions:
             str(self.reason[step]),
             None if self.probability is None else float(self.probability[step]),
             self.refused is not None and bool(self.refused[step]),
+            self.audit is not None and bool(self.audit[step]),
         )
 
 
@@ -67,6 +71,21 @@ class Gate(Protocol):
             window: B histories of at least ``history_length`` steps, arrays.
             proposals: what the generator would do next, normalised (B, D).
         """
+
+
+@runtime_checkable
+class LearningGate(Gate, Protocol):
+    """A gate that learns while it runs: it decides one step at a time and hears how each ended."""
+
+    def begin(self, instruction: str) -> None:
+        """An episode starts."""
+
+    def observe(self, proposal: FloatArray | None, answer: FloatArray | None) -> None:
+        """A step is over: the generator's action and the VLA's (D,), environment units; None where there is none. A step on
+        which the VLA was asked in vain is not reported."""
+
+    def stats(self) -> dict[str, float]:
+        """What was learned, for :meth:`~spvla.policy.SPVLAPolicy.stats`."""
 
 
 @runtime_checkable

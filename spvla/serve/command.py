@@ -50,8 +50,8 @@ def serve_policy(
 
     Args:
         vla: a built-in name, an entry point of ``spvla.vlas``, or ``package.module:factory``.
-        checkpoint: the VLA's folder or hub id.
-        export: folder or hub id of the generators and gates; without one the built-in parts.
+        checkpoint: the VLA's folder or hf://owner/name.
+        export: folder or hf://owner/name of the generators and gates; without one the built-in parts.
         risk: allowed share of generated, deviating steps; the export's default if left out.
         generator: exported or built-in; the export's default if left out, ``none``: the VLA acts on every step.
         gate: ``learned``, ``release`` or ``paper``; the export's default if left out.

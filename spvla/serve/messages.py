@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import msgpack
 import numpy as np
-from PIL import Image
 from vla_eval.protocol.image_codec import is_encoded_image
 from vla_eval.protocol.messages import MessageType
 
 from spvla.errors import InputError
+from spvla.fields import naming
+from spvla.images import open_image
 from spvla.wire import decode_array, shorten
 
 MAX_FRAME = 16 * 2**20  # bytes; two uncompressed 1080p images
@@ -32,10 +32,10 @@ def decode(frame: bytes | str) -> dict[str, Any]:
             return decode_array(content)
         if content["format"] == "raw":
             return decode_array({"__ndarray__": True, **content})
-        with Image.open(io.BytesIO(content["data"]), formats=("PNG", "JPEG")) as image:
+        with naming("image"), open_image(content["data"], MAX_PIXELS) as image:
             pixels += image.width * image.height
             if pixels > MAX_PIXELS:  # known before anything is decompressed
-                raise InputError(f"image: {image.height} x {image.width} pixels are more than {MAX_PIXELS} in one message")
+                raise InputError(f"{image.height} x {image.width} pixels are more than {MAX_PIXELS} in one message")
             return np.array(image)
 
     try:

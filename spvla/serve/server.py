@@ -73,7 +73,7 @@ class PolicyServer(ModelServer):
     Args:
         vla, checkpoint, vla_options, suite: which VLA, as for :func:`~spvla.vlas.registry.load_vla`. One that can share
             its weights (``with_pruner``) does so between sessions; another one is loaded once per session at a time.
-        export: folder or hub id of the export; None for built-in generators and rules.
+        export: folder or hf://owner/name of the export; None for built-in generators and rules.
         risk, generator, gate, pruning: as for :func:`~spvla.accelerate`.
         interface: the benchmark's conventions.
     """

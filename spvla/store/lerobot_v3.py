@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.files import write_json, write_text
+from spvla.images import open_image
 from spvla.statistics import Statistics
 from spvla.store.columns import read_parquet, vectors
 from spvla.store.scale import judge_shards, measured_space, wrong_grippers
@@ -275,11 +274,13 @@ def _dtype(column: pa.DataType) -> str:
 
 def _image_shape(images: pa.ChunkedArray, what: str) -> list[int]:
     """Height, width and channels of the first image of a column; an :class:`InputError` names ``what`` if it is none."""
+    if not len(images):
+        raise InputError(f"{what}: there are no steps", code="damaged", field=what)
     try:
-        with Image.open(io.BytesIO(images[0]["bytes"].as_py())) as image:
+        with open_image(images[0]["bytes"].as_py()) as image:
             return [image.height, image.width, len(image.getbands())]
-    except UnidentifiedImageError:
-        raise InputError(f"{what}: not an encoded image (JPEG or PNG)") from None
+    except InputError as error:
+        raise InputError(f"{what}: the first image {error}", code=error.code, field=what) from None
 
 
 def _write_tasks(path: Path, tasks: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
-from spvla.files import read_json
+from spvla.files import inside, parse_object, read_json
 from spvla.store.columns import read_column, read_parquet, read_sources, read_vectors
 from spvla.store.episode import VECTOR_COLUMNS, Episode
 from spvla.store.lerobot_v3 import DATA_PATH
@@ -40,7 +39,7 @@ def read_episodes(folder: str | Path) -> Iterator[Episode]:
     for number, row in enumerate(rows):
         if row["data/file_index"] != loaded:  # one file in memory at a time
             loaded, first = row["data/file_index"], row["dataset_from_index"]
-            path = folder / DATA_PATH.format(chunk_index=0, file_index=loaded)
+            path = inside(folder, DATA_PATH.format(chunk_index=0, file_index=loaded))
             part_of = read_parquet(path)
         part, what = part_of.slice(row["dataset_from_index"] - first, row["length"]), f"{path}, episode {number}"
         if part.num_rows != row["length"]:
@@ -67,7 +66,7 @@ def read_episodes(folder: str | Path) -> Iterator[Episode]:
             sources=read_sources(part, what),
             images=images,
             success=row["success"],
-            metadata=json.loads(row["metadata"]),
+            metadata=parse_object(row["metadata"], f"{what}: metadata"),
         )
         episode.check(space, what)
         yield episode
@@ -90,7 +89,7 @@ def read_episode_table(folder: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     frames = 0
     for file in files:
-        for row in read_parquet(file).to_pylist():
+        for row in read_parquet(inside(folder, file.relative_to(folder))).to_pylist():
             _check_row(row, frames, f"{file}, episode {len(rows)}")
             rows.append(row)
             frames += row["length"]
@@ -109,12 +108,7 @@ def _check_row(row: dict[str, Any], frames: int, what: str) -> None:
         raise InputError(f"{what}: {told}; the episode before ends at {frames}")
     if not row["tasks"] or not isinstance(row["tasks"][0], str):
         raise InputError(f"{what}: tasks is {row['tasks']}, expected an instruction")
-    try:
-        whole = isinstance(json.loads(row["metadata"]), dict)
-    except json.JSONDecodeError:
-        whole = False
-    if not whole:
-        raise InputError(f"{what}: metadata is {row['metadata']!r}, expected a JSON object")
+    parse_object(row["metadata"], f"{what}: metadata")
 
 
 def read_action_space(folder: str | Path) -> ActionSpace:

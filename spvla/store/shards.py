@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spvla.errors import InputError
+from spvla.files import inside, parse_object
 from spvla.store.columns import is_vectors, one_line
 from spvla.store.episode import VECTOR_COLUMNS, Episode
 
@@ -42,16 +42,16 @@ def shard_info(path: Path) -> dict[str, Any]:
     """What a shard says of itself: ``action_space``, ``policy``, ``measured`` and one dict per episode (see
     :class:`RolloutWriter`)."""
     try:
-        info: dict[str, Any] = json.loads(shard_schema(path).metadata[SHARD_KEY])
+        info = parse_object(shard_schema(path).metadata[SHARD_KEY], str(path))
         [e[name] for e in info["episodes"] for name in ("length", "instruction", "success", "metadata")]
         return {name: info[name] for name in ("action_space", "policy", "episodes")} | {"measured": info.get("measured", False)}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise _not_whole(path, error) from None
 
 
 def shard_schema(path: Path) -> pa.Schema:
     try:
-        return pq.read_schema(path)
+        return pq.read_schema(inside(path.parent, path.name))
     except (pa.ArrowException, OSError) as error:
         raise _not_whole(path, error) from None
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from spvla.errors import InputError
-from spvla.files import read_json
-from spvla.hub import resolve_folder
+from spvla.files import inside, read_json
+from spvla.hub import hub_repository, resolve_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,15 +47,16 @@ def refuse_companions(path: str | Path, folder: Path) -> None:
     not read here: without its action head an OpenVLA-OFT folder would load and decode plausible nonsense.
 
     Args:
-        path: what was asked for, a folder or a hub id; of a hub repository the list of all files is looked at.
+        path: what was asked for, a folder or hf://owner/name; of a hub repository the list of all files is looked at.
         folder: where it lies.
     """
     names = [p.name for p in folder.iterdir()]
-    if not Path(path).is_dir():
+    repository = hub_repository(path)
+    if repository is not None:
         from huggingface_hub import list_repo_files
 
         try:
-            names += list_repo_files(str(path))
+            names += list_repo_files(repository[0], revision=repository[1])
         except Exception:  # offline: only what was downloaded is known
             names += []
     companions = sorted({name for name in names if COMPANION.fullmatch(Path(name).name)})
@@ -89,7 +90,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """``tokenizer.json``, read as it is: nothing rebuilds its normaliser, nothing truncates a long prompt."""
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
+    file = inside(folder, "tokenizer.json")
     if not file.exists():
         raise InputError(f"{file}: missing (the fast tokenizer's form is the one in use)")
     try:
@@ -114,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise InputError(f"{index}: no weight_map of tensor names to file names")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [inside(folder, name) for name in sorted(set(weight_map.values()))]
         if single.exists() and single not in files:
             raise InputError(
                 f"{folder}: holds {single.name} and, by {index.name}, {some([f.name for f in files])}: which of them is the "
@@ -123,11 +124,11 @@ def weight_files(folder: Path) -> list[Path]:
                 field=str(folder),
             )
         for file in files:
-            if not file.exists():
-                raise InputError(f"{file}: missing, though {index.name} names it")
+            if not file.is_file():
+                raise InputError(f"{file}: missing, though {index.name} names it", code="missing", field=str(file))
         return files
     if single.exists():
-        return [single]
+        return [inside(folder, single.name)]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise InputError(

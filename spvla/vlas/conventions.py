@@ -19,6 +19,7 @@ from PIL import Image
 from spvla.actions import FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.images import open_image
 
 UInt8Array = NDArray[np.uint8]
 
@@ -128,8 +129,9 @@ def encode_jpeg(image: UInt8Array) -> bytes:
 
 
 def decode_image(encoded: bytes) -> UInt8Array:
-    """An encoded image as uint8 (H, W, 3) RGB."""
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    """An encoded image as uint8 (H, W, 3) RGB. Errors as for :func:`~spvla.images.open_image`."""
+    with open_image(encoded) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def jpeg_round_trip(image: UInt8Array) -> UInt8Array:

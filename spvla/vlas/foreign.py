@@ -17,6 +17,7 @@ import numpy as np
 
 from spvla.actions import ActionSpace, read_space
 from spvla.errors import InputError
+from spvla.hub import resolve_folder
 from spvla.observation import Observation
 from spvla.vlas.base import VLA, VLAOutput
 from spvla.vlas.cameras import match_cameras
@@ -223,10 +224,10 @@ def load_lerobot(
     cameras: dict[str, str] | None = None,
     conventions: Mapping[str, Any] | str | None = None,
 ) -> LeRobotVLA:
-    """The policy ``lerobot``: a checkpoint in LeRobot's form, by path or hub id.
+    """The policy ``lerobot``: a checkpoint in LeRobot's form, by path or hf://owner/name.
 
     Args:
-        checkpoint: folder or hub id.
+        checkpoint: folder or hf://owner/name.
         action_space: see :func:`~spvla.actions.read_space`.
         device: as torch names it; None: the checkpoint's own.
         n_action_steps: actions of a chunk to execute; None: the checkpoint's own.
@@ -236,12 +237,13 @@ def load_lerobot(
         InputError: LeRobot is not installed, no checkpoint, or one that is not supported.
     """
     if checkpoint is None:
-        raise InputError("policy 'lerobot' needs a checkpoint: a folder or a hub id")
+        raise InputError("policy 'lerobot' needs a checkpoint: a folder or hf://owner/name")
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class
     except ImportError as error:
         raise InputError(f"policy 'lerobot' needs LeRobot in this environment (pip install lerobot): {error}") from None
+    checkpoint = str(resolve_folder(checkpoint))
     try:
         config = PreTrainedConfig.from_pretrained(checkpoint)
     except Exception as error:  # the hub, draccus and json raise types of their own

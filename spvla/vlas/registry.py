@@ -1,7 +1,8 @@
 """VLAs by name: a built-in, an entry point of the group ``spvla.vlas``, or ``package.module:factory``.
 
 A factory is called as ``factory(checkpoint, **options)`` and returns a :class:`~spvla.vlas.base.VLA`; ``checkpoint`` is a
-path, a hub id or None. One that declares a parameter ``suite`` is given the simulator's suite that it will act in, if any.
+path, hf://owner/name or None. One that declares a parameter ``suite`` is given the simulator's suite that it will act in, if
+any.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def load_vla(
 
     Args:
         name: a built-in, an entry point, or ``package.module:factory``.
-        checkpoint: path or hub id, for the factory.
+        checkpoint: path or hf://owner/name, for the factory.
         options: keyword arguments for the factory.
         suite: the simulator's suite that it will act in, for factories that take it.
 

@@ -43,14 +43,14 @@ def from_pretrained(
     Each tensor goes from the file straight to its place on the device: the peak is the model itself.
 
     Args:
-        path: a folder, or a Hugging Face hub id.
+        path: a folder, or hf://owner/name[@revision].
         device, dtype: where the weights go, and as what.
         unnorm_key: data set whose statistics give actions their unit (``libero_object`` also finds
             ``libero_object_no_noops``); may be left out if there is only one.
         suite: LIBERO suite whose statistics are meant where ``unnorm_key`` is None.
         conventions, control_rate: see :class:`OpenVLAModel`.
         selector: see :class:`OpenVLA`.
-        adapter: a PEFT LoRA folder or hub id for this model.
+        adapter: a PEFT LoRA folder or hf://owner/name for this model.
         merge_adapter: add the adapter into the weights (faster) instead of computing it beside them.
 
     Raises:
@@ -65,7 +65,8 @@ def from_pretrained(
     if extra is not None:
         config = replace(config, norm_stats=with_adapter_statistics(config.norm_stats, folder, extra, unnorm_key))
         require_same_inputs(folder, extra)
-    ActionStatistics.find(config.norm_stats, unnorm_key)
+    with naming(folder):
+        ActionStatistics.find(config.norm_stats, unnorm_key)
     files = weight_files(folder)
     tokenizer = read_tokenizer(folder)
     with naming(folder), torch.device("meta"):
@@ -96,13 +97,13 @@ def load(
     """The policy ``openvla``: :func:`from_pretrained` with options as a configuration file writes them.
 
     Args:
-        checkpoint: folder or hub id.
+        checkpoint: folder or hf://owner/name.
         suite: LIBERO suite that it will act in: brings the conventions ``libero`` and the suite's statistics.
         unnorm_key: data set whose statistics give actions their unit; None: the suite's, or the only ones.
         conventions: a name, or changes such as ``{center_crop: 1.0}`` to LIBERO's (without a suite: to none).
         device: as torch names it; None: a GPU if there is one.
         dtype: float32, bfloat16 or float16; None: bfloat16 on a GPU, else float32.
-        adapter: PEFT LoRA folder or hub id.
+        adapter: PEFT LoRA folder or hf://owner/name.
         merge_adapter: add the adapter into the weights.
         control_rate: control steps per second (Hz); None: the conventions' own, or 5.
 
@@ -110,7 +111,7 @@ def load(
         InputError: as :func:`from_pretrained`; no checkpoint; an unknown device, type or convention.
     """
     if checkpoint is None:
-        raise InputError("policy 'openvla' needs a checkpoint: a folder or a hub id")
+        raise InputError("policy 'openvla' needs a checkpoint: a folder or hf://owner/name")
     place, as_type = placement(device, dtype)
     return from_pretrained(
         checkpoint,
