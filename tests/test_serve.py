@@ -254,10 +254,10 @@ BAD_FRAMES = [
         "36 bytes, data has 3",
     ),
     (msgpack.packb({"x": {"__ndarray__": True, "dtype": "O", "shape": [1], "data": b"12345678"}}), "dtype 'O' is not read"),
-    (msgpack.packb({"x": {"__image__": True, "format": "png", "data": b"no picture"}}), "not readable as msgpack"),
+    (msgpack.packb({"x": {"__image__": True, "format": "png", "data": b"no picture"}}), "neither PNG nor JPEG"),
     (
         msgpack.packb({"x": {"__image__": True, "format": "png", "data": png(np.zeros((4000, 4000), np.uint8))}}),
-        "4000 x 4000 pixels are more than",
+        "4000 x 4000 pixels, more than",
     ),
 ]
 
