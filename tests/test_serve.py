@@ -253,11 +253,14 @@ BAD_FRAMES = [
         msgpack.packb({"x": {"__ndarray__": True, "dtype": "<f4", "shape": [9], "data": b"123"}}),
         "36 bytes, but data has 3",
     ),
-    (msgpack.packb({"x": {"__ndarray__": True, "dtype": "O", "shape": [1], "data": b"12345678"}}), "'O' is not supported"),
-    (msgpack.packb({"x": {"__image__": True, "format": "png", "data": b"no picture"}}), "not readable as msgpack"),
+    (
+        msgpack.packb({"x": {"__ndarray__": True, "dtype": "O", "shape": [1], "data": b"12345678"}}),
+        "'O' is not supported|dtype 'O' is not read",
+    ),
+    (msgpack.packb({"x": {"__image__": True, "format": "png", "data": b"no picture"}}), "neither PNG nor JPEG"),
     (
         msgpack.packb({"x": {"__image__": True, "format": "png", "data": png(np.zeros((4000, 4000), np.uint8))}}),
-        "4000 x 4000 pixels exceed the limit of",
+        "4000 x 4000 pixels, more than|4000 x 4000 pixels exceed the limit of",
     ),
 ]
 

@@ -16,7 +16,7 @@ from spvla.serve.interface import Interface
 from spvla.wire import read_token
 
 PLAIN = Interface()
-LAST_RESORT = 4.5  # seconds from a signal to the end of the process
+LAST_RESORT = 4.0  # seconds from a signal to the end of the process
 
 
 def is_loopback(host: str) -> bool:

@@ -35,7 +35,7 @@ logger = logging.getLogger("spvla.serve")
 
 HELD_FRAMES = 2  # that a session may have waiting
 STOPPING = (1001, "the server stops")
-STOP_WAIT = 3.0  # seconds that a stop waits for steps and clients
+STOP_WAIT = 2.0  # seconds that a stop waits for steps and clients
 SEND_WAIT = 10.0  # seconds that a client may leave an answer unread
 MAX_ERROR = 400  # characters of an error that a client gets
 

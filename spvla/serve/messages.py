@@ -32,8 +32,10 @@ def decode(frame: bytes | str) -> dict[str, Any]:
             return decode_array(content)
         if content["format"] == "raw":
             return decode_array({"__ndarray__": True, **content})
-        with naming("image"), open_image(content["data"], MAX_PIXELS - pixels) as image:  # pixels are known from the header
+        with naming("image"), open_image(content["data"], MAX_PIXELS) as image:
             pixels += image.width * image.height
+            if pixels > MAX_PIXELS:  # known before anything is decompressed
+                raise InputError(f"{image.height} x {image.width} pixels are more than {MAX_PIXELS} in one message")
             return np.array(image)
 
     try:
