@@ -32,7 +32,7 @@ def main() -> int:
     deadline = began + 60 * options.minutes
     for first in range(options.first, options.first + each, BATCH if options.minutes < 1e9 else each):
         last = min(first + (BATCH if options.minutes < 1e9 else each), options.first + each)
-        for kind in kinds:
+        for kind in kinds if time.monotonic() < deadline else ():
             for result in run(kind, range(first, last), options.seed, deadline):
                 results.append(result)
                 if result.result in BAD:
