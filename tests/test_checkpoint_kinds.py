@@ -120,16 +120,18 @@ def test_a_relative_whose_actions_come_from_elsewhere_is_refused(folder, name):
 
 
 def test_on_the_hub_too_where_such_files_are_never_downloaded(folder, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda path: ["config.json", "action_head--1_checkpoint.pt"])
+    monkeypatch.setattr(
+        "huggingface_hub.list_repo_files", lambda path, revision=None: ["config.json", "action_head--1_checkpoint.pt"]
+    )
     with pytest.raises(InputError) as error:
-        checkpoints.refuse_companions("owner/name", folder)
+        checkpoints.refuse_companions("hf://owner/name", folder)
     assert error.value.code == "unsupported-checkpoint"
 
-    def offline(path):
+    def offline(path, revision=None):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
-    checkpoints.refuse_companions("owner/name", folder)
+    checkpoints.refuse_companions("hf://owner/name", folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- weights

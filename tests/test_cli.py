@@ -187,7 +187,7 @@ def test_run_dispatches_and_reports(capsys, tmp_path):
         ),
         (("eval", "closed_loop", *LOOP, "--hold", "last"), "hold: applies in real time only"),
         (("eval", "closed_loop", "--suite", "libero_object", "--cells", "mlp", "--output", "{tmp}/c"), "mlp"),
-        (("eval", "closed_loop", "--suite", "libero_object", "--output", "{tmp}/c"), "generator 'mlp'"),
+        (("eval", "closed_loop", *LOOP[:2], "--cells", "mlp+learned", "--output", "{tmp}/c"), "generator 'mlp'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, culprit, tmp_path, capsys):

@@ -310,7 +310,7 @@ def test_a_state_too_short_is_told(folder, state):
         ({"export": 123}, "export must be a folder, hf://owner/name or an Export, got int"),
         ({"risk": 7, "gate": "release"}, r"risk must lie in \(0, 1\], got 7"),
         ({"risk": "0.1"}, "risk must be a finite number, got '0.1'"),
-        ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; available: learned, release, paper"),
+        ({"generator": "none", "gate": "lerned"}, "gate 'lerned' is unknown; available: learned, live, release, paper"),
         ({"rule": {"z_max": 1}}, "z_max"),
         ({"gate": "paper", "rule": {"tau": "x"}}, "rule 'paper': tau must be a finite number, got 'x'"),
         ({"gate": "paper", "rule": {"buffer": 0}}, "rule 'paper': buffer must be at least 1, got 0"),

@@ -41,23 +41,26 @@ def _vectors(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
 def shard_info(path: Path) -> dict[str, Any]:
     """A shard's own metadata: ``action_space``, ``policy``, ``measured`` and one dict per episode (see
     :class:`RolloutWriter`)."""
+    schema = shard_schema(path)
     try:
-        info = parse_object(shard_schema(path).metadata[SHARD_KEY], str(path))
+        info = parse_object(schema.metadata[SHARD_KEY], str(path))
         [e[name] for e in info["episodes"] for name in ("length", "instruction", "success", "metadata")]
         return {name: info[name] for name in ("action_space", "policy", "episodes")} | {"measured": info.get("measured", False)}
     except (InputError, KeyError, TypeError) as error:
-        raise _not_whole(path, error) from None
+        raise _damaged(path, error) from None
 
 
 def shard_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(inside(path.parent, path.name))
     except (pa.ArrowException, OSError) as error:
-        raise _not_whole(path, error) from None
+        raise _damaged(path, error) from None
 
 
-def _not_whole(path: Path, error: BaseException) -> InputError:
-    return InputError(f"{path}: not a whole shard of a rollout store ({one_line(error)}); delete it to do its job again")
+def _damaged(path: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"{path}: incomplete or damaged shard of a rollout store ({one_line(error)}); delete it, and its job will run again"
+    )
 
 
 def require_features(schema: pa.Schema, expected: pa.Schema, where: str, what: str) -> None:
