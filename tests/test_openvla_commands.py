@@ -220,8 +220,8 @@ def test_loading_takes_hardly_more_memory_than_the_weights(tmp_path):
 # ------------------------------------------------------------------------------------------------- the four commands
 
 
-def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
-    """Collect, distil, closed loop in every suite by its shipped configuration, and accelerate in code."""
+def test_the_whole_road(checkpoint, tmp_path):
+    """Collect, distil, closed loop by shipped configurations, and accelerate in code."""
     pytest.importorskip("libero", reason="the libero extra is not installed")
     train = pytest.importorskip("train.__main__").COMMANDS
     av = pytest.importorskip("av", reason="the eval extra is not installed")
@@ -238,7 +238,7 @@ def test_the_whole_road_in_all_four_suites(checkpoint, tmp_path):
     accelerated = ("--export", export, "--suite", "libero_object", "--init_states", 4, "--output", tmp_path / "on_policy")
     assert call(DATA, "collect", *vla, 6, *accelerated, "--pruning", "slow_fewer") == 0
 
-    for suite in SUITES:
+    for suite in (SUITES[0], "libero_10"):  # the other two differ in their numbers alone
         shipped = ROOT / "configs" / "eval" / f"openvla_{suite}.yaml"
         output = tmp_path / suite
         cells = yaml.safe_load(shipped.read_text())["cells"]

@@ -54,7 +54,8 @@ class RldsFolder:
         try:
             return {
                 name: [
-                    (inside(self.path, file), length) for file, length in zip(split.filepaths, split.shard_lengths, strict=True)
+                    (inside(self.path, Path(file).name), length)
+                    for file, length in zip(split.filepaths, split.shard_lengths, strict=True)
                 ]
                 for name, split in self.builder.info.splits.items()
             }
