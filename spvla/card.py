@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import ceil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 def model_card(export: Export) -> str:
     """The export's README.md."""
+    risk = float(export.defaults.get("risk", 0.05))
+    smallest = max((curve.smallest_risk for curve in export.calibration.values()), default=0.0)
+    needed = f", risk={ceil(1000 * smallest) / 1000:g}" if risk < smallest else ""
     lines = [
         "---",
         "library_name: spvla",
@@ -24,13 +28,12 @@ def model_card(export: Export) -> str:
         "action-type classifier per generator. Use with the same VLA, in the same action space:",
         "",
         "```python",
-        'policy = spvla.accelerate(vla, "this/folder")',
+        f'policy = spvla.accelerate(vla, "this/folder"{needed})',
         "```",
         "",
         "| generator | gate | calibration episodes | smallest risk | coverage at the default risk |",
         "|---|---|---|---|---|",
     ]
-    risk = float(export.defaults.get("risk", 0.05))
     for name, curve in export.calibration.items():
         lines.append(f"| {name} | learned | {curve.episodes} | {curve.smallest_risk:.4f} | {curve.coverage_at(risk):.1%} |")
     lines += [

@@ -188,6 +188,11 @@ def print_evidence(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.
     smallest = max(c.smallest_risk for c in export.calibration.values())
     if smallest > min(risks):
         print(f"  n/a: too few calibration episodes; the smallest possible risk is {smallest:.3f}")
+    if smallest > risk:
+        least = int(np.ceil(1 / risk)) - 1
+        print(f"note: the default risk {risk:g} needs {least} calibration episodes: record more, or allow more risk")
+            f"note: the default risk {risk:g} needs {int(np.ceil(1 / risk)) - 1} calibration episodes: record more, or allow more"
+        )
 
     def evidence(name: str) -> str:
         curve = export.calibration[name]
