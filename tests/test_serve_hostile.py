@@ -54,7 +54,7 @@ OBSERVATIONS = [
     (changed(task_description="a" * 2001), "task_description: 2001 characters are more than 2000"),
     (changed(states=np.zeros(5000)), "states: 5000 values are more than 4096"),
     (changed(images={"x" * 30_000: 1}), r"missing; the observation has: x{150,200}\.\.\.$"),
-    (changed(images={"agentview": np.zeros((1, 2**22 + 1, 3), np.uint8)}), "1 x 4194305 pixels are more than"),
+    (changed(images={"agentview": np.zeros((1, 2**22 + 1, 3), np.uint8)}), "1 x 4194305 pixels exceed the limit"),
 ]
 FRAMES = [
     ({"type": "observation", "payload": {"images": {k: png(2000) for k in "abc"}}}, "2000 x 2000 pixels are more than"),

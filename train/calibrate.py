@@ -191,8 +191,6 @@ def print_evidence(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.
     if smallest > risk:
         least = int(np.ceil(1 / risk)) - 1
         print(f"note: the default risk {risk:g} needs {least} calibration episodes: record more, or allow more risk")
-            f"note: the default risk {risk:g} needs {int(np.ceil(1 / risk)) - 1} calibration episodes: record more, or allow more"
-        )
 
     def evidence(name: str) -> str:
         curve = export.calibration[name]
