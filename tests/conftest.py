@@ -118,7 +118,7 @@ def smooth_episode(seed: int, steps: int = 60, noise: float = 0.1) -> Episode:
         sources=sources,
         vla_actions=np.array(labels),
         success=True,
-        metadata={"init_state": seed % 30, "task": seed % 3},
+        metadata={"init_state": seed % 30, "suite": "libero_synthetic", "task": seed % 3},
     )
 
 

@@ -82,14 +82,15 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     assert torch.isfinite(terms["heat"])
 
     model = from_pretrained(tmp_path / "model")
-    assert model.action_space.gripper == (6,) and model.config.vocab == 104
+    config = model.model.config
+    assert model.action_space.gripper == (6,) and config.vocab == 104
     for i, text in enumerate(b.instructions):
         image = b.images[i].numpy()
-        torch.testing.assert_close(pixel_values(image, model.config), m.pixels(b.images)[i])
+        torch.testing.assert_close(pixel_values(image, config), m.pixels(b.images)[i])
         model.reset(text)
         output = model.predict(Observation(image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
-    assert load_vla("nano_vla", str(tmp_path / "model")).conventions.jpeg, "LIBERO's conventions by default"
+    assert load_vla("nano_vla", str(tmp_path / "model")).model.conventions.jpeg, "LIBERO's conventions by default"
 
 
 def test_tokens_are_the_labels_in_the_models_units(tmp_path):
