@@ -6,7 +6,6 @@ Rates are those of the fastest pass, by the clock and by the process's CPU time;
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from eval.output import table, write_summary
 from spvla.actions import LIBERO
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
-from spvla.files import write_text
+from spvla.files import read_json, write_text
 from spvla.store import Episode, RolloutWriter
 
 EPISODE = 200  # steps of a made-up one
@@ -136,7 +135,7 @@ def bench_rlds(path: Path, reference: Path | None, passes: int) -> list[dict[str
     ]
     if reference is None:
         return ours
-    measured = json.loads(reference.read_text())["rates"]
+    measured = read_json(reference)["rates"]
     rows = [
         {"reader": f"tfds with TensorFlow, {name}", "per_second": r["wall"], "per_cpu_second": r["cpu"]}
         for name, r in measured.items()

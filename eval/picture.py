@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from spvla.errors import InputError
+from spvla.files import read_json
 
 PANELS = {  # column of a row: title, how a value is written
     "policy_seconds_per_episode": ("policy seconds per episode", "{:.2f} s"),
@@ -37,7 +37,7 @@ def picture(results: Path, output: Path = Path("docs/headline.svg")) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "spvla", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11})
     import matplotlib.pyplot as plt
 
-    rows = json.loads((results / "summary.json").read_text())["rows"]
+    rows = read_json(results / "summary.json")["rows"]
     missing = [f"{row['cell']}: {key}" for row in rows for key in PANELS if row.get(key) is None]
     if missing:
         raise InputError(f"{results}: no value for {', '.join(missing)}")

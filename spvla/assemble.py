@@ -44,7 +44,7 @@ def accelerate(
             ``select_action(observation)`` and ``reset()``; the latter two act in the export's action space
             (:mod:`spvla.vlas.foreign` has the adapters, with their options).
         export: an exported folder, hf://owner/name, or a loaded :class:`Export`; None for built-in parts alone.
-        risk: the one knob: allowed share of an episode's steps that are generated and deviate; the export's default if
+        risk: the one knob: allowed fraction of an episode's steps that are generated and deviate; the export's default if
             None.
         generator: one of the export's generators, or of those that need no training; the export's default if None,
             ``"none"`` leaves every step to the VLA.

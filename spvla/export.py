@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,11 +28,11 @@ from spvla.actions import ActionSpace
 from spvla.card import model_card
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
-from spvla.files import explained, inside, is_running, read_bytes, read_json, write_bytes, write_text
+from spvla.files import building, explained, inside, read_bytes, read_json, write_bytes, write_text
 from spvla.gates import GATES
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
-from spvla.generators import GENERATORS, is_learned, make_baseline, make_network
+from spvla.generators import GENERATORS, is_learned, make_baseline, make_network, names_of
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
 from spvla.hub import packaged, resolve_folder
@@ -144,8 +143,7 @@ def check_defaults(defaults: Mapping[str, Any], generators: tuple[str, ...]) -> 
     if missing := DEFAULTS.keys() - defaults.keys():
         raise InputError(f"{min(missing)} is missing")
     check_values(defaults, DEFAULTS, at_least={"max_generated_run": 1})
-    baselines = tuple(name for name in GENERATORS.names() if not is_learned(name))
-    for name, known in (("generator", (*generators, *baselines, "none")), ("gate", GATES.names())):
+    for name, known in (("generator", (*generators, *names_of(learned=False), "none")), ("gate", GATES.names())):
         if defaults[name] not in known and ":" not in defaults[name]:
             raise InputError(
                 f"{name} {defaults[name]!r} is unknown; available: {', '.join(known)}", code=f"unknown-{name}", field=name
@@ -175,16 +173,9 @@ def save_export(export: Export, folder: str | Path) -> Path:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _move_in(folder)
-        for left_over in folder.glob(".new.*"):
-            if not is_running(left_over.suffix[1:]):
-                shutil.rmtree(left_over)
-        new = folder / f".new.{os.getpid()}"
-        shutil.rmtree(new, ignore_errors=True)
-        try:
+        with building(folder / "new", named=folder) as new:
             _write(export, new)
             new.rename(folder / WHOLE)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
         _move_in(folder)
     return folder
 

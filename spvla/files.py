@@ -202,10 +202,11 @@ def is_running(process: str) -> bool:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` for the block to fill and to move; what is left of it at the end is removed."""
+def building(folder: Path, named: Path | None = None) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` for the block to fill and to move; what is left of it at the end is removed, and so
+    is what dead processes left there. Errors name ``folder``, or the path ``named``."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    with explained(folder):
+    with explained(folder if named is None else named):
         for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
             process = left_over.name.rpartition(".")[2]
             if left_over == temporary or (process.isdecimal() and not is_running(process)):

@@ -23,7 +23,7 @@ from spvla.export import check_risk, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.files import locked
 from spvla.gates.classifier import ClassifierConfig
-from spvla.generators import GENERATORS, is_learned, make_network
+from spvla.generators import is_learned, make_network, names_of
 from spvla.generators.features import FeatureConfig
 from spvla.pruning.pruner import make_pruner
 from train.calibrate import calibrated_export, print_evidence
@@ -52,10 +52,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     generators, baselines = given["generators"], given["baselines"]
     stores = [p.resolve() for p in (*given["data"], *given["calibration_data"])]
     for name, learned in (("generators", True), ("baselines", False)):
-        known = [n for n in GENERATORS.names() if is_learned(n) == learned]
+        known = names_of(learned)
         if unknown := [n for n in given[name] if n not in known and (":" not in n or is_learned(n) != learned)]:
             raise InputError(f"{name}: {unknown[0]!r} is unknown; available: {', '.join(known)}", field=name)
-    for name, items in (("generators", generators), ("baselines", baselines), ("data", stores)):
+    names = [export_name(kind) for kind in generators]
+    for name, items in (("generators", names), ("baselines", baselines), ("data", stores)):
         if twice := [i for i in items if items.count(i) > 1]:
             raise InputError(f"{name}: {str(twice[0])!r} is given twice")
     features = FeatureConfig(1, given["history"])
@@ -64,13 +65,17 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_training(kind, options.get(kind, {}), GeneratorModule, partial(check_network, kind=kind, features=features))
     check_training("gate", given["gate"], ClassifierModule, partial(ClassifierConfig, features))
     default = given["default_generator"]
-    names = [kind.rpartition(":")[2] for kind in generators]
     if default is not None and default not in (*names, *baselines):
         raise InputError(f"default_generator {default!r} is not among the distilled ones: {', '.join([*names, *baselines])}")
     if not (generators or baselines):
         raise InputError("nothing to distil: give generators or baselines")
     make_pruner(given["default_pruning"], "default_pruning")
     require_export_folder(given["output"])
+
+
+def export_name(kind: str) -> str:
+    """What an export calls a generator: ``Mine`` for ``my_package.module:Mine``."""
+    return kind.rpartition(":")[2]
 
 
 def check_training(name: str, options: Mapping[str, Any], module: type[nn.Module], make: Callable[..., object]) -> None:
@@ -163,7 +168,7 @@ def distill(
     check_arguments(locals())
     with locked(output):
         sizes = {"mlp": mlp, "transformer": transformer, **networks}
-        kinds = {kind.rpartition(":")[2]: kind for kind in generators}  # by the name that each has in the export
+        kinds = {export_name(kind): kind for kind in generators}
         data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", module="lightning")

@@ -38,12 +38,17 @@ def is_learned(name: str) -> bool:
     return isinstance(found, type) and issubclass(found, LearnedGenerator)
 
 
+def names_of(learned: bool) -> list[str]:
+    """The generators that have to be trained, or those that need no training."""
+    return [name for name in GENERATORS.names() if is_learned(name) == learned]
+
+
 def make_baseline(name: str, space: ActionSpace) -> ActionGenerator:
     """The generator called ``name`` for a robot of ``space``, without an export. One that has to be trained is refused."""
     if is_learned(name):
         raise InputError(
             f"generator {name!r} must be trained: give an export that holds it; available without export: "
-            + ", ".join(n for n in GENERATORS.names() if not is_learned(n)),
+            + ", ".join(names_of(learned=False)),
             code="not-trained",
             field="generator",
         )

@@ -7,7 +7,6 @@ any.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -118,15 +117,6 @@ def weights_stamp(vla: VLA) -> str | None:
         values = tensor.flatten()[:: max(1, tensor.numel() // 16)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def free_memory() -> None:
-    """Give back what deleted policies held, on a GPU too, so that worker processes find room for their own."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def needs_images(vla: VLA) -> bool:
