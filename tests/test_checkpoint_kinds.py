@@ -206,3 +206,12 @@ def test_a_state_of_another_layout_is_refused_at_the_first_step(name, size):
     assert (error.value.code, error.value.field) == ("state-mismatch", "observation.state")
     policy.reset("go")
     policy.select_action(spvla.Observation(None, np.zeros(8, np.float32)))
+
+
+@pytest.mark.parametrize("part", ["timm_model_kwargs", "text_config"])
+def test_a_depth_beyond_all_sense_is_refused_before_anything_is_built(folder, part):
+    config = json.loads((folder / "config.json").read_text())
+    name = "depth" if part == "timm_model_kwargs" else "num_hidden_layers"
+    (config[part][1] if part == "timm_model_kwargs" else config[part])[name] = 2**31
+    (folder / "config.json").write_text(json.dumps(config))
+    assert refused("too-large", folder).field == name

@@ -24,6 +24,9 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> F.gelu's approxim
 LAYER_NORM_EPS = 1e-6
 
 
+MAX_DEPTH = 1000  # blocks: what a damaged or hostile file could ask for is refused before anything is built
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """One encoder's architecture. Field names are timm's, so ``timm_model_kwargs`` override them one to one.
@@ -68,7 +71,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         sizes = ("patch_size", "img_size", "embed_dim", "num_heads")
         with naming("vision encoder"):
-            check_fields(self, at_least={**dict.fromkeys(sizes, 1), "mlp_ratio": 0, "reg_tokens": 0})
+            least = {**dict.fromkeys(sizes, 1), "mlp_ratio": 0, "reg_tokens": 0}
+            check_fields(self, at_least=least, at_most={"depth": MAX_DEPTH})
         problem = None
         if self.img_size % self.patch_size:
             problem = f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}"

@@ -11,7 +11,7 @@ from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.files import read_json
 from spvla.vlas.checkpoint import refuse_quantised
-from spvla.vlas.vision import ViTConfig, vit_config
+from spvla.vlas.vision import MAX_DEPTH, ViTConfig, vit_config
 
 SPACE_TOKEN = 29871  # Llama's lone space; the published models were trained with it between prompt and action
 RESIZE = "resize-naive"  # resize to a square, ignoring the aspect ratio
@@ -173,6 +173,10 @@ def llama_config(config: OpenVLAConfig) -> Any:
         text = LlamaConfig(**{**values, "attn_implementation": "sdpa"})
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise InputError(f"config.json: text_config: {' '.join(str(error).split())}") from None
+    with naming("config.json: text_config"):
+        check_values(
+            {"num_hidden_layers": text.num_hidden_layers}, {"num_hidden_layers": int}, at_most={"num_hidden_layers": MAX_DEPTH}
+        )
     if not isinstance(text.bos_token_id, int) or not 0 <= text.bos_token_id < text.vocab_size:
         raise InputError(f"config.json: text_config: bos_token_id {text.bos_token_id} is not one of {text.vocab_size} ids")
     return text
