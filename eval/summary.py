@@ -36,11 +36,11 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     """One row per cell, paired against the VLA alone."""
     cells = list(dict.fromkeys(e["cell"] for e in episodes))
     by_cell = {c: {(e["suite"], e["task"], e["init_state"], e["seed"]): e for e in episodes if e["cell"] == c} for c in cells}
-    control = by_cell.get("vla", {})
+    control = by_cell.get("vla:paused") or by_cell.get("vla", {})
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0][k] for k in ("cell", "generator", "gate", "pruning", "risk")}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
@@ -86,8 +86,9 @@ def _pairs(pairs: Sequence[tuple[Row, Row]], es: Sequence[Row]) -> Row:
     treated, base = ([e["success"] for e in side] for side in zip(*pairs, strict=True))
     delta, interval = paired_difference(treated, base)
     ratio = _total([c for _, c in pairs], "vla_calls") / max(1, _total(es, "vla_calls"))
+    seconds = _total(es, "seconds") / len(es) * len(pairs) / max(1e-9, sum(c["seconds"] for _, c in pairs))
     tested = {"paired_delta": delta, "paired_delta_ci95": interval, "mcnemar_p": mcnemar(treated, base)}
-    return {"pairs": len(pairs), **tested, "vla_calls_ratio": ratio}
+    return {"pairs": len(pairs), **tested, "vla_calls_ratio": ratio, "seconds_ratio": seconds}
 
 
 def _resets(es: Sequence[Row]) -> Row:

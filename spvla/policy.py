@@ -139,6 +139,9 @@ class SPVLAPolicy:
     def reset(self, instruction: str) -> None:
         """Start an episode."""
         self.vla.reset(instruction)
+        self._begin(instruction)
+
+    def _begin(self, instruction: str) -> None:
         self._instruction = instruction
         self.history.reset()
         self._queue.clear()
@@ -199,12 +202,16 @@ class SPVLAPolicy:
             return Judged(Decision(False, "first step"), proposal)
         if self._waiting:
             return Judged(Decision(False, "unavailable"), proposal)
-        if history.generated_run >= self.max_generated_run:
+        if self._steps_without_vla() >= self.max_generated_run:
             return Judged(Decision(False, "run limit"), proposal)
         decision = self.gate.decide(window, proposals)[0]
         refused = decision.refused or (decision.intuitive and not self.space.admissible(proposal, history.last_action))
         self._warn_if_far_from_calibration(decision, refused, proposals[0])
         return Judged(decision, proposal, refused)
+
+    def _steps_without_vla(self) -> int:
+        """What the run limit counts."""
+        return self.history.generated_run
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Act: by the generator, the rest of a plan, or the VLA."""

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.realtime import BridgePolicy
 from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 
@@ -30,19 +32,29 @@ class Record:
         states: proprioception before it, (S,), or None.
         outputs: the VLA's output at that step, or None where it was not asked.
         sources: who made the action.
+        ages: of the VLA's last word, as :class:`~spvla.steps.StepInfo` has it.
     """
 
     actions: list[FloatArray] = field(default_factory=list)
     states: list[FloatArray | None] = field(default_factory=list)
     outputs: list[VLAOutput | None] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    ages: list[int | None] = field(default_factory=list)
 
-    def add(self, action: FloatArray, state: NDArray[np.floating] | None, output: VLAOutput | None, source: Source) -> None:
+    def add(
+        self,
+        action: FloatArray,
+        state: NDArray[np.floating] | None,
+        output: VLAOutput | None,
+        source: Source,
+        age: int | None = None,
+    ) -> None:
         """Append a step; arrays are copied."""
         self.actions.append(np.array(action, np.float32))
         self.states.append(None if state is None else np.array(state, np.float32))
         self.outputs.append(output)
         self.sources.append(source)
+        self.ages.append(age)
 
     def episode(self, space: ActionSpace) -> Episode:
         """The steps so far as an episode in ``space``, its instruction empty. Where the VLA was not asked its rows are NaN."""
@@ -53,6 +65,7 @@ class Record:
             timestamps=np.arange(len(self.actions)) / space.control_rate,
             states=_rows(self.states),
             sources=np.array(self.sources, np.uint8),
+            vla_ages=None if None in self.ages else np.array(self.ages, np.int64),
             vla_actions=_rows([None if o is None else o.actions[0] for o in outputs]),
             vla_confidence=_rows([None if o is None else o.confidence for o in outputs]),
             vla_features=_rows([None if o is None else o.features for o in outputs]),
@@ -102,6 +115,28 @@ class Recorder:
         self.finish()
         self.policy.reset(instruction)
         self._instruction = instruction
+        self._before: list[NDArray[np.floating] | None] = []  # states before a late first answer
+
+    def tick(
+        self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
+    ) -> FloatArray | None:
+        """See :meth:`~spvla.realtime.BridgePolicy.tick`. Answers are written to the steps that they are about."""
+        if not isinstance(self.policy, BridgePolicy):
+            raise InputError("policy: only one that never waits has tick(); use accelerate(..., mode='bridge')", field="mode")
+        record, policy = self._record, self.policy
+        action = policy.tick(observation, state)
+        state = observation.state if isinstance(observation, Observation) else state
+        if action is None:
+            self._before.append(state)
+            return None
+        assert policy.still is not None, "it has acted"
+        for earlier in self._before:
+            record.add(policy.still, earlier, None, Source.HELD, 0)
+        self._before = []
+        record.add(action, state, policy.last_output, policy.last_step.source, policy.last_step.vla_age)
+        for step, output in policy.arrived:
+            record.outputs[step] = output
+        return action
 
     def select_action(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -110,7 +145,7 @@ class Recorder:
         record = self._record  # a step that ends after its episode does not count for the next
         action = self.policy.select_action(observation, state)
         state = observation.state if isinstance(observation, Observation) else state
-        record.add(action, state, self.policy.last_output, self.policy.last_step.source)
+        record.add(action, state, self.policy.last_output, self.policy.last_step.source, self.policy.last_step.vla_age)
         return action
 
     def executed(self, action: FloatArray) -> None:

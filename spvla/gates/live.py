@@ -22,6 +22,10 @@ bound on the average over a deployment of T steps, not on any one episode. An *e
 place of the proposal, so of the losses a fraction of only 1 - p happens; the allowed rate is then a = risk / (1 - p), and
 what happens on average is at most risk + (1 - p) (L_1 + eta/p) / (eta T). In the line of conformal decision theory
 (arXiv 2310.05921) with intermittent feedback (2410.08852, 2503.10345).
+
+**Late answers.** Where the robot moves on while the VLA thinks (:mod:`spvla.realtime`), an audit's h arrives steps later. While
+at most m answers are outstanding, L falls no lower than -(1 + m) eta/p, since at L <= 0 no further audit begins; with that
+in the place of eta/p the same holds for all steps whose audits have been answered.
 """
 
 from __future__ import annotations
@@ -109,9 +113,9 @@ class LiveState:
     every: int = 16  # steps between two entries of the path
 
 
-def advance(threshold: float, estimate: float, allowed: float, step: float, audit: float) -> float:
-    """The next threshold, given the estimate h of this step's loss."""
-    return min(1.0, max(-step / audit, threshold + step * (allowed - estimate)))
+def advance(threshold: float, surplus: float, step: float, floor: float) -> float:
+    """The next threshold; ``surplus`` is what is allowed less what was found."""
+    return min(1.0, max(floor, threshold + step * surplus))
 
 
 class LiveGate:
@@ -148,6 +152,7 @@ class LiveGate:
         self.identity = dict(identity or {})
         self.rng = np.random.default_rng(options.seed)
         self.states: dict[str, LiveState] = {}
+        self.outstanding = 0  # answers to audits that may be on their way at a time
         self._coin: bool | None = None  # of the running step; one that was not finished keeps it
         self._audited = self._disagreed = False
         self._first = True  # the episode's first step, at which a generator knows nothing yet
@@ -199,6 +204,7 @@ class LiveGate:
         step = inner[0]
         if not step.intuitive or step.refused:
             return inner
+        inner = replace(inner, threshold=self._probability_at(self.state.threshold))
         if self.score(step.probability) >= self.state.threshold:
             return replace(inner, intuitive=NO)
         if self._disagreed:
@@ -208,32 +214,65 @@ class LiveGate:
             return inner
         return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
 
+    def _probability_at(self, rank: float) -> float:
+        """The probability at a rank among the calibration steps; 0 below all of them."""
+        return float(self.grid[min(len(self.grid) - 1, int(rank * len(self.grid)))]) if rank > 0 and len(self.grid) else 0.0
+
     def observe(self, proposal: FloatArray | None, answer: FloatArray | None) -> None:
         """Take in a step's end.
 
         Args:
             proposal: the generator's action (D,), environment units; None where none was made.
-            answer: the VLA's action (D,) at this step, None if it was not asked.
+            answer: the VLA's action (D,) at this step; None if it was not asked, or has not answered yet: see :meth:`settle`.
         """
         state, deviates = self.state, False
         if answer is not None and proposal is not None:
-            a, b = self.space.normalize(proposal), self.space.normalize(answer)
-            deviates = bool(self.space.deviation(a, b, self.tolerance))
+            deviates = self._deviates(proposal, answer)
             self._disagreed = self.options.agreement and deviates and not self._first
-        estimate = 0.0
-        if self._audited:
-            state.audits += 1
-            state.found += deviates
-            estimate = deviates / self.options.audit
-        state.threshold = advance(state.threshold, estimate, self.allowed, self.options.step, self.options.audit)
-        state.evidence, alarm = self.alarm.advance(state.evidence, estimate)
-        state.alarms += alarm
+        late = self._audited and answer is None
+        estimate = self._found(deviates) if self._audited and not late else 0.0
+        self._advance(self.allowed - estimate)
+        if not late:
+            self._watch(estimate)
         if state.steps % state.every == 0:
             state.path.append((state.steps, round(state.threshold, 4)))
             if len(state.path) > PATH_LENGTH:
                 state.path, state.every = state.path[::2], 2 * state.every
         state.steps += 1
         self._coin, self._audited, self._first = None, False, False
+
+    def settle(self, proposal: FloatArray, answer: FloatArray, audit: bool) -> None:
+        """Take in the VLA's answer (D,) to an earlier step, at which the generator proposed ``proposal`` (D,), environment
+        units; ``audit`` says whether that step was one."""
+        deviates = self._deviates(proposal, answer)
+        self._disagreed = self.options.agreement and deviates
+        if audit:
+            estimate = self._found(deviates)
+            self._advance(-estimate)
+            self._watch(estimate)
+
+    def unanswered(self) -> None:
+        """An audit of an earlier step will never be answered: that step does not count."""
+        self._advance(-self.allowed)
+        self.state.steps -= 1
+
+    def _deviates(self, proposal: FloatArray, answer: FloatArray) -> bool:
+        a, b = self.space.normalize(proposal), self.space.normalize(answer)
+        return bool(self.space.deviation(a, b, self.tolerance))
+
+    def _found(self, deviates: bool) -> float:
+        """Count an audit; its estimate h of the step's loss."""
+        self.state.audits += 1
+        self.state.found += deviates
+        return deviates / self.options.audit
+
+    def _advance(self, surplus: float) -> None:
+        floor = -(1 + self.outstanding) * self.options.step / self.options.audit
+        self.state.threshold = advance(self.state.threshold, surplus, self.options.step, floor)
+
+    def _watch(self, estimate: float) -> None:
+        self.state.evidence, alarm = self.alarm.advance(self.state.evidence, estimate)
+        self.state.alarms += alarm
 
     def stats(self) -> dict[str, float]:
         """The deployment so far, over all tasks.
