@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.envs.base import RenderMode, Task
+from data.envs.base import HandTracking, RenderMode, Task
 from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group, Setting, environment, episode_seed, parse_range, parts_for, require_init_states, split
 from data.rollout import Rollout, deviations, rollout
 from eval.cells import Cell, cell_pruner
 from eval.film import write_film
+from eval.motion import motion
 from eval.summary import LIVE
 from spvla.assemble import accelerate
 from spvla.errors import InputError
@@ -175,6 +176,7 @@ class Runner:
                 if job.film is not None:
                     _film(job.film, job.cell, policy, result)
                 task = group.task
+                hand = env.hand_position if isinstance(env, HandTracking) else None
                 yield {
                     "cell": job.cell.name,
                     **asdict(job.cell),
@@ -182,6 +184,7 @@ class Runner:
                     **{"suite": task.suite, "task": task.index, "task_name": task.name},
                     **{"init_state": job.init_state, "seed": job.seed},
                     **self._measured(policy, result),
+                    **motion(result.episode, policy.space, hand),
                     "live": policy.live.to_dict() if job.cell.live else None,
                 }
 
