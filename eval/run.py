@@ -192,6 +192,7 @@ class Runner:
         episode, stats, steps = result.episode, policy.stats(), result.steps
         generated = np.array([s.source == Source.GENERATOR for s in steps])
         deviating = deviations(episode, policy.space, self.tolerance) if self.teacher else None
+        decided = [s for s in steps if s.source != Source.HELD]  # what a live gate counts
         return {
             "success": bool(episode.success),
             "steps": len(steps),
@@ -205,6 +206,7 @@ class Runner:
             "fallbacks": int(stats["fallbacks"]),
             "switches": int(stats["switches"]),
             "audits": int(stats["audits"]),
+            "audit_steps": [i for i, s in enumerate(decided) if s.reason == "audit"],
             **{name: stats.get(name) for name in LIVE},
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),
