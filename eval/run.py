@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.envs.base import RenderMode, Task
+from data.envs.base import HandTracking, RenderMode, Task
 from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group, Setting, environment, episode_seed, parse_range, parts_for, require_init_states, split
 from data.rollout import Rollout, deviations, rollout
 from eval.cells import Cell, cell_pruner
 from eval.film import write_film
+from eval.motion import motion
 from eval.summary import LIVE
 from spvla.assemble import accelerate
 from spvla.errors import InputError
@@ -188,6 +189,7 @@ class Runner:
                 if job.film is not None:
                     _film(job.film, job.cell, policy, result)
                 task = group.task
+                hand = env.hand_position if isinstance(env, HandTracking) else None
                 yield {
                     "cell": job.cell.name,
                     **asdict(job.cell),
@@ -195,6 +197,7 @@ class Runner:
                     **{"suite": task.suite, "task": task.index, "task_name": task.name},
                     **{"init_state": job.init_state, "seed": job.seed},
                     **self._measured(policy, result),
+                    **motion(result.episode, policy.space, hand),
                     "live": policy.live.to_dict() if job.cell.live else None,
                 }
 
@@ -202,6 +205,7 @@ class Runner:
         episode, stats, steps = result.episode, policy.stats(), result.steps
         generated = np.array([s.source == Source.GENERATOR for s in steps])
         deviating = deviations(episode, policy.space, self.tolerance) if self.teacher else None
+        decided = [s for s in steps if s.source != Source.HELD]  # what a live gate counts
         return {
             "success": bool(episode.success),
             "steps": len(steps),
@@ -215,6 +219,7 @@ class Runner:
             "fallbacks": int(stats["fallbacks"]),
             "switches": int(stats["switches"]),
             "audits": int(stats["audits"]),
+            "audit_steps": [i for i, s in enumerate(decided) if s.reason == "audit"],
             **{name: stats.get(name) for name in LIVE},
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.motion import motion_means
 from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
 
 Row = dict[str, Any]
@@ -51,6 +52,7 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
             | _tokens(es)
             | _deviations(es)
             | _live(es)
+            | motion_means(es)
         )
         row |= UNTIMED | dict(timing.get(name, {}))
         if "vla" in timing and name in timing:

@@ -1,12 +1,14 @@
 """Meta-World beside LIBERO: the same protocol, the same commands, the same process."""
 
+import json
+
 import numpy as np
 import pytest
 
 pytest.importorskip("metaworld", reason="Meta-World is not installed")
 from data.collect import collect
 from data.envs import load_tasks, make_env
-from data.envs.base import Instructable, Perturbable, Privileged
+from data.envs.base import HandTracking, Instructable, Perturbable, Privileged
 from data.store import RolloutStore
 from eval.closed_loop import closed_loop
 from spvla.errors import InputError
@@ -52,6 +54,23 @@ def test_the_expert_succeeds_and_an_episode_can_be_repeated(name):
         assert np.abs(goals[0] - goals[1]).max() > 1e-3, "another initial state has its goal elsewhere"
 
 
+@pytest.mark.parametrize("suite", [SUITE, "libero_object"])
+def test_the_hand_is_where_the_simulator_says(suite):
+    """Ten steps upwards lift it by centimetres, and move it sideways by little."""
+    if suite != SUITE:
+        pytest.importorskip("libero", reason="LIBERO is not installed")
+    with make_env(load_tasks(suite, [0])[0]) as env:
+        assert isinstance(env, HandTracking)
+        env.reset(0)
+        up = np.zeros(env.action_space.dim)
+        up[env.action_space.translation[2]] = 0.5
+        before = env.state()[list(env.hand_position)]
+        for _ in range(10):
+            env.step(up)
+        sideways, lifted = np.split(env.state()[list(env.hand_position)] - before, [2])
+        assert 0.02 < lifted[0] < 0.2 and np.abs(sideways).max() < 0.2 * lifted[0]
+
+
 def test_what_it_cannot_do_is_said():
     with make_env(load_tasks(SUITE, [0])[0]) as env:
         assert isinstance(env, Privileged) and not isinstance(env, Perturbable | Instructable)
@@ -82,7 +101,10 @@ def test_the_commands_run_on_it_by_the_name_of_the_suite(tmp_path):
     assert store.space.name == "metaworld" and len(store.episodes) == 4
     options = {"tasks": ["reach-v3"], "init_states": "30-31", "cells": ["ridge+release"], "timing_episodes": 0, "workers": 1}
     closed_loop(SUITE, tmp_path / "results", **options)
-    assert (tmp_path / "results" / "summary.json").exists()
+    for row in json.loads((tmp_path / "results" / "summary.json").read_text())["rows"]:
+        assert row["successes"] == 2 and 0.05 < row["path_metres"] < 1 and row["squared_jerk"] > 0
+        assert row["seconds_to_success"] == row["seconds_per_episode"] and row["gripper_reversals"] is not None
+        assert (row["hand_over_jump"] is None) == (row["cell"] == "vla")
 
 
 def test_a_simulator_of_ones_own_comes_in_by_an_entry_point(monkeypatch):

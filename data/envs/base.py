@@ -124,6 +124,17 @@ class Perturbable(Protocol):
 
 
 @runtime_checkable
+class HandTracking(Protocol):
+    """An environment whose proprioception holds the hand's position.
+
+    Attributes:
+        hand_position: which values of :meth:`Env.state` that is, metres.
+    """
+
+    hand_position: tuple[int, ...]
+
+
+@runtime_checkable
 class Instructable(Protocol):
     """An environment in whose scenes several things can be asked for."""
 

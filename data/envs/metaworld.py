@@ -69,6 +69,7 @@ class MetaWorldEnv:
     """One task's simulation, an :class:`~data.envs.base.Env`."""
 
     camera = CAMERA
+    hand_position = (0, 1, 2)
 
     def __init__(self, task: Task, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> None:
         self.task, self.action_space = task, SPACE

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.motion import MOTION
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
 
 MARKERS = "osD^vP"
@@ -65,11 +66,49 @@ def setting_of(summary: dict[str, Any]) -> list[str]:
     return out
 
 
+def number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    """How a column of a row is shown."""
+    return lambda r: "–" if r.get(key) is None else format(r[key], form)
+
+
+def shown_table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: Sequence[dict[str, Any]], **named: Any) -> Table:
+    """A table of those ``columns`` that say something about a row; ``named`` are its other fields."""
+    body = [[tell(r) for tell in columns.values()] for r in rows]
+    shown = [i for i in range(len(columns)) if any(b[i] not in ("–", "0") for b in body)]
+    return Table([list(columns)[i] for i in shown], [[b[i] for i in shown] for b in body], **named)
+
+
+def cells_tables(rows: Sequence[dict[str, Any]], best: int | None = None) -> list[Table]:
+    """What a closed-loop evaluation tells of its cells, in tables."""
+    tables = [cells_table(rows, best)]
+    if any(r.get(name) is not None for r in rows for name in MOTION):
+        tables.append(motion_table(rows, best))
+    return tables
+
+
+def motion_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Table:
+    """How each cell moves, see :mod:`eval.motion`."""
+    columns = {
+        "cell": cell_name,
+        "path, m": number("path_metres", ".3f"),
+        "path, commanded": number("commanded_path", ".3g"),
+        "jerk²": number("squared_jerk", ".3g"),
+        "jerk², commanded": number("commanded_squared_jerk", ".3g"),
+        "gripper reversals": number("gripper_reversals", ".1f"),
+        "jump at a hand-over": number("hand_over_jump", ".2f"),
+        "seconds to success": number("seconds_to_success", ".2f"),
+    }
+    note = (
+        "Means over episodes. Path and jerk² (mean square of the jerk): of the hand as measured, in m and (m/s³)²; commanded: "
+        "of the motion that the actions ask for, in the action's own units and (units/s³)². Jump: the largest change of a "
+        "normalised action between two steps where generator and VLA take turns, in an episode. Seconds to success: of "
+        "successful episodes."
+    )
+    return shown_table(columns, rows, best=best, title="Motion", note=note)
+
+
 def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Table:
     """The table of cells: what matters most first, and only what was measured."""
-
-    def number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
-        return lambda r: "–" if r.get(key) is None else format(r[key], form)
 
     def interval(key: str, signed: bool, between: str) -> Callable[[dict[str, Any]], str]:
         return lambda r: between.join(percent(x, signed) for x in r[key]) if r.get(key) else "–"
@@ -101,9 +140,7 @@ def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Tabl
         "steps to the VLA": number("reaction_steps_mean", ".3g"),
         "at most": number("reaction_steps_max", ".3g"),
     }
-    body = [[tell(r) for tell in columns.values()] for r in rows]
-    shown = [i for i in range(len(columns)) if any(b[i] not in ("–", "0") for b in body)]
-    return Table([list(columns)[i] for i in shown], [[b[i] for i in shown] for b in body], best)
+    return shown_table(columns, rows, best=best)
 
 
 def section(folder: Path, summary: dict[str, Any]) -> Section:
@@ -111,7 +148,7 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     rows = summary["rows"]
     best = best_row(rows)
     title, *sentences = setting_of(summary)
-    out = Section(title, sentences, tables=[cells_table(rows, best)])
+    out = Section(title, sentences, tables=cells_tables(rows, best))
     if best is not None:
         out.best_cell, out.headline = cell_name(rows[best]), headline(rows[best])
     columns = {"vla_calls_per_episode": "VLA calls per episode", "policy_seconds_per_episode": "Policy seconds per episode"}

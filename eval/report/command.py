@@ -15,6 +15,7 @@ from tabulate import tabulate
 from eval.offline import offline
 from eval.report import closed_loop, latency
 from eval.report import offline as offline_report
+from eval.report.figures import Table
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.files import read_json, write_text
@@ -106,11 +107,17 @@ def markdown(found: Found, results: Path, title: str) -> str:
         name = folder.relative_to(results).as_posix()
         loop = summary["kind"] == "closed_loop"
         heading, *sentences = closed_loop.setting_of(summary) if loop else [summary["kind"].replace("_", " ").capitalize()]
-        tables = [closed_loop.cells_table(summary["rows"])] if loop else latency.plain_tables(summary["rows"])
-        lines = [tabulate(t.rows, t.header, "pipe", disable_numparse=True) for t in tables]
+        tables = closed_loop.cells_tables(summary["rows"]) if loop else latency.plain_tables(summary["rows"])
+        lines = [text for t in tables for text in table_lines(t)]
         raw = f"[`{results.name}/{name}`](../{results.name}/{name}/summary.json)"
         parts += [f"## {heading} ({name})", " ".join([*sentences, f"Raw: {raw}."]), *lines]
     return "\n\n".join(parts) + "\n"
+
+
+def table_lines(t: Table) -> list[str]:
+    """A table as Markdown, its title before it and its note behind it."""
+    title = [f"### {t.title}"] if t.title else []
+    return [*title, tabulate(t.rows, t.header, "pipe", disable_numparse=True), *([t.note] if t.note else [])]
 
 
 def drawing(folder: Path) -> AbstractContextManager[None]:

@@ -26,11 +26,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the row ``best`` stands out."""
+    """Cells as text; the row ``best`` stands out. The first table of a section needs no title."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: int | None = None
+    title: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class LiberoEnv:
     """
 
     camera = CAMERA
+    hand_position = (0, 1, 2)
 
     def __init__(
         self, task: LiberoTask, *, render: RenderMode | None = None, image_size: int = 256, cameras: Sequence[str] = (MAIN,)
