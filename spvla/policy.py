@@ -89,6 +89,8 @@ class SPVLAPolicy:
             again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
     """
 
+    waits = True  # for the VLA, in the steps in which it is asked
+
     def __init__(
         self,
         vla: VLA,
@@ -187,6 +189,13 @@ class SPVLAPolicy:
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
         return acted.action.copy()
+
+    def tick(
+        self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
+    ) -> FloatArray | None:
+        """The action of this control step: :meth:`select_action`, which waits where the VLA is asked. A
+        :class:`~spvla.realtime.BridgePolicy` never waits, and has none (None) before its VLA's first answer."""
+        return self.select_action(observation, state)
 
     def _judge(self) -> Judged:
         """Propose and decide. The VLA makes the first step, the step after a failed call, and the one after a long run."""

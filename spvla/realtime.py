@@ -178,6 +178,8 @@ class BridgePolicy(SPVLAPolicy):
         calls: who asks the VLA; None: :class:`ThreadedCalls`.
     """
 
+    waits = False
+
     def __init__(self, *parts: Any, ahead: float = 0.5, calls: Calls | None = None, **options: Any) -> None:
         super().__init__(*parts, **options)
         if not 0 <= ahead <= 1:
@@ -344,7 +346,7 @@ class BridgePolicy(SPVLAPolicy):
             if len(self.calls):
                 return False
             if self._fresh is not None or self._queue:
-                wanted = len(self._queue) <= latency and self.generator is None
+                wanted = self.generator is None and 0 < len(self._queue) <= latency
             else:
                 foreseen = decision.probability is not None and decision.threshold is not None
                 wanted = (
@@ -363,9 +365,10 @@ class BridgePolicy(SPVLAPolicy):
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         last = self.history.last_action
-        assert last is not None, "the robot has stood or moved before"
         if self._fresh is not None:
-            return Acted(self.space.toward(self._fresh.actions[0], last), Source.VLA, output=self._fresh)
+            action = self._fresh.actions[0]
+            return Acted(action if last is None else self.space.toward(action, last), Source.VLA, output=self._fresh)
+        assert last is not None, "the first action is the VLA's"
         if judged.skips and judged.proposal is not None:
             return Acted(judged.proposal, Source.GENERATOR)
         if self._queue:

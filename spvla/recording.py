@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
-from spvla.errors import InputError
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
@@ -120,23 +119,25 @@ class Recorder:
     def tick(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
     ) -> FloatArray | None:
-        """See :meth:`~spvla.realtime.BridgePolicy.tick`. Answers are written to the steps that they are about."""
-        if not isinstance(self.policy, BridgePolicy):
-            raise InputError("policy: only one that never waits has tick(); use accelerate(..., mode='bridge')", field="mode")
+        """See :meth:`SPVLAPolicy.tick`. Answers that come late are written to the steps that they are about."""
         record, policy = self._record, self.policy
         action = policy.tick(observation, state)
         state = observation.state if isinstance(observation, Observation) else state
         if action is None:
             self._before.append(state)
             return None
-        assert policy.still is not None, "it has acted"
-        for earlier in self._before:
-            record.add(policy.still, earlier, None, Source.HELD, 0)
+        if isinstance(policy, BridgePolicy) and policy.still is not None:
+            for earlier in self._before:
+                record.add(policy.still, earlier, None, Source.HELD, 0)
         self._before = []
-        record.add(action, state, policy.last_output, policy.last_step.source, policy.last_step.vla_age)
-        for step, output in policy.arrived:
-            record.outputs[step] = output
+        self._add(record, action, state)
         return action
+
+    def _add(self, record: Record, action: FloatArray, state: NDArray[np.floating] | None) -> None:
+        step = self.policy.last_step
+        record.add(action, state, self.policy.last_output, step.source, step.vla_age)
+        for asked, output in self.policy.arrived if isinstance(self.policy, BridgePolicy) else ():
+            record.outputs[asked] = output
 
     def select_action(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -145,7 +146,7 @@ class Recorder:
         record = self._record  # a step that ends after its episode does not count for the next
         action = self.policy.select_action(observation, state)
         state = observation.state if isinstance(observation, Observation) else state
-        record.add(action, state, self.policy.last_output, self.policy.last_step.source, self.policy.last_step.vla_age)
+        self._add(record, action, state)
         return action
 
     def executed(self, action: FloatArray) -> None:
