@@ -271,7 +271,7 @@ def answered(policy):
 
 
 def test_no_tick_waits_for_a_vla_that_hangs():
-    vla, policy = threaded(max_generated_run=5)
+    _, policy = threaded(max_generated_run=5)
     policy.reset("go")
     assert tick(policy, 0) is None and tick(policy, 1) is None
     answered(policy)
