@@ -16,7 +16,7 @@ from typing import Any
 from tabulate import tabulate
 
 from spvla.errors import InputError
-from spvla.files import explained, read_json, write_text
+from spvla.files import explained, parse_object, read_bytes, read_json, write_text
 
 
 def cell(value: Any, missing: str = "-") -> str:
@@ -67,12 +67,12 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
 
 def _whole_rows(raw: Path) -> list[dict[str, Any]]:
     """The rows of JSON lines; a last one that a killed run left unfinished is cut off the file."""
-    text = raw.read_bytes()
+    text = read_bytes(raw)
     whole = text.rfind(b"\n") + 1
     try:
-        rows = [json.loads(line) for line in text[:whole].split(b"\n")[:-1]]
-    except ValueError as error:
-        raise InputError(f"{raw}: not JSON lines ({error}); delete it to start again") from None
+        rows = [parse_object(line, f"{raw}: line {k}") for k, line in enumerate(text[:whole].split(b"\n")[:-1], 1)]
+    except InputError as error:
+        raise InputError(f"{error}; delete it to start again", code=error.code, field=str(raw)) from None
     if whole < len(text):
         os.truncate(raw, whole)
     return rows

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -23,7 +24,7 @@ from data.parts import Problem
 from data.rlds.features import RldsFolder
 from data.sources import open_source
 from spvla import InputError, load_export
-from spvla.files import building, inside, locked, parse_json, read_json, writing
+from spvla.files import building, inside, locked, parse_json, process_mark, read_json, writing
 from spvla.hub import PRETRAINED, resolve_folder
 from spvla.images import open_image
 from spvla.vlas.checkpoint import weight_files
@@ -247,11 +248,15 @@ def test_features_of_another_form_are_one_line(tmp_path, features):
 def test_what_dead_processes_left_goes_and_what_runs_stays(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = tmp_path / f".old.json.{dead.pid}.tmp", tmp_path / f".store.{dead.pid}"
-    used = tmp_path / f".new.json.{os.getppid()}.tmp", tmp_path / f".store.{os.getppid()}"
-    for file, folder in (left, used):
-        file.write_text("")
-        folder.mkdir()
+    here = process_mark().partition("-")[2]
+    pairs = []
+    for mark in (f"{dead.pid}-{here}", f"{os.getppid()}-{here}", f"{dead.pid}-01234567", f"{os.getppid()}-89abcdef"):
+        pairs.append((tmp_path / f".file.json.{mark}.tmp", tmp_path / f".store.{mark}"))
+        pairs[-1][0].write_text("")
+        pairs[-1][1].mkdir()
+    for path in pairs[3]:  # another machine's, of two days ago
+        os.utime(path, times=(time.time() - 2 * 86_400,) * 2)
+    left, used = [*pairs[0], *pairs[3]], [*pairs[1], *pairs[2]]
     with writing(tmp_path / "x.json") as temporary:
         temporary.write_text("")
     with building(tmp_path / "store"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
-import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from math import isqrt
@@ -16,6 +15,7 @@ import numpy as np
 
 from eval.motion import MOTION
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
+from spvla.files import parse_json
 
 MARKERS = "osD^vP"
 VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
@@ -160,7 +160,7 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     out.films = films(folder / "films", rows, best)
     traces = folder / "traces.json.gz"
     if traces.exists() and best is not None:
-        out.traces = [who_acted(json.loads(gzip.decompress(traces.read_bytes())), rows[best])]
+        out.traces = [who_acted(parse_json(gzip.decompress(traces.read_bytes()), str(traces)), rows[best])]
     return out
 
 
@@ -232,7 +232,7 @@ def run_lengths(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Picture]:
     colours = dict(zip(dict.fromkeys(names.values()), COLOURS * len(rows), strict=False))
     with gzip.open(episodes, "rt") as stream:
         for line in csv.DictReader(stream):
-            runs.setdefault(names[line["cell"]], []).extend(json.loads(line["generated_run_lengths"]))
+            runs.setdefault(names[line["cell"]], []).extend(parse_json(line["generated_run_lengths"], str(episodes)))
     shown = {k: v for k, v in runs.items() if v}
     if not shown:
         return []
