@@ -76,10 +76,15 @@ def resumed(output: Path | None, seed: int, plan: dict[str, int]) -> dict[str, A
         earlier = read_json(output)
         if earlier.get("seed") == seed and [row["kind"] for row in earlier["rows"]] == list(plan):
             summary = earlier
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    if commit not in summary["commits"]:
-        summary["commits"].append(commit)
+    if commit() not in summary["commits"]:
+        summary["commits"].append(commit())
     return summary
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    line = ["git", "rev-parse", "--short=10", "HEAD"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def fuzz(row: dict[str, Any], numbers: range, seed: int, findings: list[dict[str, Any]], bar: Any) -> None:

@@ -72,7 +72,7 @@ class Whole:
 
 
 class Fuzzer:
-    """Inputs of one kind, which depend on ``seed``, ``kind`` and their number alone; within the context its folders are there."""
+    """Inputs of one kind, which depend on ``seed``, ``kind`` and their number alone; its folders last for the context."""
 
     def __init__(self, kind: str, seed: int) -> None:
         self.kind, self.seed = kind, seed
