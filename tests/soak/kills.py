@@ -7,6 +7,7 @@ forked too. Its files are written as always, fsync included.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -18,8 +19,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,14 +42,7 @@ CLASSES = {
     "other": "a file has another content after the next run",
 }
 LONGEST = 120.0  # seconds of a run
-OPERATIONS = (
-    "os.rename",
-    "os.rmdir",
-    "os.remove",
-    "os.mkdir",
-    "shutil.rmtree",
-    "open",
-)  # audit events that a save brings about
+OPERATIONS = ("os.rename", "os.rmdir", "os.remove", "os.mkdir", "shutil.rmtree", "open")  # audit events of a save
 
 
 def compare(found: Result, whole: Result) -> tuple[str, str]:
@@ -124,7 +119,7 @@ def kill_command(name: str, count: int, seed: int, minutes: float) -> dict[str, 
     command, rng, counts = COMMANDS[name], np.random.default_rng(seed), Counter[str]()
     findings, kills, moments = [], 0, []
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory(prefix="kills-") as top:
+    with quick_registry(), tempfile.TemporaryDirectory(prefix="kills-") as top:
         inputs, log = Path(top, "inputs"), Path(top, "log")
         inputs.mkdir()
         command.make(inputs)
@@ -221,7 +216,7 @@ def kill_exports(count: int, minutes: float) -> list[dict[str, Any]]:
     """Every file operation of a save as the moment of ``count`` kills, in turn; a row for each."""
     old, new = small_export(0, 0.2), small_export(1, 0.3)
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory(prefix="kills-", dir=shared_memory()) as top:
+    with quick_registry(), tempfile.TemporaryDirectory(prefix="kills-", dir=shared_memory()) as top:
         expected = {e.tolerance: files(save_export(e, Path(top, f"{e.tolerance}"))) for e in (old, new)}
         moment = 1
         while kill_save(moment, Path(top, "export"), old, new, expected) is not None:
@@ -236,6 +231,13 @@ def kill_exports(count: int, minutes: float) -> list[dict[str, Any]]:
                 if result[0] != "same":
                     row["found"].append(result[1][-400:])
     return rows
+
+
+@contextlib.contextmanager
+def quick_registry() -> Iterator[None]:
+    """Installed plugins are looked up once: that takes most of the time of loading an export."""
+    with patch("spvla.registry.entry_points", functools.cache(entry_points)):
+        yield
 
 
 def shared_memory() -> str | None:
