@@ -1,6 +1,6 @@
 """``python -m tests.fuzz [--files N] [--messages N] [--kind K] [--seed S] [--output FILE]``; what is found: exit code 1.
 
-With ``--output`` a run that was stopped goes on where it was.
+With ``--output`` a run that was stopped goes on where it was, and ``--again KIND`` begins a kind anew, once it was mended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="summary as JSON; a run with the same seed goes on")
+    parser.add_argument("--again", choices=KINDS, nargs="+", default=[], help="begin these kinds anew, the others go on")
     options = parser.parse_args()
     plan = planned(options.files, options.messages, options.kind)
-    summary = resumed(options.output, options.seed, plan)
+    summary = resumed(options.output, options.seed, plan, options.again)
     total, done = sum(plan.values()), sum(row["inputs"] for row in summary["rows"])
     began, before = time.monotonic(), summary["seconds"]
     bar = tqdm(total=total, initial=done, desc="fuzz", unit="input", mininterval=1.0)
@@ -59,13 +61,12 @@ def planned(files: int, messages: int, kind: str | None) -> dict[str, int]:
     return plan if kind is None else {kind: messages if kind in MESSAGES else files}
 
 
-def resumed(output: Path | None, seed: int, plan: dict[str, int]) -> dict[str, Any]:
+def resumed(output: Path | None, seed: int, plan: dict[str, int], again: Sequence[str]) -> dict[str, Any]:
     """The summary as an earlier run left it, or one of nothing."""
     summary: dict[str, Any] = {
         "kind": "robustness",
         "command": "python -m tests.fuzz " + " ".join(sys.argv[1:]),
         "seed": seed,
-        "commits": [],
         "seconds": 0,
         "processes": 1,
         "classes": CLASSES,
@@ -75,9 +76,10 @@ def resumed(output: Path | None, seed: int, plan: dict[str, int]) -> dict[str, A
     if output is not None and output.exists():
         earlier = read_json(output)
         if earlier.get("seed") == seed and [row["kind"] for row in earlier["rows"]] == list(plan):
-            summary = earlier
-    if commit() not in summary["commits"]:
-        summary["commits"].append(commit())
+            new = {row["kind"]: row for row in summary["rows"]}
+            summary["seconds"] = earlier["seconds"]
+            summary["rows"] = [new[row["kind"]] if row["kind"] in again else row for row in earlier["rows"]]
+            summary["findings"] = [f for f in earlier["findings"] if f["kind"] not in again]
     return summary
 
 
@@ -100,6 +102,7 @@ def fuzz(row: dict[str, Any], numbers: range, seed: int, findings: list[dict[str
             if result.memory > row["memory"]:
                 row["memory"], row["largest"] = result.memory, result.number
     row["inputs"] += len(numbers)
+    row["commits"] = list(dict.fromkeys([*row.get("commits", []), commit()]))
     for name, count in counts.items():
         row[name] += count
     findings.extend(found(results))

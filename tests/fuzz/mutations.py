@@ -172,9 +172,15 @@ def message(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     packed = msgpack.packb(content, unicode_errors="surrogatepass")
     deep, digits = (msgpack.packb(mark) for mark in (DEEP, DIGITS))
     if deep in packed:
-        way = int(rng.integers(3))
-        large = [b"\x91" * 100_000 + b"\xc0", b"\xdd\xff\xff\xff\xff", b"\xdd\x00\x10\x00\x00" + b"\x90" * 2**20][way]
-        packed, how = packed.replace(deep, large), f"{how} {('nested', 'a claim', 'empty lists')[way]}"
+        ways = {
+            "nested": b"\x91" * 100_000 + b"\xc0",
+            "a claim": b"\xdd\xff\xff\xff\xff",
+            "claims in claims": b"\xdd\x00\x0f\xff\xff" * 1000 + bytes(2**20),
+            "empty lists": b"\xdd\x00\x10\x00\x00" + b"\x90" * 2**20,
+            "empty lists in lists": b"\xdc\x00\x64" + (b"\xdc\x27\x10" + b"\x90" * 10_000) * 100,
+        }
+        way = list(ways)[rng.integers(len(ways))]
+        packed, how = packed.replace(deep, ways[way]), f"{how} {way}"
     return packed.replace(digits, b"\xcf" + b"\xff" * 8), how
 
 
