@@ -22,7 +22,7 @@ from spvla.errors import InputError
 KINDS = "biuf"  # numpy's letters for booleans, integers and floats
 MAX_DIMENSIONS = 8
 LONGEST = {"max_array_len": 10_000, "max_map_len": 1000, "max_str_len": 2**16, "max_ext_len": 0}  # of one entry of a message
-MAX_ENTRIES = 200_000  # of a message's lists and maps together
+MAX_ENTRIES = 2**15  # of a message's lists and maps together
 MARKS = ("__ndarray__", "__npgeneric__", "nd")  # a map with one of these is an array or a scalar
 
 

@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -116,6 +117,8 @@ def undisturbed(command: Command, inputs: Path, output: Path, log: Path) -> floa
 
 def kill_command(name: str, count: int, seed: int, minutes: float) -> dict[str, Any]:
     """Kill a command ``count`` times, each time in another folder, and call it again; what came of it."""
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed may hold it for ever
+    tqdm.monitor_interval = 0
     command, rng, counts = COMMANDS[name], np.random.default_rng(seed), Counter[str]()
     findings, kills, moments = [], 0, []
     end = time.monotonic() + 60 * minutes
