@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | report | picture``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | summarise | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from eval.latency import latency
 from eval.offline import offline
 from eval.picture import picture
 from eval.report.command import report
+from eval.rewrite import rewrite
 from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "offline": offline,
     "latency": latency,
     "data": bench_data,
+    "summarise": rewrite,
     "report": report,
     "picture": picture,
 }

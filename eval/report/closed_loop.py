@@ -124,6 +124,7 @@ def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Tabl
         "paired Δ": lambda r: percent(r.get("paired_delta"), True),
         "paired 95 %": interval("paired_delta_ci95", True, " to "),
         "McNemar p": number("mcnemar_p", ".2g"),
+        "pairs for ±1": number("pairs_for_one_point", "d"),
         "calls/episode": number("vla_calls_per_episode", ".1f"),
         "speedup": number("policy_speedup", ".3g"),
         "policy s/episode": number("policy_seconds_per_episode", ".3g"),
@@ -196,7 +197,7 @@ def against_success(rows: Sequence[dict[str, Any]], column: str, label: str) -> 
         axis.set(xlabel=label, ylabel="success %", xlim=(0, None))
         legend(f)
 
-    return picture(draw, f"{label} against success; bars are 95 % Wilson intervals.", height=HEIGHT + 0.1 * len(rows))
+    return picture(draw, f"{label} against success; bars are exact 95 % intervals.", height=HEIGHT + 0.1 * len(rows))
 
 
 def risk_knob(rows: Sequence[dict[str, Any]]) -> list[Picture]:
