@@ -149,8 +149,9 @@ class LiveGate:
         self.rng = np.random.default_rng(options.seed)
         self.states: dict[str, LiveState] = {}
         self._coin: bool | None = None  # of the running step; one that was not finished keeps it
-        self._audited = self._disagreed = False
+        self._audited = False
         self._first = True  # the episode's first step, at which a generator knows nothing yet
+        self._last_answer: tuple[FloatArray, FloatArray] | None = None  # and its proposal: compared when it matters
         self.begin("")
 
     @classmethod
@@ -181,8 +182,7 @@ class LiveGate:
     def begin(self, instruction: str) -> None:
         """Start an episode. The thresholds stay what they are."""
         self.state = self.states.setdefault(instruction if self.options.per_task else "", LiveState(self.start))
-        self._audited = self._disagreed = False
-        self._first = True
+        self._audited, self._first, self._last_answer = False, True, None
 
     def score(self, probability: float | None) -> float:
         """A probability's rank among the calibration steps, in [0, 1]: the generator may act where it is below L."""
@@ -196,12 +196,11 @@ class LiveGate:
             self._coin = bool(self.rng.random() < self.options.audit)
         self._audited = False
         inner = self.gate.decide(window, proposals)
-        step = inner[0]
-        if not step.intuitive or step.refused:
+        if not inner.intuitive[0] or (inner.refused is not None and inner.refused[0]):
             return inner
-        if self.score(step.probability) >= self.state.threshold:
+        if self.score(None if inner.probability is None else inner.probability[0]) >= self.state.threshold:
             return replace(inner, intuitive=NO)
-        if self._disagreed:
+        if self._last_answer is not None and self._deviates(*self._last_answer):
             return replace(inner, intuitive=NO, reason=DISAGREED)
         self._audited = self._coin
         if not self._audited:
@@ -215,13 +214,11 @@ class LiveGate:
             proposal: the generator's action (D,), environment units; None where none was made.
             answer: the VLA's action (D,) at this step, None if it was not asked.
         """
-        state, deviates = self.state, False
-        if answer is not None and proposal is not None:
-            a, b = self.space.normalize(proposal), self.space.normalize(answer)
-            deviates = bool(self.space.deviation(a, b, self.tolerance))
-            self._disagreed = self.options.agreement and deviates and not self._first
-        estimate = 0.0
+        state, estimate = self.state, 0.0
+        if answer is not None and proposal is not None and self.options.agreement and not self._first:
+            self._last_answer = proposal, answer.copy()
         if self._audited:
+            deviates = proposal is not None and answer is not None and self._deviates(proposal, answer)
             state.audits += 1
             state.found += deviates
             estimate = deviates / self.options.audit
@@ -234,6 +231,10 @@ class LiveGate:
                 state.path, state.every = state.path[::2], 2 * state.every
         state.steps += 1
         self._coin, self._audited, self._first = None, False, False
+
+    def _deviates(self, proposal: FloatArray, answer: FloatArray) -> bool:
+        a, b = self.space.normalize(proposal), self.space.normalize(answer)
+        return bool(self.space.deviation(a, b, self.tolerance))
 
     def stats(self) -> dict[str, float]:
         """The deployment so far, over all tasks.
