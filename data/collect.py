@@ -18,6 +18,7 @@ import numpy as np
 
 from data.envs import load_tasks
 from data.envs.base import Env, Instructable, Privileged, Task
+from data.envs.perturb import RealTime
 from data.images import UPRIGHT
 from data.jobs import Group, Setting, environment, episode_seed, parse_range, parts_for, require_init_states, split
 from data.parallel import Workers
@@ -52,12 +53,19 @@ class Collecting(Setting):
     pruning: dict[str, Any] | str | None = None
     shuffle: bool = False
     weights: str | None = None
+    real_time: RealTime | None = None
 
     def check(self) -> None:
         """Raise :class:`InputError` for options that need another option that is missing."""
         for name in ("shadow", "risk", "generator", "gate", "max_generated_run"):
             if getattr(self, name) not in (None, False) and self.export is None:
                 raise InputError(f"{name}: applies only to an accelerated policy; give --export too", field=name)
+        if self.real_time is not None:
+            if self.export is None:
+                raise InputError("real_time: applies only to an accelerated policy; give --export too", field="real_time")
+            apart = {"noise": self.noise, "student": self.student, "images": self.images, "shadow": self.shadow}
+            for name in (name for name, value in apart.items() if value):
+                raise InputError(f"{name}: cannot be joined with real_time", field=name)
         if self.student_checkpoint is not None and self.student is None:
             raise InputError("student_checkpoint: give --student too", field="student_checkpoint")
 
@@ -91,6 +99,8 @@ class Collector:
         if setting.export is not None:
             names = ("export", "risk", "generator", "gate", "max_generated_run", "shadow")
             parts = {name: getattr(setting, name) for name in names}
+        if setting.real_time is not None:
+            parts["mode"] = setting.real_time.mode
         self.policy = accelerate(self.vla, pruning=setting.pruning, **parts)
         self.noise = ActionNoise(setting.noise) if setting.noise else None
         self.student: Student | None = None
@@ -117,6 +127,7 @@ class Collector:
                     instruction=choose_instruction(asked, job.seed) if asked else task.instruction,
                     images=setting.images,
                     shuffle=setting.shuffle,
+                    real_time=setting.real_time,
                 )
                 result.episode.metadata = self._metadata(job, env, result.episode)
                 writer.write(job.id, [result.episode])
@@ -196,6 +207,9 @@ def collect(
     student: str | None = None,
     student_checkpoint: str | None = None,
     shuffle: bool = False,
+    real_time: bool = False,
+    vla_ms: NonNegativeFloat | None = None,
+    mode: Literal["wait", "bridge"] = "bridge",
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
@@ -232,9 +246,15 @@ def collect(
             training run may go on beside this command.
         student_checkpoint: passed to the student.
         shuffle: the scene's objects trade places, as the episode's seed decides.
+        real_time: with export, the simulated world moves on while the VLA thinks: generator and gate learn the states in which
+            they act then.
+        vla_ms: real time: milliseconds of a call of the VLA.
+        mode: real time: bridge, the generator acts while the VLA thinks, or wait for it where it is asked.
         workers: processes, one thread each.
         seed: of resets and noise.
     """
+    if vla_ms is not None and not real_time:
+        raise InputError("vla_ms: applies in real time only; add --real_time true", field="vla_ms")
     states = parse_range(init_states)
     count = random_resets or episodes_per_task or len(states)
     setting = Collecting(
@@ -253,6 +273,7 @@ def collect(
         student=student,
         student_checkpoint=student_checkpoint,
         shuffle=shuffle,
+        real_time=RealTime(vla_ms, mode=mode) if real_time else None,
         seed=seed,
     )
     setting.check()

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from data.envs.base import Env, Privileged
 from data.envs.perturb import Nudge, RealTime
 from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.history import Source
 from spvla.observation import Observation
+from spvla.realtime import BridgePolicy, SimulatedCalls
 from spvla.recording import Policy, Record
 from spvla.steps import StepInfo
 from spvla.store import Episode
@@ -127,9 +129,16 @@ def rollout(
         shuffle: the objects trade places, see :meth:`data.envs.base.Env.reset`.
         max_steps: step limit; None: the suite's.
         real_time: the world moves on while the policy thinks (not to be joined with noise, driver or images); None: it waits.
+            In its mode ``bridge`` the policy is one that never waits, and is told to ask in simulated time.
         nudge: the asked object is moved while the hand is on its way.
     """
     instruction = env.task.instruction if instruction is None else instruction
+    bridge: BridgePolicy | None = None
+    if real_time is not None and real_time.mode == "bridge":
+        if not isinstance(policy, BridgePolicy):
+            raise InputError("real time: bridge needs a policy that never waits", code="unsupported", field="mode")
+        bridge = policy
+        bridge.calls = SimulatedCalls(bridge.vla, real_time.steps(bridge.space))
     env.reset(init_state, seed, instruction, shuffle)
     policy.reset(instruction)
     if teacher is not None:
@@ -146,15 +155,31 @@ def rollout(
     nudged: int | None = None
     limit = max_steps or env.task.max_steps
 
-    def execute(action: FloatArray, state: FloatArray, output: VLAOutput | None, source: Source) -> bool:
+    def execute(
+        action: FloatArray, state: FloatArray, output: VLAOutput | None, source: Source, age: int | None = None
+    ) -> bool:
         nonlocal nudged
-        record.add(action, state, output, source)
+        record.add(action, state, output, source, age)
         if isinstance(env, Privileged):
             privileged.append(env.environment_state())
         over = env.step(action)
         if nudge is not None and not over and nudge.apply(env, seed):
             nudged = env.steps
         return over
+
+    def act(bridge: BridgePolicy, observe: Callable[[], Observation], state: FloatArray) -> FloatArray:
+        """The next action of a policy that never waits. Before its VLA's first answer the robot stands, its gripper as that
+        answer will command it."""
+        action = bridge.tick(observe, state)
+        outputs.append(None if action is None else bridge.last_output)
+        for step, answer in bridge.arrived:
+            outputs[step] = answer
+        if action is not None:
+            return action
+        assert isinstance(bridge.calls, SimulatedCalls), "set above"
+        if bridge.calls.coming is None:
+            raise InputError("real time: the VLA could not be asked in simulated time", field="vla")
+        return bridge.space.stop(bridge.calls.coming.actions[0])
 
     while not done and env.steps < limit:
         state = env.state()
@@ -165,9 +190,12 @@ def rollout(
                 seen.append(env.observe())
             return seen[0]
 
-        action = policy.select_action(observe, state=state)
-        output, source = policy.last_output, policy.last_step.source
-        outputs.append(output)
+        if bridge is not None:
+            action = act(bridge, observe, state)
+        else:
+            action = policy.select_action(observe, state=state)
+            outputs.append(policy.last_output)
+        output, source = outputs[-1], policy.last_step.source
         elsewhere = (driver is not None or noise is not None) and not policy.last_step.called_vla
         if teacher is not None and (output is None or elsewhere):  # a plan's later actions are not for where noise led
             output = teacher.predict(observe())
@@ -179,7 +207,7 @@ def rollout(
             policy.executed(action)
         if images:
             frames.append(encode_jpeg(observe().require_image()))
-        delay = real_time.delay(policy.last_step, policy.space) if real_time else 0
+        delay = real_time.delay(policy.last_step, policy.space) if real_time and bridge is None else 0
         if real_time and delay:
             held = real_time.held(action, record.actions[-1] if record.actions else None, policy.space)
             policy.executed(held)
@@ -191,7 +219,7 @@ def rollout(
                 policy.waited(now := action if k == delay else held, state)
                 done = execute(now, state, None, Source.HELD)
         else:
-            done = execute(action, state, output, source)
+            done = execute(action, state, output, source, policy.last_step.vla_age)
     episode = record.episode(policy.space)
     episode.instruction = instruction
     if images:

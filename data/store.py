@@ -22,7 +22,7 @@ from spvla.errors import InputError
 from spvla.files import building, open_array, parse_object, read_json
 from spvla.history import Source
 from spvla.store import read_action_space, read_episode_table
-from spvla.store.columns import read_parquet, read_sources, read_steps, read_vectors
+from spvla.store.columns import read_ages, read_parquet, read_sources, read_steps, read_vectors
 
 CACHE_VERSION = 1
 FLOAT_FIELDS = {
@@ -62,8 +62,9 @@ class RolloutStore:
         episodes: one :class:`EpisodeInfo` each.
         arrays: ``actions`` and ``targets`` (the teacher's, else the executed action), both normalised, (N, D); ``states``
             (N, S); ``sources`` uint8 (N,); ``start`` int64 (N,), first frame of the frame's episode; ``end``, one past its
-            last; ``last_vla`` int64 (N,), the last earlier frame of the episode in which the VLA acted, else -1; where the
-            store has them ``vla_confidence`` (N, D) and ``vla_features`` (N, F).
+            last; ``last_vla`` int64 (N,), the frame of the episode that the VLA had last answered about: the last earlier one
+            in which it acted, an older one where its answers come late, -1 before the first; where the store has them
+            ``vla_confidence`` (N, D) and ``vla_features`` (N, F).
 
     Raises:
         InputError: naming file, field, episode and step for a NaN in what was executed, and for damaged files.
@@ -153,7 +154,7 @@ class RolloutStore:
         first, labelled = 0, False
         widths: dict[str, int] = {}
         for path in sorted((self.folder / "data").glob("*/*.parquet")):
-            table = read_parquet(path, [*FLOAT_FIELDS.values(), "action.source", "frame_index"])
+            table = read_parquet(path, [*FLOAT_FIELDS.values(), "action.source", "vla_age", "frame_index"])
             if first + table.num_rows > total:
                 raise InputError(f"{self.folder}: data holds more frames than meta/episodes claims ({total})")
             raw: dict[str, NDArray[np.float32]] = {}
@@ -174,7 +175,8 @@ class RolloutStore:
             inside = (starts >= first) & (starts < first + table.num_rows)  # a file holds whole episodes
             start = np.repeat(starts[inside], lengths[inside])
             steps = np.arange(first, first + table.num_rows)
-            if len(start) != len(steps) or not np.array_equal(steps - start, read_steps(table, str(path))):
+            of_episode = read_steps(table, str(path))
+            if len(start) != len(steps) or not np.array_equal(steps - start, of_episode):
                 raise InputError(f"{path}: frame_index does not agree with the episodes of meta/episodes")
             new: dict[str, NDArray[Any]] = {
                 "actions": actions,
@@ -185,6 +187,8 @@ class RolloutStore:
                 "end": start + np.repeat(lengths[inside], lengths[inside]),
                 "last_vla": last_vla_frame(sources, start - first),
             }
+            if (ages := read_ages(table, of_episode, str(path))) is not None:  # answers that came late
+                new["last_vla"] = np.where(ages > 0, steps - first - ages, -1)
             new["last_vla"] += np.where(new["last_vla"] >= 0, first, 0)
             new |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
             for name, value in new.items():

@@ -65,9 +65,13 @@ def split_at_words(episode: Episode, words: Words) -> list[Episode]:
 
 def _piece(episode: Episode, steps: slice, instruction: str, part: int) -> Episode:
     columns = {name: getattr(episode, name) for name in (*VECTOR_COLUMNS, "sources")}
+    ages = episode.vla_ages
+    if ages is not None:  # what the VLA said of the piece before is not known in this one
+        ages = np.where(ages[steps] <= np.arange(steps.stop - steps.start), ages[steps], 0)
     return replace(
         episode,
         **{name: value[steps] for name, value in columns.items() if value is not None},
+        vla_ages=ages,
         instruction=instruction,
         timestamps=episode.timestamps[steps] - (episode.timestamps[steps.start] if part else 0),
         images={camera: frames[steps] for camera, frames in episode.images.items()},

@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | summarise | report | picture``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | ticks | summarise | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from eval.offline import offline
 from eval.picture import picture
 from eval.report.command import report
 from eval.rewrite import rewrite
+from eval.ticks import ticks
 from spvla.cli import run
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "offline": offline,
     "latency": latency,
     "data": bench_data,
+    "ticks": ticks,
     "summarise": rewrite,
     "report": report,
     "picture": picture,

@@ -12,22 +12,30 @@ from spvla.export import Export
 from spvla.gates import has_risk
 from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 
+MODES = ("wait", "bridge", "paused")
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token."""
+    """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token.
+
+    ``mode`` is what happens in real time: ``wait`` or ``bridge`` (see :func:`spvla.accelerate`), or ``paused``, where the world
+    stands still while the policy thinks; None: the evaluation's own.
+    """
 
     generator: str
     gate: str
     risk: float | None = None
     pruning: str = "none"
+    mode: str | None = None
 
     @property
     def name(self) -> str:
         """Readable and unique."""
         scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.gate}"
         pruning = "" if self.pruning == "none" else f"+{self.pruning}"
-        return scheduling + pruning + ("" if self.risk is None else f"@{self.risk:g}")
+        mode = "" if self.mode is None else f":{self.mode}"
+        return scheduling + pruning + mode + ("" if self.risk is None else f"@{self.risk:g}")
 
     @property
     def live(self) -> bool:
@@ -39,23 +47,30 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
     """Cells from their names; the VLA alone always leads.
 
     ``vla``, ``ridge+release``, ``mlp+learned`` (once per risk), ``mlp+learned@0.05``; each with a pruning after it:
-    ``vla+slow_fewer``, ``ridge+release+fast_fewer``, ``mlp+learned+budget@0.05``.
+    ``vla+slow_fewer``, ``ridge+release+fast_fewer``, ``mlp+learned+budget@0.05``; in real time with a mode of its own:
+    ``vla:paused``, ``mlp+learned:bridge@0.2``.
     """
     out = [Cell("none", "none")]
     for text in cells:
         parts, at, risk = text.partition("@")
+        parts, colon, mode = parts.partition(":")
+        if colon and mode not in MODES:
+            raise InputError(
+                f"cell {text!r}: mode {mode!r} is not one of {', '.join(MODES)}", code="unknown-name", field="cells"
+            )
         names = parts.split("+")
         if names[0] == "vla":
             names = ["none", "none", *names[1:]]
         if not (2 <= len(names) <= 3 and all(names)) or (at and names[0] == "none"):
-            raise InputError(f"cell {text!r}: expected vla or generator+gate, optionally with +pruning and @risk")
+            raise InputError(f"cell {text!r}: expected vla or generator+gate, optionally with +pruning, :mode and @risk")
         if at and not has_risk(names[1]):
             raise InputError(f"cell {text!r}: the gate {names[1]!r} does not take a risk")
         try:
             asked = [float(risk)] if at else (list(risks) if has_risk(names[1]) else [None])
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
-        out += [Cell(names[0], names[1], r, *names[2:]) for r in asked]
+        pruning = names[2] if len(names) > 2 else "none"
+        out += [Cell(names[0], names[1], r, pruning, mode or None) for r in asked]
     return list(dict.fromkeys(out))
 
 

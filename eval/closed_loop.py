@@ -48,6 +48,7 @@ def closed_loop(
     real_time: bool = False,
     vla_ms: NonNegativeFloat | None = None,
     hold: Literal["stop", "last"] = "stop",
+    mode: Literal["wait", "bridge"] = "wait",
     nudge: NonNegativeFloat = 0.0,
     render: RenderMode = "full",
     films: bool = True,
@@ -84,7 +85,9 @@ def closed_loop(
         real_time: the simulated world moves on while the policy thinks, at the robot's control rate.
         vla_ms: real time: milliseconds of a step that asks the VLA, such as 240 for OpenVLA on an RTX 4090; as measured if
             omitted.
-        hold: real time: what the robot does meanwhile: stop, or repeat the last action.
+        hold: real time: what the robot does while it waits: stop, or repeat the last action.
+        mode: real time: wait for the VLA where it is asked, or bridge: the generator acts while the VLA thinks. A cell may have
+            its own, as in mlp+learned:bridge@0.2; vla:paused is the VLA without latency, and what others are paired with.
         nudge: metres by which the asked object is moved while the hand is on its way; 0: not at all.
         render: full draws everything for each image; fast draws what stands still once an episode, takes half the time, and
             differs at the edges of what moves.
@@ -93,7 +96,7 @@ def closed_loop(
         workers: processes, one thread each.
         seed: of resets.
     """
-    for name, value, unset in (("vla_ms", vla_ms, None), ("hold", hold, "stop")):
+    for name, value, unset in (("vla_ms", vla_ms, None), ("hold", hold, "stop"), ("mode", mode, "wait")):
         if value != unset and not real_time:
             raise InputError(f"{name}: applies in real time only; add --real_time true", field=name)
     setting = Evaluation(
@@ -104,15 +107,15 @@ def closed_loop(
         max_generated_run=max_generated_run,
         max_steps=max_steps,
         label=label,
-        real_time=RealTime(vla_ms, hold) if real_time else None,
+        real_time=RealTime(vla_ms, hold, mode) if real_time else None,
         nudge=Nudge(nudge) if nudge else None,
         render=render,
     )
-    setting.check()
     loaded = load_export(export) if export else None
     default_risk = None if loaded is None else float(loaded.defaults["risk"])
     cells = default_cells(simulator(suite).action_space, loaded) if cells is None else cells
     wanted = parse_cells(cells, risk or [default_risk])
+    setting.check(wanted)
     starts = starts_of(load_tasks(suite, tasks, max_steps), init_states, random_resets, seed)
     content = fingerprint(export)
     raw = output / "episodes.jsonl"

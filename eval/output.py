@@ -18,7 +18,10 @@ from tabulate import tabulate
 from spvla.errors import InputError
 from spvla.files import explained, read_json, write_text
 
-TEXT = ("cell", "generator", "gate", "pruning", "export", "suite", "task_name", "instruction", "object", "own_object", "lifted")
+TEXT = (  # columns that stay text, whatever they look like
+    *("cell", "generator", "gate", "pruning", "mode", "export", "suite", "task_name"),
+    *("asked", "instruction", "object", "own_object", "lifted"),
+)
 
 
 def cell(value: Any, missing: str = "-") -> str:

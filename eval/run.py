@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,20 @@ class Evaluation(Setting):
     nudge: Nudge | None = None
     render: RenderMode = "full"
 
-    def check(self) -> None:
-        """Raise :class:`InputError` for unknown rules and prunings."""
+    def time_of(self, cell: Cell) -> RealTime | None:
+        """How time goes by for ``cell``; None: the world stands still while its policy thinks."""
+        if self.real_time is None or cell.mode is None:
+            return self.real_time
+        return None if cell.mode == "paused" else replace(self.real_time, mode=cell.mode)
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raise :class:`InputError` for unknown rules and prunings, and for cells in another time than there is."""
+        for cell in cells:
+            if cell.mode is not None and self.real_time is None:
+                raise InputError(
+                    f"cell {cell.name}: has a mode, which applies in real time; add --real_time true", field="cells"
+                )
+            self.time_of(cell)
         for name in self.rules:
             if name not in GATES:
                 message = f"rules: gate {name!r} is unknown; available: {', '.join(GATES.names())}"
@@ -133,6 +145,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Evaluation
             rule=setting.rules.get(cell.gate),
             pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
             max_generated_run=setting.max_generated_run,
+            mode="bridge" if (time := setting.time_of(cell)) is not None and time.mode == "bridge" else "wait",
         )
     except InputError as error:
         hint = "; learned cells need --export" if export is None and cell.gate != "none" and has_risk(cell.gate) else ""
@@ -170,7 +183,7 @@ class Runner:
                     seed=job.seed,
                     teacher=self.teacher,
                     images=job.film is not None,
-                    real_time=self.setting.real_time,
+                    real_time=self.setting.time_of(job.cell),
                     nudge=self.setting.nudge,
                 )
                 if job.film is not None:

@@ -37,11 +37,11 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     """One row per cell, paired against the VLA alone."""
     cells = list(dict.fromkeys(e["cell"] for e in episodes))
     by_cell = {c: {(e["suite"], e["task"], e["init_state"], e["seed"]): e for e in episodes if e["cell"] == c} for c in cells}
-    control = by_cell.get("vla", {})
+    control = by_cell.get("vla:paused") or by_cell.get("vla", {})
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0][k] for k in ("cell", "generator", "gate", "pruning", "risk")}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
@@ -64,7 +64,7 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
 
 def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str]:
     """What a table of rows shows, as text."""
-    extra = ["seconds_per_episode", "held_per_episode"] if real_time else []
+    extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
     extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     return [*COLUMNS, *extra]
@@ -96,10 +96,12 @@ def _pairs(pairs: Sequence[tuple[Row, Row]], es: Sequence[Row]) -> Row:
     treated, base = ([e["success"] for e in side] for side in zip(*pairs, strict=True))
     delta, interval = paired_difference(treated, base)
     ratio = _total([c for _, c in pairs], "vla_calls") / max(1, _total(es, "vla_calls"))
+    known = all("seconds" in e for e in es)
+    seconds = _mean(es, "seconds") / max(1e-9, _mean([c for _, c in pairs], "seconds")) if known else None
     tested = {"paired_delta": delta, "paired_delta_ci95": interval, "mcnemar_p": mcnemar(treated, base)}
     itself = all(e is control for e, control in pairs)
     counts = {"pairs": len(pairs), "pairs_for_one_point": None if itself else pairs_needed(treated, base)}
-    return {**counts, **tested, "vla_calls_ratio": ratio}
+    return {**counts, **tested, "vla_calls_ratio": ratio, "seconds_ratio": seconds}
 
 
 def _resets(es: Sequence[Row]) -> Row:

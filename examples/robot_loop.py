@@ -1,10 +1,12 @@
-"""A fixed-rate control loop around the accelerated policy: camera, policy, deadline, safe hold, watchdog, recording.
+"""A fixed-rate control loop around the accelerated policy: camera, policy, safe hold, watchdog, recording.
 
     python examples/robot_loop.py --seconds 10 --record runs/robot                      # a simulated arm, a toy VLA, 20 Hz
     python examples/robot_loop.py --url ws://gpu:8000 --export EXPORT --seconds 10      # the VLA on another machine
 
 To drive a robot, write the four methods of :class:`~spvla.safety.Robot` for it (docs/robot.md has them for a Franka) and call
-:func:`control_loop`. The policy thinks in a thread of its own, and so does whoever sends; the loop's clock waits for neither.
+:func:`control_loop`. A policy made with ``mode="bridge"`` never waits: its VLA thinks in a thread of its own while the robot
+moves. One made with ``mode="wait"`` is put into a thread as a whole, and the robot stands while it thinks. Whoever sends has a
+thread, too; the loop's clock waits for none of them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 import spvla
 from spvla.actions import LIBERO, ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.history import Source
 from spvla.recording import Policy
 from spvla.safety import PATIENCE, Commands, Robot, Signals, Watchdog, Worker
 from spvla.vlas.base import VLAOutput
@@ -33,7 +36,7 @@ class Report:
 
     Args:
         ticks: control periods.
-        held: of these, how many found no answer in time: a stop was commanded.
+        held: of these, how many found nobody who may act: a stop was commanded.
         overruns: ticks that began more than half a period late.
         hung: the policy's last step had not ended when the loop returned; do not use that policy again.
         lateness: seconds that each tick began after its time.
@@ -60,15 +63,17 @@ def control_loop(
 ) -> Report:
     """Run an episode at the action space's control rate. However it ends, the last command that reaches the robot is its stop.
 
-    At each tick the policy gets the newest state. Its action is sent at once if it is there by the deadline; if not, the robot
-    is told to stand still, tick by tick, until it is. The policy learns what was executed, so its history stays true.
+    At each tick the policy gets the newest state. One that never waits says at once what to do. Of one that waits for its VLA
+    the action is sent at once if it is there by the deadline; if not, the robot is told to stand still, tick by tick, until it
+    is. The policy learns what was executed, so its history stays true.
 
     Args:
-        policy: made with ``when_unavailable=...`` if its VLA is remote, and ``record=...`` to keep the episode.
+        policy: made with ``mode="bridge"``, or else with ``when_unavailable=...`` if its VLA is remote; and with ``record=...``
+            to keep the episode.
         robot: see :class:`~spvla.safety.Robot`.
         instruction: what to do.
         seconds: longest duration.
-        deadline: fraction of a period that the policy may think before the robot holds.
+        deadline: fraction of a period that a policy that waits may think before the robot holds.
         watchdog: seconds of silence after which another thread stops the robot.
         done: asked at each tick; ends the episode.
 
@@ -78,12 +83,9 @@ def control_loop(
         SystemExit: SIGTERM or SIGHUP.
     """
     space, period, report = policy.space, 1 / policy.space.control_rate, Report()
-    pending: Future[FloatArray] | None = None
-    waited: list[Executed] = []  # since the pending step was asked
-    last: FloatArray | None = None
     commands = Commands(robot, period / 2)
     dog = Watchdog(watchdog, commands.stop)
-    thinker = Worker("policy")
+    thinker = (Waiting if policy.waits else Bridging)(policy, robot)
     policy.reset(instruction)
     with Signals(commands.stop):
         try:
@@ -96,51 +98,90 @@ def control_loop(
                         report.overruns += 1
                         start += report.lateness[-1]  # a late tick moves the ones after it: commands never come in bursts
                         at = time.monotonic()
-                    state = robot.state()
-                    if pending is None:
-                        capture = (lambda s: lambda: spvla.Observation(robot.image(), s))(state)
-                        step = (lambda c, s: lambda: policy.select_action(c, s))(capture, state)
-                        pending, waited = thinker.submit(step), []
-                    wait([pending], max(0.0, at + deadline * period - time.monotonic()))
-                    action: FloatArray | None
-                    if pending.done():
-                        action = answer = space.clip(pending.result())
-                        _tell(policy, [*waited, (state, answer)], answer)
-                        pending = None
-                    else:
-                        report.held += 1
-                        action = None if last is None else space.stop(last)
-                        waited.append((state, action))
+                    action = thinker.next(robot.state(), at + deadline * period)
+                    report.held += thinker.held
                     dog.feed()
-                    if action is not None:
-                        if not commands.send(action):
-                            policy.executed(space.stop(action))
-                            break
-                        last = action
+                    if action is not None and not commands.send(action):
+                        policy.executed(space.stop(action))
+                        break
                     report.ticks += 1
                     commands.stopping.wait(max(0.0, start + report.ticks * period - time.monotonic()))
         finally:
             commands.stop()
-            thinker.close()
-            if pending is not None:
-                report.hung = bool(wait([pending], PATIENCE).not_done)
-                if not report.hung and pending.exception() is None:
-                    _tell(policy, waited or [(None, None)], pending.result())
+            report.hung = not thinker.close()
         dog.feed()
     report.stats = policy.stats()
     return report
 
 
-Executed = tuple[NDArray[np.float32] | None, FloatArray | None]
-"""A tick's state (S,), and what was sent (D,). None: nothing, since before the first action no gripper command is known."""
+State = NDArray[np.float32]
 
 
-def _tell(policy: Policy, ticks: list[Executed], answer: FloatArray) -> None:
-    """Tell the policy what was executed from the tick at which it was asked to the one at which its ``answer`` was used."""
-    actions = [policy.space.stop(answer) if action is None else action for _, action in ticks]
-    policy.executed(actions[0])
-    for (state, _), action in zip(ticks[1:], actions[1:], strict=True):
-        policy.waited(action, state)
+class Bridging:
+    """What a policy that never waits does at each tick."""
+
+    def __init__(self, policy: Policy, robot: Robot) -> None:
+        self.policy, self.robot = policy, robot
+        self.held = False  # in the last tick
+
+    def next(self, state: State, by: float) -> FloatArray | None:
+        """The action (D,) for ``state`` (S,); None as long as nothing may be sent."""
+        action = self.policy.tick(lambda: spvla.Observation(self.robot.image(), state), state)
+        self.held = self.policy.last_step.source == Source.HELD
+        return None if action is None else self.policy.space.clip(action)
+
+    def close(self) -> bool:
+        """Whether the policy can be used again."""
+        return True
+
+
+class Waiting:
+    """What is done at each tick with a policy that waits for its VLA, in a thread."""
+
+    def __init__(self, policy: Policy, robot: Robot) -> None:
+        self.policy, self.robot = policy, robot
+        self.held = False  # in the last tick
+        self._thinker = Worker("policy")
+        self._pending: Future[FloatArray] | None = None
+        self._waited: list[tuple[State | None, FloatArray | None]] = []  # states, and what was sent, since it was asked
+        self._last: FloatArray | None = None
+
+    def next(self, state: State, by: float) -> FloatArray | None:
+        """The policy's action (D,), if it is there ``by`` that time; else a stop, or nothing before the first action, since the
+        gripper's command is not known yet."""
+        if self._pending is None:
+            self._pending = self._thinker.submit(
+                lambda: self.policy.select_action(lambda: spvla.Observation(self.robot.image(), state), state)
+            )
+            self._waited = []
+        wait([self._pending], max(0.0, by - time.monotonic()))
+        self.held = not self._pending.done()
+        if self.held:
+            action = None if self._last is None else self.policy.space.stop(self._last)
+            self._waited.append((state, action))
+            return action
+        self._last = self.policy.space.clip(self._pending.result())
+        self._tell([*self._waited, (state, self._last)], self._last)
+        self._pending = None
+        return self._last
+
+    def close(self) -> bool:
+        """End; False if the policy's last step has not ended by then: do not use it again."""
+        self._thinker.close()
+        if self._pending is None:
+            return True
+        if wait([self._pending], PATIENCE).not_done:
+            return False
+        if self._pending.exception() is None:
+            self._tell(self._waited or [(None, None)], self._pending.result())
+        return True
+
+    def _tell(self, ticks: list[tuple[State | None, FloatArray | None]], answer: FloatArray) -> None:
+        """Tell the policy what was executed from the tick at which it was asked to the one at which its ``answer`` was used."""
+        actions = [self.policy.space.stop(answer) if action is None else action for _, action in ticks]
+        self.policy.executed(actions[0])
+        for (state, _), action in zip(ticks[1:], actions[1:], strict=True):
+            self.policy.waited(action, state)
 
 
 # ------------------------------------------------------------------------------------------------- to try it without one
@@ -213,7 +254,7 @@ def main(
     risk: float | None = None,
     instruction: str = "go to the middle",
     seconds: float = 10.0,
-    when_unavailable: str = "stop",
+    mode: Literal["bridge", "wait"] = "bridge",
     record: str | None = None,
 ) -> None:
     """Drive the simulated arm.
@@ -224,7 +265,7 @@ def main(
         risk: the one knob; the export's default if left out.
         instruction: what the VLA is told.
         seconds: duration.
-        when_unavailable: raise, stop, hold or generator.
+        mode: bridge: the robot moves while the VLA thinks; wait: it stands.
         record: folder of a rollout store for the episode.
     """
     from spvla.vlas.remote import RemoteVLA
@@ -232,13 +273,18 @@ def main(
     if not 0 < seconds < float("inf"):
         raise InputError(f"seconds must be positive, got {seconds:g}")
     vla: Any = ToyVLA() if url is None else RemoteVLA(url)
-    policy = spvla.accelerate(vla, export, risk, when_unavailable=when_unavailable, record=record)
+    when_unavailable = "raise" if mode == "bridge" else "stop"
+    policy = spvla.accelerate(vla, export, risk, mode=mode, when_unavailable=when_unavailable, record=record)
     arm = SimulatedArm()
     with policy:  # a recording keeps an episode that ends early, too
         report = control_loop(policy, arm, instruction, seconds=seconds)
         policy.finish(success=bool(np.abs(arm.position[:2]).max() < 0.05))
-    print(f"{report.ticks} ticks, {report.held} held, {report.overruns} overruns; ticks begin within ", end="")
-    print(f"{1e3 * np.percentile(report.lateness, 99):.1f} ms (p99) of their time; at {arm.position.round(3).tolist()}")
+    late = [f"{1e3 * np.percentile(report.lateness, q):.1f} ms (p{q:g})" for q in (50, 99, 99.9)]
+    print(
+        f"{report.ticks} ticks, {report.held} held, {report.overruns} overruns; they begin within {', '.join(late)} of their ",
+        end="",
+    )
+    print(f"time; at {arm.position.round(3).tolist()}")
     print(", ".join(f"{k} {v:.4g}" for k, v in report.stats.items()))
 
 

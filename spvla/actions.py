@@ -186,6 +186,12 @@ class ActionSpace:
             allowed &= np.abs(actions - previous) <= jump
         return np.asarray(allowed.all(-1))
 
+    def toward(self, action: FloatArray, previous: FloatArray) -> FloatArray:
+        """The action (D,) nearest to ``action`` that is no larger jump from ``previous``, (D,), than seen in training; all in
+        environment units. Without jump limits that is ``action``."""
+        jump = self._admissible[2]
+        return np.clip(action, previous - jump, previous + jump).astype(np.float32)
+
     def require_compatible(self, other: ActionSpace, what: str) -> None:
         """Raise :class:`InputError` (code ``space-mismatch``) unless ``other`` describes the same kind of action vector.
 

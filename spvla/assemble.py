@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
@@ -17,6 +17,7 @@ from spvla.gates.base import Gate
 from spvla.generators import make_baseline
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import Pruner, make_pruner
+from spvla.realtime import BridgePolicy
 from spvla.recording import Policy, Recorder
 from spvla.shadow import ShadowPolicy
 from spvla.vlas.foreign import as_vla
@@ -35,6 +36,7 @@ def accelerate(
     shadow: bool = False,
     record: str | Path | None = None,
     when_unavailable: str = "raise",
+    mode: Literal["wait", "bridge"] = "wait",
     scheduler: str | None = None,
 ) -> Policy:
     """Put a frozen VLA, a distilled generator and its gate together.
@@ -58,6 +60,8 @@ def accelerate(
         record: folder of a rollout store for finished episodes; the policy is then a :class:`~spvla.recording.Recorder`.
         when_unavailable: what to do while a remote VLA does not answer: ``raise``, ``stop``, ``hold`` or ``generator``, see
             :class:`~spvla.policy.SPVLAPolicy`.
+        mode: ``wait`` for the VLA where it is asked, or ``bridge``: never wait, see
+            :class:`~spvla.realtime.BridgePolicy`, whose ``tick`` a control loop calls.
         scheduler: the former name of ``gate``.
     """
     if scheduler is not None:
@@ -83,8 +87,18 @@ def accelerate(
         "max_generated_run": defaults.get("max_generated_run", 20) if max_generated_run is None else max_generated_run,
         "when_unavailable": when_unavailable,
     }
+    made: type[SPVLAPolicy] = SPVLAPolicy
     if shadow:
-        options["tolerance"] = loaded.tolerance if loaded else 0.2
+        made, options["tolerance"] = ShadowPolicy, loaded.tolerance if loaded else 0.2
+    if mode == "bridge":
+        if shadow or when_unavailable != "raise":
+            told = "shadow mode" if shadow else "when_unavailable: the generator acts for a while, then the robot stands"
+            raise InputError(f"accelerate: mode 'bridge' cannot be joined with {told}", field="mode")
+        made = BridgePolicy
+        if gate == "live":
+            rule = {"executed": False, **(rule or {})}
+    elif mode != "wait":
+        raise InputError(f"accelerate: mode {mode!r} is neither wait nor bridge", field="mode")
     part, decider = None, None
     if generator != "none":
         part = loaded.generator(generator, space) if loaded else make_baseline(generator, space)
@@ -95,7 +109,7 @@ def accelerate(
         GATES.get(gate)  # an unknown name is refused even where it does not matter
         if rule:
             raise InputError(f"rule: constants ({', '.join(rule)}) are given, but no gate is in use", field="rule")
-    policy = (ShadowPolicy if shadow else SPVLAPolicy)(vla, part, decider, pruner, **options)
+    policy = made(vla, part, decider, pruner, **options)
     return policy if record is None else Recorder(policy, record)
 
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     PositiveInt: TypeAlias = int
     NonNegativeInt: TypeAlias = int
     NonNegativeFloat: TypeAlias = float
+    PositiveFloat: TypeAlias = float
     OpenUnitInterval: TypeAlias = float
 else:  # annotations of commands: other numbers are refused when the command line is parsed
     from jsonargparse.typing import NonNegativeFloat as NonNegativeFloat
     from jsonargparse.typing import NonNegativeInt as NonNegativeInt
     from jsonargparse.typing import OpenUnitInterval as OpenUnitInterval
+    from jsonargparse.typing import PositiveFloat as PositiveFloat
     from jsonargparse.typing import PositiveInt as PositiveInt
 
 

@@ -150,6 +150,18 @@ class ActionHistory:
             if output is not None:
                 self.vla_output = output
 
+    def answer(self, output: VLAOutput, state: FloatArray, age: int) -> None:
+        """Take in the VLA's answer to an earlier observation, before anyone decides: from now on it is the VLA's last word.
+
+        Args:
+            output: what it answered.
+            state: proprioception (S,) when it was asked.
+            age: control steps since then.
+        """
+        self._window = None
+        self.vla_action, self.vla_state = self.space.normalize(output.actions[0]), state
+        self.vla_output, self.vla_age = output, age
+
     def credit(self, source: Source) -> None:
         """Let hand-set rules and the run limit count the last step as ``source``'s, though another made it: in shadow mode the
         VLA acts where the generator would have."""

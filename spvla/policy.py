@@ -89,6 +89,8 @@ class SPVLAPolicy:
             again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
     """
 
+    waits = True  # for the VLA, in the steps in which it is asked
+
     def __init__(
         self,
         vla: VLA,
@@ -139,6 +141,9 @@ class SPVLAPolicy:
     def reset(self, instruction: str) -> None:
         """Start an episode."""
         self.vla.reset(instruction)
+        self._begin(instruction)
+
+    def _begin(self, instruction: str) -> None:
         self._instruction = instruction
         self.history.reset()
         self._queue.clear()
@@ -185,6 +190,13 @@ class SPVLAPolicy:
         self.steps.append(step)
         return acted.action.copy()
 
+    def tick(
+        self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
+    ) -> FloatArray | None:
+        """The action of this control step: :meth:`select_action`, which waits where the VLA is asked. A
+        :class:`~spvla.realtime.BridgePolicy` never waits, and has none (None) before its VLA's first answer."""
+        return self.select_action(observation, state)
+
     def _judge(self) -> Judged:
         """Propose and decide. The VLA makes the first step, the step after a failed call, and the one after a long run."""
         if self._queue:
@@ -199,12 +211,16 @@ class SPVLAPolicy:
             return Judged(Decision(False, "first step"), proposal)
         if self._waiting:
             return Judged(Decision(False, "unavailable"), proposal)
-        if history.generated_run >= self.max_generated_run:
+        if self._steps_without_vla() >= self.max_generated_run:
             return Judged(Decision(False, "run limit"), proposal)
         decision = self.gate.decide(window, proposals)[0]
         refused = decision.refused or (decision.intuitive and not self.space.admissible(proposal, history.last_action))
         self._warn_if_far_from_calibration(decision, refused, proposals[0])
         return Judged(decision, proposal, refused)
+
+    def _steps_without_vla(self) -> int:
+        """What the run limit counts."""
+        return self.history.generated_run
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Act: by the generator, the rest of a plan, or the VLA."""

@@ -18,6 +18,7 @@ from spvla.gates.live import LiveGate
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.realtime import BridgePolicy
 from spvla.steps import audit_steps
 from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
@@ -32,19 +33,29 @@ class Record:
         states: proprioception before it, (S,), or None.
         outputs: the VLA's output at that step, or None where it was not asked.
         sources: who made the action.
+        ages: of the VLA's last word, as :class:`~spvla.steps.StepInfo` has it.
     """
 
     actions: list[FloatArray] = field(default_factory=list)
     states: list[FloatArray | None] = field(default_factory=list)
     outputs: list[VLAOutput | None] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    ages: list[int | None] = field(default_factory=list)
 
-    def add(self, action: FloatArray, state: NDArray[np.floating] | None, output: VLAOutput | None, source: Source) -> None:
+    def add(
+        self,
+        action: FloatArray,
+        state: NDArray[np.floating] | None,
+        output: VLAOutput | None,
+        source: Source,
+        age: int | None = None,
+    ) -> None:
         """Append a step; arrays are copied."""
         self.actions.append(np.array(action, np.float32))
         self.states.append(None if state is None else np.array(state, np.float32))
         self.outputs.append(output)
         self.sources.append(source)
+        self.ages.append(age)
 
     def episode(self, space: ActionSpace) -> Episode:
         """The steps so far as an episode in ``space``, its instruction empty. Where the VLA was not asked its rows are NaN."""
@@ -55,6 +66,7 @@ class Record:
             timestamps=np.arange(len(self.actions)) / space.control_rate,
             states=_rows(self.states),
             sources=np.array(self.sources, np.uint8),
+            vla_ages=None if None in self.ages else np.array(self.ages, np.int64),
             vla_actions=_rows([None if o is None else o.actions[0] for o in outputs]),
             vla_confidence=_rows([None if o is None else o.confidence for o in outputs]),
             vla_features=_rows([None if o is None else o.features for o in outputs]),
@@ -104,6 +116,30 @@ class Recorder:
         self.finish()
         self.policy.reset(instruction)
         self._instruction = instruction
+        self._before: list[NDArray[np.floating] | None] = []  # states before a late first answer
+
+    def tick(
+        self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
+    ) -> FloatArray | None:
+        """See :meth:`SPVLAPolicy.tick`. Answers that come late are written to the steps that they are about."""
+        record, policy = self._record, self.policy
+        action = policy.tick(observation, state)
+        state = observation.state if isinstance(observation, Observation) else state
+        if action is None:
+            self._before.append(state)
+            return None
+        if isinstance(policy, BridgePolicy) and policy.still is not None:
+            for earlier in self._before:
+                record.add(policy.still, earlier, None, Source.HELD, 0)
+        self._before = []
+        self._add(record, action, state)
+        return action
+
+    def _add(self, record: Record, action: FloatArray, state: NDArray[np.floating] | None) -> None:
+        step = self.policy.last_step
+        record.add(action, state, self.policy.last_output, step.source, step.vla_age)
+        for asked, output in self.policy.arrived if isinstance(self.policy, BridgePolicy) else ():
+            record.outputs[asked] = output
 
     def select_action(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -112,7 +148,7 @@ class Recorder:
         record = self._record  # a step that ends after its episode does not count for the next
         action = self.policy.select_action(observation, state)
         state = observation.state if isinstance(observation, Observation) else state
-        record.add(action, state, self.policy.last_output, self.policy.last_step.source)
+        self._add(record, action, state)
         return action
 
     def executed(self, action: FloatArray) -> None:

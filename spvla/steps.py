@@ -23,10 +23,12 @@ class StepInfo:
         fallback: labelled intuitive, but the proposal was refused and the VLA acted in the same step.
         deviates: shadow mode only: whether the skipped proposal would have deviated from the VLA's action.
         error: shadow mode only: its largest absolute error over the continuous dimensions, normalised units.
-        called_vla: the VLA was asked and answered in this step.
+        called_vla: the VLA was asked in this step and answered; where answers come late (:mod:`spvla.realtime`): it was asked.
         keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
         visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
         unavailable: why the VLA could not be asked, or None; the action is then the safe one.
+        vla_age: control steps since the state that the VLA had last answered about, 0 before its first answer; None where its
+            answers come in the step in which it is asked.
         milliseconds: wall clock by stage: ``capture`` (of a callable observation), ``scheduling`` (generator and gate),
             ``vla``, the VLA's own stages as ``vla/<stage>``, ``unavailable`` (asking in vain), ``total``.
     """
@@ -42,6 +44,7 @@ class StepInfo:
     keep_mass: float | None = None
     visual_tokens: tuple[int, int] | None = None
     unavailable: str | None = None
+    vla_age: int | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 

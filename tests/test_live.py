@@ -205,7 +205,7 @@ def test_the_gate_moves_as_the_formula_says():
     for _ in range(200):
         decision = gate.decide(None, A[None])[0]
         gate.observe(A, B if decision.audit else None)
-        threshold = advance(threshold, 4.0 if decision.audit else 0.0, 0.05 / 0.75, 0.01, 0.25)
+        threshold = advance(threshold, 0.05 / 0.75 - (4.0 if decision.audit else 0.0), 0.01, -0.04)
         assert gate.state.threshold == pytest.approx(threshold)
     stats = gate.stats()
     found = gate.state.found

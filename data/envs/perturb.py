@@ -16,22 +16,36 @@ from spvla.steps import StepInfo
 class RealTime:
     """The world moves on while the policy thinks.
 
-    The action that answers an observation is executed as many control steps later as its computation took, rounded to
-    whole steps; until then the robot holds.
+    A policy that waits for its VLA: the action that answers an observation is executed as many control steps later as its
+    computation took, rounded to whole steps; until then the robot holds. One that does not wait
+    (:class:`~spvla.realtime.BridgePolicy`) acts in every step, and the VLA's answers come so many steps later.
 
     Args:
-        vla_ms: milliseconds of a step on which the VLA is asked; None: as measured. Other steps take what they took.
-        hold: ``stop`` (no motion, gripper as it is) or ``last`` (the last executed action again).
+        vla_ms: milliseconds of a step on which the VLA is asked; None: as measured, for policies that wait alone. Other steps
+            take what they took.
+        hold: ``stop`` (no motion, gripper as it is) or ``last`` (the last executed action again): of policies that wait.
+        mode: ``wait`` or ``bridge``, what :func:`spvla.accelerate` makes of a policy.
     """
 
     vla_ms: float | None = None
     hold: str = "stop"
+    mode: str = "wait"
 
     def __post_init__(self) -> None:
+        if self.mode not in ("wait", "bridge"):
+            raise InputError(f"real time: mode {self.mode!r} is neither wait nor bridge", field="mode")
+        if self.mode == "bridge" and (self.vla_ms is None or self.hold != "stop"):
+            told = "needs vla_ms" if self.vla_ms is None else "always stops the robot where nobody may act"
+            raise InputError(f"real time: a policy that never waits {told}", field="vla_ms" if self.vla_ms is None else "hold")
         if self.hold not in ("stop", "last"):
             raise InputError(f"real time: hold {self.hold!r} is neither stop nor last")
         if self.vla_ms is not None and not self.vla_ms >= 0:
             raise InputError(f"real time: vla_ms must not be negative, got {self.vla_ms}")
+
+    def steps(self, space: ActionSpace) -> int:
+        """Control steps that a call of the VLA takes in ``bridge`` mode: its ``vla_ms``."""
+        assert self.vla_ms is not None, "checked when it was made"
+        return int(self.vla_ms * space.control_rate / 1e3 + 0.5)
 
     def delay(self, step: StepInfo, space: ActionSpace) -> int:
         """Control steps that go by before the action of ``step`` is there."""

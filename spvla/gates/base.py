@@ -26,6 +26,7 @@ class Decision:
         refused: intuitive, but the proposal is known not to be admissible: the VLA acts. The policy holds the proposals of
             every gate to its limits, whether or not the gate has checked them.
         audit: the VLA is asked even so, and the gate hears its answer: a silent audit, of which only the answer counts.
+        threshold: the largest probability at which the gate labels a step intuitive now, or None for rules.
     """
 
     intuitive: bool
@@ -33,17 +34,19 @@ class Decision:
     probability: float | None = None
     refused: bool = False
     audit: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each."""
+    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each but for the one threshold."""
 
     intuitive: NDArray[np.bool_]
     reason: NDArray[np.str_]
     probability: NDArray[np.float64] | None = None
     refused: NDArray[np.bool_] | None = None
     audit: NDArray[np.bool_] | None = None
+    threshold: float | None = None
 
     def __getitem__(self, step: int) -> Decision:
         """The label of one step."""
@@ -53,6 +56,7 @@ class Decisions:
             None if self.probability is None else float(self.probability[step]),
             self.refused is not None and bool(self.refused[step]),
             self.audit is not None and bool(self.audit[step]),
+            self.threshold,
         )
 
 

@@ -168,5 +168,9 @@ class LearnedGate:
         verdicts = judge(self.classifier, self.space, window, proposals)
         reason = np.where(verdicts.started, np.where(verdicts.familiar, "classifier", "unfamiliar state"), "first step")
         return Decisions(
-            verdicts.intuitive(self.threshold), reason, verdicts.probability, refused=verdicts.refused(self.threshold)
+            verdicts.intuitive(self.threshold),
+            reason,
+            verdicts.probability,
+            refused=verdicts.refused(self.threshold),
+            threshold=self.threshold,
         )

@@ -22,6 +22,10 @@ bound on the average over a deployment of T steps, not on any one episode. An *e
 place of the proposal, so of the losses a fraction of only 1 - p happens; the allowed rate is then a = risk / (1 - p), and
 what happens on average is at most risk + (1 - p) (L_1 + eta/p) / (eta T). In the line of conformal decision theory
 (arXiv 2310.05921) with intermittent feedback (2410.08852, 2503.10345).
+
+**Late answers.** Where the robot moves on while the VLA thinks (:mod:`spvla.realtime`), an audit's h arrives steps later. While
+at most m answers are outstanding, L falls no lower than -(1 + m) eta/p, since at L <= 0 no further audit begins; with that
+in the place of eta/p the same holds for all steps whose audits have been answered.
 """
 
 from __future__ import annotations
@@ -109,9 +113,9 @@ class LiveState:
     every: int = 16  # steps between two entries of the path
 
 
-def advance(threshold: float, estimate: float, allowed: float, step: float, audit: float) -> float:
-    """The next threshold, given the estimate h of this step's loss."""
-    return min(1.0, max(-step / audit, threshold + step * (allowed - estimate)))
+def advance(threshold: float, surplus: float, step: float, floor: float) -> float:
+    """The next threshold; ``surplus`` is what is allowed less what was found."""
+    return min(1.0, max(floor, threshold + step * surplus))
 
 
 class LiveGate:
@@ -148,10 +152,11 @@ class LiveGate:
         self.identity = dict(identity or {})
         self.rng = np.random.default_rng(options.seed)
         self.states: dict[str, LiveState] = {}
+        self.outstanding = 0  # answers to audits that may be on their way at a time
         self._coin: bool | None = None  # of the running step; one that was not finished keeps it
         self._audited = False
         self._first = True  # the episode's first step, at which a generator knows nothing yet
-        self._last_answer: tuple[FloatArray, FloatArray] | None = None  # and its proposal: compared when it matters
+        self._last_answer: tuple[FloatArray, FloatArray] | None = None  # with its proposal, until they are known to agree
         self.begin("")
 
     @classmethod
@@ -198,33 +203,38 @@ class LiveGate:
         inner = self.gate.decide(window, proposals)
         if not inner.intuitive[0] or (inner.refused is not None and inner.refused[0]):
             return inner
+        inner = replace(inner, threshold=self._probability_at(self.state.threshold))
         if self.score(None if inner.probability is None else inner.probability[0]) >= self.state.threshold:
             return replace(inner, intuitive=NO)
-        if self._last_answer is not None and self._deviates(*self._last_answer):
-            return replace(inner, intuitive=NO, reason=DISAGREED)
+        if self._last_answer is not None:
+            if self._deviates(*self._last_answer):
+                return replace(inner, intuitive=NO, reason=DISAGREED)
+            self._last_answer = None
         self._audited = self._coin
         if not self._audited:
             return inner
         return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
+
+    def _probability_at(self, rank: float) -> float:
+        """The probability at a rank among the calibration steps; 0 below all of them."""
+        return float(self.grid[min(len(self.grid) - 1, int(rank * len(self.grid)))]) if rank > 0 and len(self.grid) else 0.0
 
     def observe(self, proposal: FloatArray | None, answer: FloatArray | None) -> None:
         """Take in a step's end.
 
         Args:
             proposal: the generator's action (D,), environment units; None where none was made.
-            answer: the VLA's action (D,) at this step, None if it was not asked.
+            answer: the VLA's action (D,) at this step; None if it was not asked, or has not answered yet: see :meth:`settle`.
         """
         state, estimate = self.state, 0.0
         if answer is not None and proposal is not None and self.options.agreement and not self._first:
             self._last_answer = proposal, answer.copy()
-        if self._audited:
-            deviates = proposal is not None and answer is not None and self._deviates(proposal, answer)
-            state.audits += 1
-            state.found += deviates
-            estimate = deviates / self.options.audit
-        state.threshold = advance(state.threshold, estimate, self.allowed, self.options.step, self.options.audit)
-        state.evidence, alarm = self.alarm.advance(state.evidence, estimate)
-        state.alarms += alarm
+        late = self._audited and answer is None
+        if self._audited and answer is not None:
+            estimate = self._found(proposal is not None and self._deviates(proposal, answer))
+        self._advance(self.allowed - estimate)
+        if not late:
+            self._watch(estimate)
         if state.steps % state.every == 0:
             state.path.append((state.steps, round(state.threshold, 4)))
             if len(state.path) > PATH_LENGTH:
@@ -232,9 +242,38 @@ class LiveGate:
         state.steps += 1
         self._coin, self._audited, self._first = None, False, False
 
+    def settle(self, proposal: FloatArray, answer: FloatArray, audit: bool) -> None:
+        """Take in the VLA's answer (D,) to an earlier step, at which the generator proposed ``proposal`` (D,), environment
+        units; ``audit`` says whether that step was one."""
+        if self.options.agreement:
+            self._last_answer = proposal, answer.copy()
+        if audit:
+            estimate = self._found(self._deviates(proposal, answer))
+            self._advance(-estimate)
+            self._watch(estimate)
+
+    def unanswered(self) -> None:
+        """An audit of an earlier step will never be answered: that step does not count."""
+        self._advance(-self.allowed)
+        self.state.steps -= 1
+
     def _deviates(self, proposal: FloatArray, answer: FloatArray) -> bool:
         a, b = self.space.normalize(proposal), self.space.normalize(answer)
         return bool(self.space.deviation(a, b, self.tolerance))
+
+    def _found(self, deviates: bool) -> float:
+        """Count an audit; its estimate h of the step's loss."""
+        self.state.audits += 1
+        self.state.found += deviates
+        return deviates / self.options.audit
+
+    def _advance(self, surplus: float) -> None:
+        floor = -(1 + self.outstanding) * self.options.step / self.options.audit
+        self.state.threshold = advance(self.state.threshold, surplus, self.options.step, floor)
+
+    def _watch(self, estimate: float) -> None:
+        self.state.evidence, alarm = self.alarm.advance(self.state.evidence, estimate)
+        self.state.alarms += alarm
 
     def stats(self) -> dict[str, float]:
         """The deployment so far, over all tasks.

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spvla.errors import InputError
-from spvla.store.episode import require_sources
+from spvla.store.episode import require_ages, require_sources
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -70,6 +70,16 @@ def read_sources(table: pa.Table, what: str) -> NDArray[np.uint8]:
     column = read_column(table, "action.source", what, pa.types.is_integer, "integers").to_numpy()
     require_sources(column, f"{what}: action.source")
     return np.asarray(column, np.uint8)
+
+
+def read_ages(table: pa.Table, steps: NDArray[np.int64], what: str) -> NDArray[np.int64] | None:
+    """The column ``vla_age`` as int64 (T,), None where there is none; ``steps`` are those of :func:`read_steps`. Errors as for
+    :func:`read_sources`."""
+    if "vla_age" not in table.column_names:
+        return None
+    ages = np.asarray(read_column(table, "vla_age", what, pa.types.is_integer, "integers").to_numpy(), np.int64)
+    require_ages(ages, steps, f"{what}: vla_age")
+    return ages
 
 
 def read_steps(table: pa.Table, what: str) -> NDArray[np.int64]:

@@ -37,6 +37,8 @@ class Episode:
             teacher was not asked.
         vla_confidence: its confidence, (T, D), or None.
         vla_features: its pooled features, (T, F), or None.
+        vla_ages: control steps from the state that the VLA had last answered about to each step, int64 (T,), 0 before its first
+            answer; None where it answers in the step in which it is asked, so that ``sources`` say it.
         environment_states: privileged simulator state, (T, E), or None; never an input of generators and gates.
         images: per camera, T encoded images (JPEG or PNG bytes).
         success: whether the task was solved, or None if unknown.
@@ -51,6 +53,7 @@ class Episode:
     vla_actions: FloatArray | None = None
     vla_confidence: FloatArray | None = None
     vla_features: FloatArray | None = None
+    vla_ages: NDArray[np.int64] | None = None
     environment_states: FloatArray | None = None
     images: dict[str, Sequence[bytes]] = field(default_factory=dict)
     success: bool | None = None
@@ -86,9 +89,21 @@ class Episode:
             if self.sources.shape != (steps,):
                 raise InputError(f"{what}: sources has shape {self.sources.shape}, expected ({steps},)")
             require_sources(self.sources, f"{what}: sources")
+        if self.vla_ages is not None:
+            if self.vla_ages.shape != (steps,):
+                raise InputError(f"{what}: vla_ages has shape {self.vla_ages.shape}, expected ({steps},)")
+            require_ages(self.vla_ages, np.arange(steps), f"{what}: vla_ages")
         for camera, frames in self.images.items():
             if len(frames) != steps:
                 raise InputError(f"{what}: camera {camera!r} has {len(frames)} images for {steps} steps")
+
+
+def require_ages(ages: NDArray[np.integer], steps: NDArray[np.integer], what: str) -> None:
+    """Raise :class:`InputError` naming ``what`` unless each age lies in 0 .. its step in the episode; (N,) each."""
+    bad = (ages < 0) | (ages > steps)
+    if bad.any():
+        k = int(bad.argmax())
+        raise InputError(f"{what} is {ages[k]} at step {steps[k]}, expected 0 to {steps[k]}", code="damaged", field="vla_age")
 
 
 def require_sources(sources: NDArray[np.integer], what: str) -> None:
