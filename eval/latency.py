@@ -54,14 +54,18 @@ class _FreeVLA:
 
 
 def smooth_motion(export: Export, steps: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """Smooth random actions (T, D), environment units, and states (T, S) that follow them."""
+    """Smooth random actions (T, D), environment units, and states (T, S) that wander where the export's training data was."""
     g = np.random.default_rng(seed)
     space = export.space
     knots = g.uniform(-1, 1, (steps // 20 + 3, space.dim))
     t = np.arange(steps) / 20
     normalized = np.stack([np.interp(t, np.arange(len(knots)), k) for k in knots.T], axis=1).astype(np.float32)
-    dims = [d for m in export.gates.values() for d in m.config.features.state_dims]
-    states = np.cumsum(g.normal(0, 0.01, (steps, max(dims, default=-1) + 1)), axis=0).astype(np.float32)
+    read = [m.features for m in export.gates.values()]
+    states = np.zeros((steps, max((d for f in read for d in f.state_dims), default=-1) + 1), np.float32)
+    wandering = np.clip(np.cumsum(g.normal(0, 0.01, states.shape), axis=0), -1, 1)
+    for features in read:
+        dims = list(features.state_dims)
+        states[:, dims] = features.offset + features.scale * wandering[:, dims]
     return space.clip(space.denormalize(space.snap_gripper(normalized))), states
 
 
@@ -86,7 +90,8 @@ def latency(
     Args:
         output: folder for summary.json.
         export: exported folder: proposal, gate and bookkeeping of its generators are timed, under the learned gate and under
-            the live one on the same steps; ``more_ms_p50`` is the median of what the live one costs more.
+            the live one in turns; ``more_ms_p50`` is the median of what the live one costs more on steps on which both ask the
+            VLA or neither does.
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
         vla: a VLA such as openvla: its stages are timed, without pruning and with each one below.
@@ -118,7 +123,7 @@ def latency(
         beside = _time_export(load_export(export), generators, steps, seed)
         rows += beside
         facts |= {"steps": steps, "warm_up": WARM_UP}
-        columns = ["generator", "gate", "parameters", *(f"step_ms_p{q}" for q in (50, 95, 99)), "proposal_ms_p50"]
+        columns = ["generator", "gate", "generated", *(f"step_ms_p{q}" for q in (50, 95, 99)), "proposal_ms_p50"]
         print(table(beside, [*columns, "gate_ms_p50", "bookkeeping_ms_p50", "more_ms_p50"]))
     output.mkdir(parents=True, exist_ok=True)
     facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
@@ -146,11 +151,12 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         totals = _take_turns(policies, states)
         for gate, policy in policies.items():
             row: dict[str, Any] = {"generator": name, "gate": gate, "parameters": _parameters(loaded, name)}
+            row["generated"] = policy.stats()["generated"] / len(policy.steps)
             row |= {f"step_ms_p{q}": float(np.percentile(totals[gate], q)) for q in (50, 95, 99)}
             row |= _stages(policy, min(steps, 1000))
             row["bookkeeping_ms_p50"] = max(0.0, row["step_ms_p50"] - row["proposal_ms_p50"] - row["gate_ms_p50"])
             if gate != GATES[0]:
-                row["more_ms_p50"] = float(np.median(totals[gate] - totals[GATES[0]]))
+                row["more_ms_p50"] = float(np.median((totals[gate] - totals[GATES[0]])[_alike(policies[GATES[0]], policy)]))
             rows.append(row)
     return rows
 
@@ -164,6 +170,12 @@ def _take_turns(policies: dict[str, Policy], states: FloatArray) -> dict[str, ND
             policy.select_action(observation)
     spent = {k: [s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in p.steps] for k, p in policies.items()}
     return {k: np.array(ms[WARM_UP:]) for k, ms in spent.items()}
+
+
+def _alike(one: Policy, other: Policy) -> NDArray[np.bool_]:
+    """The measured steps (T,) on which both asked the VLA, or neither did."""
+    asked = np.array([[step.called_vla for step in policy.steps[WARM_UP:]] for policy in (one, other)])
+    return np.asarray(asked[0] == asked[1])
 
 
 def _stages(policy: Policy, repeats: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.report.figures import COLOURS, Headed, Picture, Section, percent, picture
+from eval.report.figures import COLOURS, Headed, Picture, Section, legend, percent, picture
 from spvla.fields import naming
 from spvla.store import read_episode_table
 
@@ -72,7 +72,7 @@ def deployment(episodes: Sequence[Row], name: str) -> Picture:
         if audits:
             below.plot(audits, np.zeros(len(audits)), "|", color=AUDIT_COLOUR, ms=6, mew=0.5, label="audits", clip_on=False)
         below.set(xlabel="control steps", ylabel="threshold", xlim=(0, None), ylim=(min(0, *thresholds), 1))
-        above.legend(fontsize=8, loc="upper right")
+        legend(f)
 
     caption = (
         f"{name}: over {last['live_steps']} steps, estimated {percent(last['live_risk'])} % generated and deviating, with 95 % "

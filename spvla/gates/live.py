@@ -203,17 +203,21 @@ class LiveGate:
         inner = self.gate.decide(window, proposals)
         if not inner.intuitive[0] or (inner.refused is not None and inner.refused[0]):
             return inner
-        inner = replace(inner, threshold=self._probability_at(self.state.threshold))
-        if self.score(None if inner.probability is None else inner.probability[0]) >= self.state.threshold:
-            return replace(inner, intuitive=NO)
-        if self._last_answer is not None:
-            if self._deviates(*self._last_answer):
-                return replace(inner, intuitive=NO, reason=DISAGREED)
+        threshold, intuitive, reason, audit = self.state.threshold, inner.intuitive, inner.reason, None
+        if self.score(None if inner.probability is None else float(inner.probability[0])) >= threshold:
+            intuitive = NO
+        elif self._disagree():
+            intuitive, reason = NO, DISAGREED
+        elif self._coin:
+            self._audited = True
+            intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
+        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, self._probability_at(threshold))
+
+    def _disagree(self) -> bool:
+        """Whether the VLA's last answer was off its proposal: found out when it matters, and once."""
+        if self._last_answer is not None and not self._deviates(*self._last_answer):
             self._last_answer = None
-        self._audited = self._coin
-        if not self._audited:
-            return inner
-        return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
+        return self._last_answer is not None
 
     def _probability_at(self, rank: float) -> float:
         """The probability at a rank among the calibration steps; 0 below all of them."""
