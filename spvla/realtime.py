@@ -9,6 +9,7 @@ on that is due now. Where neither may act the robot stands still, and that is co
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -89,6 +90,8 @@ class ThreadedCalls:
         self.vla = vla
         self._thinking, self._camera = Worker("vla"), Worker("camera")
         self._calls: deque[tuple[Call, Future[VLAOutput]]] = deque()
+        for worker in (self._thinking, self._camera):
+            weakref.finalize(self, worker.close)
 
     def reset(self, instruction: str) -> None:
         """Start an episode; a call under way is finished first, in its thread."""
