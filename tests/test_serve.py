@@ -177,7 +177,6 @@ def expected(steps, instruction="put it there", seed=0):
     return np.array(out)
 
 
-@pytest.mark.parametrize("policy", ["looking", "sharing"])
 class Held(Sharing):
     """Answers when the test lets it."""
 
@@ -201,6 +200,7 @@ def test_a_server_that_never_waits_answers_while_its_vla_thinks(serving):
     Held.allowed.release(10)
 
 
+@pytest.mark.parametrize("policy", ["looking", "sharing"])
 def test_the_same_actions_as_without_a_server(serving, policy):
     one = serving(policy)
     client = Client(one.url)
