@@ -166,8 +166,9 @@ class ActionSpace:
         units) or a gripper is wrong: on the other side of the middle if it is binary, beyond the tolerance if not.
         """
         proposed, reference = np.asarray(proposed, np.float32), np.asarray(reference, np.float32)
-        far = np.abs(proposed - reference) > tolerance
-        return np.asarray(np.where(self._two_sided, (proposed >= 0) != (reference >= 0), far).any(-1))
+        wrong = np.abs(proposed - reference) > tolerance
+        np.copyto(wrong, (proposed >= 0) != (reference >= 0), where=self._two_sided)
+        return np.asarray(wrong.any(-1))
 
     def admissible(self, action: FloatArray, previous: FloatArray | None) -> bool:
         """Whether a proposed action (D,) may be executed: finite, in bounds and no larger jump than seen in training.
