@@ -139,3 +139,19 @@ def test_the_picture_shows_the_raw_file(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"rows": [row]}))
     with pytest.raises(InputError, match="no value for vla: policy_seconds_per_episode"):
         picture(tmp_path, tmp_path / "headline.svg")
+
+
+def test_the_picture_over_the_latency_has_a_line_for_each_cell(tmp_path):
+    for ms in (0, 240, 1000):
+        rows = [
+            {"cell": c, "success_rate": 1.0, "seconds_per_episode": 4.0 + ms / 500} for c in ("vla:wait", "mlp+learned:bridge")
+        ]
+        (tmp_path / str(ms)).mkdir()
+        (tmp_path / str(ms) / "summary.json").write_text(json.dumps({"rows": rows, "real_time": {"vla_ms": float(ms)}}))
+    picture(tmp_path, tmp_path / "out.svg")
+    drawn = (tmp_path / "out.svg").read_text()
+    assert "vla:wait" in drawn and "mlp+learned:bridge" in drawn and drawn.count("<use") >= 12  # a marker for each figure
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as caught:
+        picture(tmp_path / "empty", tmp_path / "out.svg")
+    assert caught.value.field == "results"

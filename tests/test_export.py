@@ -232,14 +232,20 @@ def test_exchanged_and_damaged_weights_are_refused(folder):
     load_export(folder)
 
 
-@pytest.mark.parametrize(("kind", "option", "value"), [("generators", "depth", 10**7), ("gates", "width", 10**9)])
-def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, option, value):
+@pytest.mark.parametrize(
+    ("kind", "path"), [("generators", ["depth"]), ("gates", ["width"]), ("gates", ["features", "history"])], ids=str
+)
+def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, path):
     config = json.loads((folder / "config.json").read_text())
-    config[kind]["mlp"][option] = value
+    *way, last = path
+    where = config[kind]["mlp"]
+    for name in way:
+        where = where[name]
+    where[last] = 10**12
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as error:
         load_export(folder)
-    assert (error.value.code, error.value.field) == ("too-large", option)
+    assert (error.value.code, error.value.field) == ("too-large", last)
 
 
 def test_names_that_leave_the_folder_are_refused(folder):

@@ -8,6 +8,7 @@ import pytest
 
 from data.envs.perturb import Nudge, RealTime
 from data.rollout import rollout
+from spvla import accelerate
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.history import Source
@@ -15,6 +16,7 @@ from spvla.policy import SPVLAPolicy
 from spvla.recording import Recorder
 from spvla.steps import StepInfo
 from spvla.store import read_episodes
+from spvla.vlas.registry import VLASource
 from tests.conftest import ScriptedVLA
 
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
@@ -96,6 +98,31 @@ def test_the_world_moves_on(env):
     assert abs(moved[0]) < 1e-3 < moved[-1]  # it stands until the first answer, then moves
     instant = rollout(env, policy, init_state=20, seed=0, max_steps=4, real_time=RealTime(vla_ms=0.0))
     np.testing.assert_array_equal(instant.episode.actions, actions)
+
+
+def test_the_robot_moves_while_the_vla_thinks(env):
+    policy = accelerate(VLASource("expert", None, {}, "libero_object").load(), "generator_libero_expert", 0.3, mode="bridge")
+    teacher = VLASource("expert", None, {}, "libero_object").load()
+    late = RealTime(vla_ms=200.0, mode="bridge")
+    result = rollout(env, policy, init_state=20, seed=0, max_steps=30, real_time=late, teacher=teacher)
+    episode = result.episode
+    assert (episode.sources[:4] == Source.HELD).all() and episode.sources[4] == Source.VLA
+    assert np.linalg.norm(np.diff(episode.states[:5, :3], axis=0), axis=1).max() < 2e-3, "it stands until the first answer"
+    assert (episode.sources[5:] == Source.GENERATOR).sum() > 15
+    asked = np.flatnonzero([s.called_vla for s in result.steps])
+    due = {int(step) + 4: int(step) for step in asked}  # 200 ms are four steps
+    latest, ages = None, []
+    for step in range(len(episode)):
+        latest = due.get(step, latest)
+        ages.append(0 if latest is None else step - latest)
+        if episode.sources[step] == Source.VLA:
+            latest = step
+    np.testing.assert_array_equal(episode.vla_ages, ages)
+    assert np.isfinite(episode.vla_actions).all(), "the teacher labels every step"
+    waits = accelerate(teacher, "generator_libero_expert", 0.3)
+    with pytest.raises(InputError) as caught:
+        rollout(env, waits, init_state=20, seed=0, max_steps=4, real_time=late)
+    assert caught.value.field == "mode"
 
 
 def test_an_object_is_moved_on_the_way(env):

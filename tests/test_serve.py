@@ -177,6 +177,29 @@ def expected(steps, instruction="put it there", seed=0):
     return np.array(out)
 
 
+class Held(Sharing):
+    """Answers when the test lets it."""
+
+    allowed = threading.Semaphore(0)
+
+    def predict(self, observation, keep_mass=1.0):
+        assert self.allowed.acquire(timeout=20)
+        return VLAOutput(np.float32([[0.5, 0.2, 0, 0, 0, 0, 1]]))
+
+
+def held(checkpoint=None):
+    return Held()
+
+
+def test_a_server_that_never_waits_answers_while_its_vla_thinks(serving):
+    client = Client(serving("held", mode="bridge", generator="last").url)
+    Held.allowed.release()  # for the first step
+    first = client.ask(obs(0)).payload
+    after = [client.ask(obs(t)).payload for t in range(1, 6)]
+    assert first["source"] == "vla" and {a["source"] for a in after} <= {"generator", "held"}
+    Held.allowed.release(10)
+
+
 @pytest.mark.parametrize("policy", ["looking", "sharing"])
 def test_the_same_actions_as_without_a_server(serving, policy):
     one = serving(policy)

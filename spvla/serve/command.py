@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, Literal
 
 from spvla.errors import InputError, needs_extra
 from spvla.serve.interface import Interface
@@ -36,6 +36,7 @@ def serve_policy(
     gate: str | None = None,
     pruning: str | dict[str, Any] | None = None,
     vla_options: dict[str, Any] | None = None,
+    mode: Literal["wait", "bridge"] = "wait",
     suite: str | None = None,
     interface: Interface = PLAIN,
     host: str = "127.0.0.1",
@@ -58,6 +59,8 @@ def serve_policy(
         pruning: ``none``, ``fast_fewer``, ``slow_fewer`` or fields (see spvla.pruning.make_pruner);
             the export's default if left out.
         vla_options: the VLA's other options, such as ``device`` and ``unnorm_key``.
+        mode: wait for the VLA where it is asked, or bridge: answer every request at once, the generator's actions while the VLA
+            thinks; only an episode's first request waits.
         suite: LIBERO suite that it will act in, for policies that ask for it.
         interface: the benchmark's conventions; see configs/serve.
         host: address to bind; 0.0.0.0 serves everyone who reaches this machine and has the token.
@@ -94,6 +97,7 @@ def serve_policy(
         generator=generator,
         gate=gate,
         pruning=pruning,
+        mode=mode,
         interface=interface,
     )
 

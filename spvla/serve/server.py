@@ -29,6 +29,7 @@ from spvla.history import ActionHistory
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import make_pruner
+from spvla.realtime import BridgePolicy, ThreadedCalls
 from spvla.serve.interface import Interface
 from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
 from spvla.vlas.registry import VLASource
@@ -74,7 +75,7 @@ class PolicyServer(ModelServer):
         vla, checkpoint, vla_options, suite: which VLA, as for :func:`~spvla.vlas.registry.load_vla`. One that can share
             its weights (``with_pruner``) does so between sessions; another one is loaded once per session at a time.
         export: folder or hf://owner/name of the export; None for built-in generators and rules.
-        risk, generator, gate, pruning: as for :func:`~spvla.accelerate`.
+        risk, generator, gate, pruning, mode: as for :func:`~spvla.accelerate`.
         interface: the benchmark's conventions.
     """
 
@@ -90,6 +91,7 @@ class PolicyServer(ModelServer):
         generator: str | None = None,
         gate: str | None = None,
         pruning: Any = None,
+        mode: str = "wait",
         interface: Interface | None = None,
     ) -> None:
         self.interface = interface or Interface()
@@ -97,7 +99,7 @@ class PolicyServer(ModelServer):
         self.identity = {"model": f"{vla} {checkpoint or ''}".strip(), "statistics_key": (vla_options or {}).get("unnorm_key")}
         self._vla = self._source.load()
         self._export = None if export is None else load_export(export)
-        self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning}
+        self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning, "mode": mode}
         self._turn = threading.Lock()
         self._sessions: WeakKeyDictionary[SessionContext, _Session] = WeakKeyDictionary()
         self._spare = [self._make(first=True)]  # made now, so that mismatches are reported before anyone connects
@@ -122,6 +124,8 @@ class PolicyServer(ModelServer):
         policy = accelerate(vla, self._export, **self._parts)
         assert isinstance(policy, SPVLAPolicy), "a server records nothing"
         policy.vla = InTurn(policy.vla, self._turn)
+        if isinstance(policy, BridgePolicy):
+            policy.calls = ThreadedCalls(policy.vla)
         return _Session(policy, vla)
 
     def get_action_spec(self) -> dict[str, specs.DimSpec]:

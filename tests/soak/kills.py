@@ -43,6 +43,7 @@ CLASSES = {
     "other": "a file has another content after the next run",
 }
 LONGEST = 120.0  # seconds of a run
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, less their whole parts, are spread evenly however many there are
 OPERATIONS = ("os.rename", "os.rmdir", "os.remove", "os.mkdir", "shutil.rmtree", "open")  # audit events of a save
 
 
@@ -119,7 +120,7 @@ def kill_command(name: str, count: int, seed: int, minutes: float) -> dict[str, 
     """Kill a command ``count`` times, each time in another folder, and call it again; what came of it."""
     tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed may hold it for ever
     tqdm.monitor_interval = 0
-    command, rng, counts = COMMANDS[name], np.random.default_rng(seed), Counter[str]()
+    command, offset, counts = COMMANDS[name], np.random.default_rng(seed).random(), Counter[str]()
     findings, kills, moments = [], 0, []
     end = time.monotonic() + 60 * minutes
     with quick_registry(), tempfile.TemporaryDirectory(prefix="kills-") as top:
@@ -135,7 +136,7 @@ def kill_command(name: str, count: int, seed: int, minutes: float) -> dict[str, 
         output, turn, bar = Path(top, "out"), 0, tqdm(total=count, desc=f"kills of {name}", unit="kill")
         while kills < count and time.monotonic() < end:
             shutil.rmtree(output, ignore_errors=True)
-            moment = (turn % count + rng.random()) / count * statistics.median(lives)
+            moment = (offset + turn * GOLDEN) % 1 * statistics.median(lives)
             turn += 1
             process = start(lambda: command.run(inputs, output), log)
             if wait(process, moment) is not None:
