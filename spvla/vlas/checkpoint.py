@@ -62,8 +62,8 @@ def refuse_companions(path: str | Path, folder: Path) -> None:
     companions = sorted({name for name in names if COMPANION.fullmatch(Path(name).name)})
     if companions:
         raise InputError(
-            f"{path}: its actions come from {some(companions)}, which is not read here (OpenVLA-OFT, parallel decoding); only "
-            "OpenVLA checkpoints that decode action tokens are supported",
+            f"{path}: its actions come from {some(companions)}, which this VLA does not read; load an OpenVLA-OFT checkpoint as "
+            "openvla_oft",
             code="unsupported-checkpoint",
             field=str(path),
         )
