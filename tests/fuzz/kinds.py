@@ -131,6 +131,20 @@ def read_openvla(folder: Path) -> Outcome:
     return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.config)))
 
 
+def make_openvla_oft(folder: Path) -> list[Path]:
+    reference = DATA / "openvla_oft_tiny"
+    target = shutil.copytree(reference, folder / "openvla_oft", ignore=shutil.ignore_patterns("golden*", "film"))
+    shutil.copy(reference / "film" / "vision_backbone--150000_checkpoint.pt", target)
+    return [target]
+
+
+def read_openvla_oft(folder: Path) -> Outcome:
+    from spvla.vlas.openvla_oft import from_pretrained
+
+    vla: Any = from_pretrained(folder, recipe="libero")
+    return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.vla.config), vla.state_dim))
+
+
 def make_lerobot(folder: Path) -> list[Path]:
     def images(episode: int) -> pa.Array:
         files = pa.array([picture(100 * episode + t) for t in range(STEPS)], pa.binary())
@@ -212,6 +226,7 @@ KINDS: dict[str, Kind] = {
     "exports": Kind(make_exports, read_export, lambda file: file.suffix == ".safetensors"),
     "stores": Kind(make_stores, read_store, lambda file: file.suffix == ".parquet"),
     "openvla": Kind(make_openvla, read_openvla),
+    "openvla_oft": Kind(make_openvla_oft, read_openvla_oft),
     "lerobot": Kind(make_lerobot, read_source("lerobot")),
     "rlds": Kind(make_rlds, read_source("rlds"), lambda file: ".tfrecord" in file.name),
     "wire": Kind(make_wire, read_wire),

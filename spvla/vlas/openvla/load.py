@@ -80,7 +80,7 @@ def load_model(
     conventions: Conventions | str | None,
     control_rate: float | None,
 ) -> OpenVLAModel:
-    """The network of a checkpoint's folder with its tokenizer and weights; arguments and errors as :func:`from_pretrained`'s."""
+    """The network of a checkpoint's folder with its tokenizer and weights; arguments, errors as :func:`from_pretrained`'s."""
     with naming(folder):
         ActionStatistics.find(config.norm_stats, unnorm_key)
     files = weight_files(folder)

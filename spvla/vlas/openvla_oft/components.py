@@ -1,4 +1,4 @@
-"""The files beside the merged weights: ``action_head--N_checkpoint.pt`` and its like, plain state dicts of one training step."""
+"""The files beside the merged weights: ``action_head--N_checkpoint.pt`` and others, state dicts of one training step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spvla.errors import InputError
 from spvla.files import inside
-from spvla.vlas.checkpoint import COMPANION, PLAIN, read_tensor, require_finite, some, tensor_shapes
+from spvla.vlas.checkpoint import COMPANION, PLAIN, require_finite, some, tensor_shapes
 from spvla.vlas.openvla.model import VisionBackbone
 from spvla.vlas.vision import VisionTransformer, unused_tensors
 
@@ -102,7 +102,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], file: Path, unused: I
         InputError: missing or additional names (code ``component-tensors``), a diffusion head's (``unsupported-checkpoint``),
             other shapes (``component-shape``). ``unused`` names may be there and are not read.
     """
-    own = {name: tensor for name, tensor in module.named_parameters()}
+    own = dict(module.named_parameters())
     if any(name.startswith("noise_predictor.") for name in tensors):
         raise InputError(
             f"{file}: a diffusion head; only heads of L1 regression are read here",

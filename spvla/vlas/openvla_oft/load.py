@@ -62,22 +62,8 @@ def from_pretrained(
     """
     recipe = make_recipe(recipe)
     folder = resolve_folder(path, COMPONENTS)
-    files = find_components(folder, step)
-    if ACTION_HEAD not in files:
-        raise InputError(
-            f"{folder}: no {ACTION_HEAD}--N_checkpoint.pt; chunks of action tokens are not read here, and a checkpoint that "
-            "decodes one action is read as openvla",
-            code="missing",
-            field=ACTION_HEAD,
-        )
-    used = {part: files.get(part) for part in (PROPRIO, VISION)}
-    told = {PROPRIO: recipe.proprio, VISION: recipe.film}
-    for part, wanted in told.items():
-        if wanted and used[part] is None:
-            raise InputError(f"{folder}: no {part}--N_checkpoint.pt, though the recipe asks for it", code="missing", field=part)
-        if wanted is False:
-            used[part] = None
-    recipe = replace(recipe, proprio=used[PROPRIO] is not None, film=used[VISION] is not None)
+    files, recipe = used_components(folder, recipe, step)
+    tensors = {part: read_component(file) for part, file in files.items()}  # before gigabytes are
     config = OpenVLAConfig.read(folder)
     config = replace(config, norm_stats=with_bounds(config.norm_stats, recipe.normalization))
     if unnorm_key is None and suite is not None:
@@ -92,12 +78,32 @@ def from_pretrained(
         model = OpenVLAOFTModel(vla, recipe, proprio)
     for part, module in ((ACTION_HEAD, model.action_head), (PROPRIO, model.proprio_projector)):
         if module is not None:
-            module.to(dtype)
-            fill(module, read_component(files[part]), files[part])
+            fill(module.to(dtype), tensors[part], files[part])
     if model.film is not None:
-        model.film.to(dtype)
-        fill_vision(vla.vision_backbone, model.film, read_component(files[VISION]), files[VISION])
+        fill_vision(vla.vision_backbone, model.film.to(dtype), tensors[VISION], files[VISION])
     return OpenVLAOFT(model.eval(), selector)
+
+
+def used_components(folder: Path, recipe: Recipe, step: str | int | None) -> tuple[dict[str, Path], Recipe]:
+    """The component files that are read, and the recipe with ``proprio`` and ``film`` decided.
+
+    Raises:
+        InputError: as :func:`find_components`; one that is needed is not there (code ``missing``).
+    """
+    found = find_components(folder, step)
+    if ACTION_HEAD not in found:
+        raise InputError(
+            f"{folder}: no {ACTION_HEAD}--N_checkpoint.pt; chunks of action tokens are not read here, and a checkpoint that "
+            "decodes one action is read as openvla",
+            code="missing",
+            field=ACTION_HEAD,
+        )
+    for part, wanted in ((PROPRIO, recipe.proprio), (VISION, recipe.film)):
+        if wanted and part not in found:
+            raise InputError(f"{folder}: no {part}--N_checkpoint.pt, though the recipe asks for it", code="missing", field=part)
+        if wanted is False:
+            found.pop(part, None)
+    return found, replace(recipe, proprio=PROPRIO in found, film=VISION in found)
 
 
 def load(

@@ -114,7 +114,11 @@ class OpenVLAOFT:
         for o in observations:
             state = o.state
             if not isinstance(state, np.ndarray) or state.shape != statistics.low.shape or not np.isfinite(state).all():
-                got = "NaN or infinity" if getattr(state, "shape", None) == statistics.low.shape else getattr(state, "shape", None)
+                got = (
+                    "NaN or infinity"
+                    if getattr(state, "shape", None) == statistics.low.shape
+                    else getattr(state, "shape", None)
+                )
                 raise InputError(
                     f"observation.state: the policy needs shape {statistics.low.shape} of finite numbers, got {got}",
                     code="state",
