@@ -96,7 +96,7 @@ def accelerate(
             raise InputError(f"accelerate: mode 'bridge' cannot be joined with {told}", field="mode")
         made = BridgePolicy
         if gate == "live":
-            rule = {"executed": False, **(rule or {})}
+            rule = {"executed": False, "agreement": False, **(rule or {})}
     elif mode != "wait":
         raise InputError(f"accelerate: mode {mode!r} is neither wait nor bridge", field="mode")
     part, decider = None, None

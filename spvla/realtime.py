@@ -9,6 +9,7 @@ on that is due now. Where neither may act the robot stands still, and that is co
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -89,6 +90,8 @@ class ThreadedCalls:
         self.vla = vla
         self._thinking, self._camera = Worker("vla"), Worker("camera")
         self._calls: deque[tuple[Call, Future[VLAOutput]]] = deque()
+        for worker in (self._thinking, self._camera):
+            weakref.finalize(self, worker.close)
 
     def reset(self, instruction: str) -> None:
         """Start an episode; a call under way is finished first, in its thread."""
@@ -191,6 +194,7 @@ class BridgePolicy(SPVLAPolicy):
                 raise InputError("policy: a robot that never waits cannot execute audits; make them silent", field="executed")
             self.gate.outstanding = 1 + MOST_AUDITS
         self._latencies: deque[int] = deque(maxlen=REMEMBERED)
+        self.latency = 1  # control steps that a call takes: nine tenths of the last ones took no longer
         self._told = False
         self._audits = 0  # under way
 
@@ -206,11 +210,6 @@ class BridgePolicy(SPVLAPolicy):
         self._fresh: VLAOutput | None = None  # an answer that may be executed now
         self.arrived: list[tuple[int, VLAOutput]] = []  # answers that the last tick took in, with their steps
         self.still: FloatArray | None = None  # what counts as executed, (D,), in the steps before the first answer
-
-    @property
-    def latency(self) -> int:
-        """Control steps that a call takes: nine tenths of the last ones took no longer."""
-        return int(np.quantile(self._latencies, 0.9, method="higher")) if self._latencies else 1
 
     def select_action(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -307,13 +306,14 @@ class BridgePolicy(SPVLAPolicy):
             output = self._check(answer.output)
             self.arrived.append((call.step, output))
             self._latencies.append(age)
+            self.latency = int(np.quantile(self._latencies, 0.9, method="higher"))
             if isinstance(self.gate, LiveGate) and call.proposal is not None:
                 self.gate.settle(call.proposal, output.actions[0], call.audit)
             self.history.answer(output, call.state, max(1, age))
             still = age == 0 or (self._still_since is not None and self._still_since <= call.step)
             self._fresh = output if still else None
             self._queue = deque(output.actions[1 if still else age :])
-        if self._latencies and self.latency >= self.max_generated_run and not self._told:
+        if self.latency >= self.max_generated_run and not self._told:
             self._told = True
             warnings.warn(
                 f"the VLA's answers take {self.latency} control steps, and the generator may go on for "

@@ -6,6 +6,8 @@ the interpreter's lock: the robot's own controller must hold when commands cease
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import signal
@@ -13,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +49,14 @@ class Robot(Protocol):
 
 
 class Worker:
-    """A thread that makes one call after another. Unlike an executor's it never keeps the program from ending."""
+    """A thread that makes one call after another. Unlike an executor's it does not keep the program from ending: that waits for
+    the call under way, for :data:`PATIENCE` at most, since native code must not be cut off in the middle."""
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        _WORKERS.add(self)
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Make ``call`` after those before it."""
@@ -62,6 +68,14 @@ class Worker:
         """End after the calls so far."""
         self.submit(lambda: None).cancel()
 
+    def join(self, timeout: float) -> None:
+        """Drop the calls that wait, and return when the one under way has ended, or after ``timeout`` seconds."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._calls.get_nowait()[1].cancel()
+        self.close()
+        self._thread.join(timeout)
+
     def _run(self) -> None:
         while True:
             call, future = self._calls.get()
@@ -71,6 +85,16 @@ class Worker:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+
+
+_WORKERS: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _join_workers() -> None:
+    end = time.monotonic() + PATIENCE
+    for worker in list(_WORKERS):
+        worker.join(max(0.0, end - time.monotonic()))
 
 
 class Commands:

@@ -275,3 +275,23 @@ def test_features_of_another_width_do_not_cost_the_episode(tmp_path):
     features = store.arrays["vla_features"]
     assert features.shape == (6, 5) and np.isnan(features[3:5]).all() and np.isfinite(features[[0, 1, 2, 5]]).all()
     assert (store.arrays["sources"] == Source.VLA).all() and store.episodes[0].success is True
+
+
+def test_a_program_ends_while_a_worker_is_busy_and_leaves_it_time_to_finish():
+    """A thread that the interpreter cuts off in native code aborts the program."""
+    code = """
+import sys, threading
+from spvla.safety import Worker
+busy = Worker("busy")
+begun = threading.Event()
+def call(seconds):
+    begun.set()
+    threading.Event().wait(seconds)
+    print("finished", flush=True)
+busy.submit(lambda: call(float(sys.argv[1])))
+busy.submit(lambda: print("never", flush=True))
+begun.wait()
+"""
+    for seconds, said in (("0.3", "finished\n"), ("60", "")):
+        done = subprocess.run([sys.executable, "-c", code, seconds], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout) == (0, said)
