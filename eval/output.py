@@ -10,9 +10,11 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from spvla.errors import InputError
@@ -38,6 +40,16 @@ def cell(value: Any, missing: str = "-") -> str:
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as an aligned text table; missing values are dashes."""
     return tabulate([[cell(r.get(c)) for c in columns] for r in rows], columns, "plain", disable_numparse=True)
+
+
+def main_image(tokens: NDArray[Any]) -> NDArray[Any]:
+    """The main image's part of values of all visual tokens, (N,), as a grid (rows, columns).
+
+    A VLA of n images counts them one after another, the main one first. N = n grid² has a square N / n for one n up to 3 alone.
+    """
+    n = next((n for n in (1, 2, 3) if tokens.size % n == 0 and isqrt(tokens.size // n) ** 2 * n == tokens.size), 1)
+    grid = isqrt(tokens.size // n)
+    return tokens[: tokens.size // n].reshape(grid, -1)
 
 
 def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:

@@ -6,14 +6,13 @@ import base64
 import gzip
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.motion import MOTION
-from eval.output import read_csv
+from eval.output import main_image, read_csv
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
 from eval.report.live import deployments
 from spvla.files import parse_json
@@ -261,13 +260,13 @@ def kept_tokens(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[Picture]
     def draw(f: Any) -> None:
         axes = f.subplots(lines, columns, squeeze=False).ravel()
         for axis, (name, share) in zip(axes, shown.items(), strict=False):
-            shades = axis.imshow(share.reshape(isqrt(len(share)), -1), vmin=0, vmax=1, cmap="viridis")
+            shades = axis.imshow(main_image(share), vmin=0, vmax=1, cmap="viridis")
             axis.set_title(name.replace(", ", "\n"), fontsize=7)
         for axis in axes:
             axis.set_axis_off()
         f.colorbar(shades, ax=list(axes), shrink=0.7, label="share of the VLA's calls")
 
-    caption = "How often each visual token, where it is in the image, reached the language model."
+    caption = "How often each visual token, where it is in the main image, reached the language model."
     return [("Kept tokens", [picture(draw, caption, 10, 2.3 * lines)])]
 
 

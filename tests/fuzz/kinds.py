@@ -105,6 +105,20 @@ def read_openvla(folder: Path) -> Outcome:
     return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.config)))
 
 
+def make_openvla_oft(folder: Path) -> list[Path]:
+    reference = DATA / "openvla_oft_tiny"
+    target = shutil.copytree(reference, folder / "openvla_oft", ignore=shutil.ignore_patterns("golden*", "film"))
+    shutil.copy(reference / "film" / "vision_backbone--150000_checkpoint.pt", target)
+    return [target]
+
+
+def read_openvla_oft(folder: Path) -> Outcome:
+    from spvla.vlas.openvla_oft import from_pretrained
+
+    vla: Any = from_pretrained(folder, recipe="libero")
+    return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.vla.config), vla.state_dim))
+
+
 def make_lerobot(folder: Path) -> list[Path]:
     def images(episode: int) -> pa.Array:
         files = pa.array([picture(100 * episode + t) for t in range(STEPS)], pa.binary())
@@ -158,7 +172,7 @@ def read_source(kind: str) -> Callable[[Path], Outcome]:
 
 
 KINDS: dict[str, Kind] = {
-    "exports": Kind(make_exports, read_export, 0.45, lambda file: file.suffix == ".safetensors"),
+    "exports": Kind(make_exports, read_export, 0.4, lambda file: file.suffix == ".safetensors"),
     "stores": Kind(make_stores, read_store, 0.25, lambda file: file.suffix == ".parquet"),
     "openvla": Kind(make_openvla, read_openvla, 0.08),
     "lerobot": Kind(make_lerobot, read_source("lerobot"), 0.12),
@@ -166,6 +180,7 @@ KINDS: dict[str, Kind] = {
     "to the server": Kind(wire.make_requests, wire.read_request),
     "from a vla-eval server": Kind(wire.make_answers("vla-eval"), wire.read_answers("vla-eval")),
     "from an openpi server": Kind(wire.make_answers("openpi"), wire.read_answers("openpi")),
+    "openvla_oft": Kind(make_openvla_oft, read_openvla_oft, 0.05),  # last: the number of a kind is part of its seeds
 }
 FILES = [name for name, kind in KINDS.items() if kind.share]
 MESSAGES = [name for name, kind in KINDS.items() if not kind.share]
