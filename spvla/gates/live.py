@@ -210,6 +210,7 @@ class LiveGate:
         if self._disagreed:
             return replace(inner, intuitive=NO, reason=DISAGREED)
         self._audited = self._coin
+        inner = replace(inner, propensity=self.options.audit)
         if not self._audited:
             return inner
         return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
