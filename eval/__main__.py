@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | ticks | report | picture``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | ticks | summarise | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from eval.latency import latency
 from eval.offline import offline
 from eval.picture import picture
 from eval.report.command import report
+from eval.rewrite import rewrite
 from eval.ticks import ticks
 from spvla.cli import run
 
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "data": bench_data,
     "ticks": ticks,
+    "summarise": rewrite,
     "report": report,
     "picture": picture,
 }

@@ -19,7 +19,7 @@ from data.parallel import Workers
 from eval.cells import default_cells, parse_cells
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
-from eval.summary import COLUMNS, Row, summarise, write_traces
+from eval.summary import Row, columns_of, summarise, write_traces
 from eval.timing import measure_time
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
@@ -148,10 +148,7 @@ def closed_loop(
         write_traces(output / "traces.json.gz", mine)
         what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
         path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
-        extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
-        extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any(cell.live for cell in wanted) else []
-        extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
-        text = table(rows, [*COLUMNS, *extra])
+        text = table(rows, columns_of(rows, real_time=real_time, nudge=bool(nudge)))
         write_text(output / "table.txt", text + "\n")
         print(text)
         print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")

@@ -20,7 +20,7 @@ from data.envs.base import Env, Instructable
 from data.jobs import Group, environment, episode_seed, parse_range, require_init_states, split
 from data.parallel import Workers
 from eval.output import append, continued, table, write_csv, write_summary
-from eval.statistics import wilson
+from eval.statistics import exact_interval
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import write_text
@@ -122,7 +122,7 @@ def summarise(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"asked": kind, "trials": len(mine), "scenes": len({t["task"] for t in mine})}
         if kind in ("own", "other"):
             right = sum(t["lifted"] == t["object"] for t in mine)
-            row |= {"lifted_asked": right, "rate": right / len(mine), "ci95": wilson(right, len(mine))}
+            row |= {"lifted_asked": right, "rate": right / len(mine), "ci95": exact_interval(right, len(mine))}
         row["lifted_own"] = sum(t["lifted"] == t["own_object"] for t in mine)
         row["lifted_nothing"] = sum(t["lifted"] is None for t in mine)
         row["lifted_another"] = sum(t["lifted"] not in (t["object"], t["own_object"], None) for t in mine)

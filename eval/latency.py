@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eval.output import table, write_summary
 from eval.vla_latency import time_vla
@@ -29,6 +30,7 @@ from spvla.vlas.base import Timed, VLAOutput
 from spvla.vlas.registry import load_vla
 
 WARM_UP = 200
+GATES = ("learned", "live")  # timed on the same steps; the first is what the others are compared with
 
 
 class _FreeVLA:
@@ -52,14 +54,18 @@ class _FreeVLA:
 
 
 def smooth_motion(export: Export, steps: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """Smooth random actions (T, D), environment units, and states (T, S) that follow them."""
+    """Smooth random actions (T, D), environment units, and states (T, S) that wander where the export's training data was."""
     g = np.random.default_rng(seed)
     space = export.space
     knots = g.uniform(-1, 1, (steps // 20 + 3, space.dim))
     t = np.arange(steps) / 20
     normalized = np.stack([np.interp(t, np.arange(len(knots)), k) for k in knots.T], axis=1).astype(np.float32)
-    dims = [d for m in export.gates.values() for d in m.config.features.state_dims]
-    states = np.cumsum(g.normal(0, 0.01, (steps, max(dims, default=-1) + 1)), axis=0).astype(np.float32)
+    read = [m.features for m in export.gates.values()]
+    states = np.zeros((steps, max((d for f in read for d in f.state_dims), default=-1) + 1), np.float32)
+    wandering = np.clip(np.cumsum(g.normal(0, 0.01, states.shape), axis=0), -1, 1)
+    for features in read:
+        dims = list(features.state_dims)
+        states[:, dims] = features.offset + features.scale * wandering[:, dims]
     return space.clip(space.denormalize(space.snap_gripper(normalized))), states
 
 
@@ -83,7 +89,9 @@ def latency(
 
     Args:
         output: folder for summary.json.
-        export: exported folder: proposal, gate and bookkeeping of its generators are timed.
+        export: exported folder: proposal, gate and bookkeeping of its generators are timed, under the learned gate and under
+            the live one in turns; ``more_ms_p50`` is the median of what the live one costs more on steps on which both ask the
+            VLA or neither does.
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
         vla: a VLA such as openvla: its stages are timed, without pruning and with each one below.
@@ -115,8 +123,8 @@ def latency(
         beside = _time_export(load_export(export), generators, steps, seed)
         rows += beside
         facts |= {"steps": steps, "warm_up": WARM_UP}
-        columns = ["generator", "parameters", "step_ms_p50", "step_ms_p95", "step_ms_p99", "proposal_ms_p50", "gate_ms_p50"]
-        print(table(beside, [*columns, "bookkeeping_ms_p50"]))
+        columns = ["generator", "gate", "generated", *(f"step_ms_p{q}" for q in (50, 95, 99)), "proposal_ms_p50"]
+        print(table(beside, [*columns, "gate_ms_p50", "bookkeeping_ms_p50", "more_ms_p50"]))
     output.mkdir(parents=True, exist_ok=True)
     facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
     facts |= {"cores": os.cpu_count(), "load_average_before": load}
@@ -126,7 +134,7 @@ def latency(
 
 
 def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed: int) -> list[dict[str, Any]]:
-    """One row per generator: proposal, gate and bookkeeping."""
+    """Two rows per generator, under the learned gate and under the live one: proposal, gate and bookkeeping."""
     if steps < 10:
         raise InputError(f"steps: at least 10 are needed, got {steps}")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates]))
@@ -136,33 +144,57 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         features = loaded.gates[name].config.features if name in loaded.gates else None
         confidence = np.full(loaded.space.dim, 0.5, np.float32) if features and features.vla_confidence else None
         pooled = np.zeros(features.vla_features, np.float32) if features and features.vla_features else None
-        free = _FreeVLA(loaded.space, actions, confidence, pooled)
-        policy = accelerate(free, loaded, risk=1.0, generator=name, gate="learned")
-        policy.reset("latency")
-        observation = [Observation(state=s) for s in states]
-        for o in observation:
-            policy.select_action(o)
-        measured = policy.steps[WARM_UP:]
-        total = np.array([s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in measured])
-        assert policy.generator is not None and policy.gate is not None
-        proposal = policy.generator.propose(policy.history.window())[:, 0]
-
-        def propose(policy: Policy = policy) -> Any:
-            assert policy.generator is not None and policy.history.last_action is not None
-            policy.history.amend(policy.history.last_action)  # else the features would be there already
-            return policy.generator.propose(policy.history.window())
-
-        stages: dict[str, Callable[[], Any]] = {
-            "proposal": propose,
-            "gate": lambda p=policy, q=proposal: p.gate.decide(p.history.window(), q),  # type: ignore[misc]
-        }
-        row: dict[str, Any] = {"generator": name, "parameters": _parameters(loaded, name)}
-        row |= {f"step_ms_p{q}": float(np.percentile(total, q)) for q in (50, 95, 99)}
-        for stage, call in stages.items():
-            row |= {f"{stage}_ms_p{q}": v for q, v in zip((50, 99), _time(call, min(steps, 1000)), strict=True)}
-        row["bookkeeping_ms_p50"] = max(0.0, row["step_ms_p50"] - row["proposal_ms_p50"] - row["gate_ms_p50"])
-        rows.append(row)
+        policies = {}
+        for gate in GATES:
+            free = _FreeVLA(loaded.space, actions, confidence, pooled)
+            policies[gate] = accelerate(free, loaded, risk=1.0, generator=name, gate=gate)
+        totals = _take_turns(policies, states)
+        for gate, policy in policies.items():
+            row: dict[str, Any] = {"generator": name, "gate": gate, "parameters": _parameters(loaded, name)}
+            row["generated"] = policy.stats()["generated"] / len(policy.steps)
+            row |= {f"step_ms_p{q}": float(np.percentile(totals[gate], q)) for q in (50, 95, 99)}
+            row |= _stages(policy, min(steps, 1000))
+            row["bookkeeping_ms_p50"] = max(0.0, row["step_ms_p50"] - row["proposal_ms_p50"] - row["gate_ms_p50"])
+            if gate != GATES[0]:
+                row["more_ms_p50"] = float(np.median((totals[gate] - totals[GATES[0]])[_alike(policies[GATES[0]], policy)]))
+            rows.append(row)
     return rows
+
+
+def _take_turns(policies: dict[str, Policy], states: FloatArray) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each step (T,) beside the VLA, of policies that take each step one after the other, in changing order."""
+    for policy in policies.values():
+        policy.reset("latency")
+    for i, observation in enumerate([Observation(state=s) for s in states]):
+        for policy in list(policies.values())[:: 1 if i % 2 else -1]:
+            policy.select_action(observation)
+    spent = {k: [s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in p.steps] for k, p in policies.items()}
+    return {k: np.array(ms[WARM_UP:]) for k, ms in spent.items()}
+
+
+def _alike(one: Policy, other: Policy) -> NDArray[np.bool_]:
+    """The measured steps (T,) on which both asked the VLA, or neither did."""
+    asked = np.array([[step.called_vla for step in policy.steps[WARM_UP:]] for policy in (one, other)])
+    return np.asarray(asked[0] == asked[1])
+
+
+def _stages(policy: Policy, repeats: int) -> dict[str, float]:
+    """Milliseconds of one proposal and one decision after the episode that a policy has just played."""
+    assert policy.generator is not None and policy.gate is not None
+    generator, gate = policy.generator, policy.gate
+    proposal = generator.propose(policy.history.window())[:, 0]
+
+    def propose() -> Any:
+        assert policy.history.last_action is not None
+        policy.history.amend(policy.history.last_action)  # else the features would be there already
+        return generator.propose(policy.history.window())
+
+    stages: dict[str, Callable[[], Any]] = {
+        "proposal": propose,
+        "gate": lambda: gate.decide(policy.history.window(), proposal),
+    }
+    times = {stage: _time(call, repeats) for stage, call in stages.items()}
+    return {f"{stage}_ms_p{q}": v for stage, found in times.items() for q, v in zip((50, 99), found, strict=True)}
 
 
 def _parameters(export: Export, name: str) -> int:

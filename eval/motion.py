@@ -118,7 +118,7 @@ def motion_means(episodes: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Means of :data:`MOTION` over the episodes (rows) that have them, and ``seconds_to_success``, the mean length of the
     successful ones; None where no episode has one."""
     known = {name: [e[name] for e in episodes if e.get(name) is not None] for name in MOTION}
-    known["seconds_to_success"] = [e["seconds"] for e in episodes if e["success"]]
+    known["seconds_to_success"] = [e["seconds"] for e in episodes if e["success"] and "seconds" in e]
     return {name: float(np.mean(values)) if values else None for name, values in known.items()}
 
 

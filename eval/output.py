@@ -18,6 +18,11 @@ from tabulate import tabulate
 from spvla.errors import InputError
 from spvla.files import explained, read_json, write_text
 
+TEXT = (  # columns that stay text, whatever they look like
+    *("cell", "generator", "gate", "pruning", "mode", "export", "suite", "task_name"),
+    *("asked", "instruction", "object", "own_object", "lifted"),
+)
+
 
 def cell(value: Any, missing: str = "-") -> str:
     """A value as a table shows it: three significant digits."""
@@ -82,6 +87,24 @@ def append(raw: Path, row: dict[str, Any]) -> None:
     """Add a row for :func:`continued`: a killed run loses at most the last line."""
     with explained(raw), raw.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows as :func:`write_csv` wrote them; names of things stay text, whatever they look like. Raises :class:`InputError` if
+    there is no such file."""
+    if not path.exists():
+        raise InputError(f"{path}: the raw rows are missing", code="missing")
+    with gzip.open(path, "rt", newline="") as stream:
+        return [{k: v if k in TEXT and v else _value(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+def _value(text: str) -> Any:
+    if text in ("", "True", "False"):
+        return None if text == "" else text == "True"
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -24,7 +24,7 @@ from spvla.export import Export, fingerprint, load_export
 from spvla.gates import GATES, has_risk
 from spvla.history import Source
 from spvla.recording import Policy
-from spvla.steps import run_lengths
+from spvla.steps import audit_steps, run_lengths
 from spvla.vlas.base import VLA, Viewing, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import needs_images, weights_stamp
@@ -205,7 +205,6 @@ class Runner:
         episode, stats, steps = result.episode, policy.stats(), result.steps
         generated = np.array([s.source == Source.GENERATOR for s in steps])
         deviating = deviations(episode, policy.space, self.tolerance) if self.teacher else None
-        decided = [s for s in steps if s.source != Source.HELD]  # what a live gate counts
         return {
             "success": bool(episode.success),
             "steps": len(steps),
@@ -219,7 +218,7 @@ class Runner:
             "fallbacks": int(stats["fallbacks"]),
             "switches": int(stats["switches"]),
             "audits": int(stats["audits"]),
-            "audit_steps": [i for i, s in enumerate(decided) if s.reason == "audit"],
+            "audit_steps": audit_steps(steps),
             **{name: stats.get(name) for name in LIVE},
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),

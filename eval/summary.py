@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eval.motion import motion_means
-from eval.statistics import mcnemar, mean_and_error, paired_difference, wilson
+from eval.statistics import exact_interval, mcnemar, mean_and_error, paired_difference, pairs_needed
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -62,6 +62,14 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     return rows
 
 
+def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str]:
+    """What a table of rows shows, as text."""
+    extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
+    extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
+    extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
+    return [*COLUMNS, *extra]
+
+
 def _live(episodes: Sequence[Row]) -> Row:
     """What a live gate had found at the end of its deployment, which is the episode with the most steps before it."""
     if (last := max(episodes, key=lambda e: e.get("live_steps") or 0)).get("live_steps") is None:
@@ -79,7 +87,7 @@ def _mean(episodes: Sequence[Row], column: str) -> float:
 
 def _success(es: Sequence[Row]) -> Row:
     n, successes = len(es), _total(es, "success")
-    return {"episodes": n, "successes": successes, "success_rate": successes / n, "success_ci95": wilson(successes, n)}
+    return {"episodes": n, "successes": successes, "success_rate": successes / n, "success_ci95": exact_interval(successes, n)}
 
 
 def _pairs(pairs: Sequence[tuple[Row, Row]], es: Sequence[Row]) -> Row:
@@ -88,9 +96,12 @@ def _pairs(pairs: Sequence[tuple[Row, Row]], es: Sequence[Row]) -> Row:
     treated, base = ([e["success"] for e in side] for side in zip(*pairs, strict=True))
     delta, interval = paired_difference(treated, base)
     ratio = _total([c for _, c in pairs], "vla_calls") / max(1, _total(es, "vla_calls"))
-    seconds = _total(es, "seconds") / len(es) * len(pairs) / max(1e-9, sum(c["seconds"] for _, c in pairs))
+    known = all("seconds" in e for e in es)
+    seconds = _mean(es, "seconds") / max(1e-9, _mean([c for _, c in pairs], "seconds")) if known else None
     tested = {"paired_delta": delta, "paired_delta_ci95": interval, "mcnemar_p": mcnemar(treated, base)}
-    return {"pairs": len(pairs), **tested, "vla_calls_ratio": ratio, "seconds_ratio": seconds}
+    itself = all(e is control for e, control in pairs)
+    counts = {"pairs": len(pairs), "pairs_for_one_point": None if itself else pairs_needed(treated, base)}
+    return {**counts, **tested, "vla_calls_ratio": ratio, "seconds_ratio": seconds}
 
 
 def _resets(es: Sequence[Row]) -> Row:
@@ -110,7 +121,7 @@ def _calls(es: Sequence[Row]) -> Row:
         "skipped": _total(es, "generated") / decided,
         "vla_calls_per_episode": _mean(es, "vla_calls"),
         "steps_per_episode": _mean(es, "steps"),
-        "seconds_per_episode": _mean(es, "seconds"),
+        "seconds_per_episode": _mean(es, "seconds") if "seconds" in es[0] else None,
         "held_per_episode": _mean(es, "held"),
         "generated_run_length_mean": float(np.mean(runs)) if runs else 0.0,
         "fallbacks": _total(es, "fallbacks"),

@@ -64,6 +64,7 @@ class ActionSpace:
     _offset: FloatArray = field(init=False, repr=False, compare=False)
     _scale: FloatArray = field(init=False, repr=False, compare=False)
     _admissible: tuple[FloatArray, FloatArray, FloatArray] = field(init=False, repr=False, compare=False)
+    _two_sided: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         with naming(f"action space {self.name!r}"):
@@ -93,6 +94,8 @@ class ActionSpace:
         half = np.where(q99 > q01, (q99 - q01) / 2, 1.0)
         object.__setattr__(self, "_offset", ((q01 + q99) / 2).astype(np.float32))
         object.__setattr__(self, "_scale", half.astype(np.float32))
+        sides = np.isin(np.arange(self.dim), self.gripper) & self.binary_gripper
+        object.__setattr__(self, "_two_sided", sides)
         # Least and largest admissible action and jump, environment units; nothing limits a gripper's jump.
         slack = 1e-4 * self._scale
         jump = np.full(self.dim, np.inf) if self.max_jump is None else (np.asarray(self.max_jump) + 1e-4) * half
@@ -163,13 +166,9 @@ class ActionSpace:
         units) or a gripper is wrong: on the other side of the middle if it is binary, beyond the tolerance if not.
         """
         proposed, reference = np.asarray(proposed, np.float32), np.asarray(reference, np.float32)
-        c, g = list(self.continuous), list(self.gripper)
-        out = (np.abs(proposed[..., c] - reference[..., c]) > tolerance).any(-1)
-        if g and self.binary_gripper:
-            out |= ((proposed[..., g] >= 0) != (reference[..., g] >= 0)).any(-1)
-        elif g:
-            out |= (np.abs(proposed[..., g] - reference[..., g]) > tolerance).any(-1)
-        return np.asarray(out)
+        wrong = np.abs(proposed - reference) > tolerance
+        np.copyto(wrong, (proposed >= 0) != (reference >= 0), where=self._two_sided)
+        return np.asarray(wrong.any(-1))
 
     def admissible(self, action: FloatArray, previous: FloatArray | None) -> bool:
         """Whether a proposed action (D,) may be executed: finite, in bounds and no larger jump than seen in training.

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
+from spvla.gates.live import LiveGate
 from spvla.history import Source
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
 from spvla.realtime import BridgePolicy
+from spvla.steps import audit_steps
 from spvla.store import Episode, RolloutWriter
 from spvla.vlas.base import VLAOutput
 
@@ -172,9 +174,18 @@ class Recorder:
         if not record.actions:
             return
         episode = record.episode(self.policy.space)
+        if isinstance(self.policy.gate, LiveGate):
+            metadata = {"live": self._live(), **metadata}
         episode.instruction, episode.success, episode.metadata = self._instruction, success, metadata
         self._writer.write(f"{self._name}-{self._episodes:06d}", [episode])
         self._episodes += 1
+
+    def _live(self) -> dict[str, Any]:
+        """What the live gate has found when an episode ends, and where it audited."""
+        gate, steps = self.policy.live, self.policy.steps
+        held = sum(s.source == Source.HELD for s in steps)
+        counts = {"risk": gate.risk, "steps": len(steps), "held": held, "audit_steps": audit_steps(steps)}
+        return counts | gate.stats()
 
     def close(self) -> None:
         """Finish the running episode and finalise the store."""

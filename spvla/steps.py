@@ -58,6 +58,11 @@ def run_lengths(generated: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.asarray(edges[1::2] - edges[::2], np.int64)
 
 
+def audit_steps(steps: Sequence[StepInfo]) -> list[int]:
+    """On which steps a live gate audited, counted without those that were only waited for, as the gate counts them."""
+    return [i for i, s in enumerate(s for s in steps if s.source != Source.HELD) if s.reason == "audit"]
+
+
 def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
     """Counts and costs of an episode's steps.
 

@@ -65,7 +65,7 @@ def test_a_recording_is_judged_by_an_export(store_folder, tmp_path):
     export_folder = save_export(make_export(), tmp_path / "export")
     report(store_folder, tmp_path / "page.html", export=export_folder)
     assert "held-out episodes" in (tmp_path / "page.html").read_text()
-    with pytest.raises(InputError, match="is a recording: give the --export"):
+    with pytest.raises(InputError, match="is a recording without a live gate: give the --export"):
         report(store_folder, tmp_path / "page.html")
     with pytest.raises(InputError, match="is not a recording"):
         report(RESULTS, tmp_path / "page.html", export=export_folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from eval.motion import MOTION
+from eval.output import read_csv
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
+from eval.report.live import deployments
 
 MARKERS = "osD^vP"
 VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
@@ -124,6 +125,7 @@ def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Tabl
         "paired Δ": lambda r: percent(r.get("paired_delta"), True),
         "paired 95 %": interval("paired_delta_ci95", True, " to "),
         "McNemar p": number("mcnemar_p", ".2g"),
+        "pairs for ±1": number("pairs_for_one_point", "d"),
         "calls/episode": number("vla_calls_per_episode", ".1f"),
         "speedup": number("policy_speedup", ".3g"),
         "policy s/episode": number("policy_seconds_per_episode", ".3g"),
@@ -148,6 +150,8 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     rows = summary["rows"]
     best = best_row(rows)
     title, *sentences = setting_of(summary)
+    raw = folder / "episodes.csv.gz"
+    episodes = read_csv(raw) if raw.exists() else []
     out = Section(title, sentences, tables=cells_tables(rows, best))
     if best is not None:
         out.best_cell, out.headline = cell_name(rows[best]), headline(rows[best])
@@ -155,8 +159,8 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     if summary.get("real_time"):
         columns["seconds_per_episode"] = "Seconds per episode"
     shown = [c for c in columns if c == "vla_calls_per_episode" or all(r.get(c) is not None for r in rows)]
-    out.pictures = [against_success(rows, c, columns[c]) for c in shown] + risk_knob(rows) + run_lengths(folder, rows)
-    out.more = kept_tokens(rows)
+    out.pictures = [against_success(rows, c, columns[c]) for c in shown] + risk_knob(rows) + run_lengths(episodes, rows)
+    out.more = deployments(episodes, {r["cell"]: cell_name(r) for r in rows}) + kept_tokens(rows)
     out.films = films(folder / "films", rows, best)
     traces = folder / "traces.json.gz"
     if traces.exists() and best is not None:
@@ -196,7 +200,7 @@ def against_success(rows: Sequence[dict[str, Any]], column: str, label: str) -> 
         axis.set(xlabel=label, ylabel="success %", xlim=(0, None))
         legend(f)
 
-    return picture(draw, f"{label} against success; bars are 95 % Wilson intervals.", height=HEIGHT + 0.1 * len(rows))
+    return picture(draw, f"{label} against success; bars are exact 95 % intervals.", height=HEIGHT + 0.1 * len(rows))
 
 
 def risk_knob(rows: Sequence[dict[str, Any]]) -> list[Picture]:
@@ -222,17 +226,13 @@ def risk_knob(rows: Sequence[dict[str, Any]]) -> list[Picture]:
     return [picture(draw, "The risk knob in closed loop; bars are two standard errors.")]
 
 
-def run_lengths(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Picture]:
+def run_lengths(episodes: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[Picture]:
     """How many steps the generator acts in a row, where the raw episodes are there."""
-    episodes = folder / "episodes.csv.gz"
-    if not episodes.exists():
-        return []
     runs: dict[str, list[int]] = {}
     names = {r["cell"]: cell_name(r | {"pruning": "none"}) for r in rows}
     colours = dict(zip(dict.fromkeys(names.values()), COLOURS * len(rows), strict=False))
-    with gzip.open(episodes, "rt") as stream:
-        for line in csv.DictReader(stream):
-            runs.setdefault(names[line["cell"]], []).extend(json.loads(line["generated_run_lengths"]))
+    for episode in episodes:
+        runs.setdefault(names[episode["cell"]], []).extend(episode["generated_run_lengths"])
     shown = {k: v for k, v in runs.items() if v}
     if not shown:
         return []

@@ -13,16 +13,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tabulate import tabulate
 
 from eval.offline import offline
-from eval.report import closed_loop, latency
+from eval.output import write_summary
+from eval.report import closed_loop, latency, live
 from eval.report import offline as offline_report
 from eval.report.figures import Table
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.files import read_json, write_text
 
-SECTIONS = {"closed_loop": closed_loop.section, "offline": offline_report.section, "latency": latency.section}
+SECTIONS = {
+    "closed_loop": closed_loop.section,
+    "offline": offline_report.section,
+    "live": live.section,
+    "latency": latency.section,
+}
 FORMER = {"scheduler": "gate", "policy": "vla", "policy_options": "vla_options"}  # names in the results of older versions
-ORDER = ("closed_loop", "offline", "latency", "data")
+ORDER = ("closed_loop", "offline", "live", "latency", "data")
 
 Found = Sequence[tuple[Path, dict[str, Any]]]
 
@@ -34,24 +40,35 @@ def report(results: Path, output: Path, title: str = "Results: learned against l
         results: folder that holds results (each with a summary.json), at any depth.
         output: the page to write; its name's end, .html or .md, says which.
         title: its title.
-        export: results is a recording (a rollout store made with record=, in shadow mode): judge this export on it, as
-            python -m eval offline does, and draw that.
+        export: for a recording (a rollout store made with record=) whose every step has the VLA's answer, as in shadow mode:
+            judge this export on it, as python -m eval offline does. Of a recording with a live gate its risk, threshold and
+            audits are drawn, with or without an export.
     """
     if output.suffix not in (".html", ".md"):
         raise InputError(f"{output}: a report ends in .html or .md")
-    recording = (results / "meta" / "spvla.json").exists()
-    if recording and export is not None:
-        with TemporaryDirectory() as judged:
-            offline(results, export, Path(judged))
-            return report(Path(judged), output, title)
-    if recording or export is not None:
-        told = "is a recording: give the --export to evaluate on it" if recording else "is not a recording: leave out --export"
-        raise InputError(f"{results}: {told}")
+    if (results / "meta" / "spvla.json").exists():
+        return _recording(results, output, title, export)
+    if export is not None:
+        raise InputError(f"{results}: is not a recording: leave out --export")
     found = read(results)
     with drawing(results):
         text = page(found, results, title) if output.suffix == ".html" else markdown(found, results, title)
     write_text(output, text)
     print(f"written: {output}")
+
+
+def _recording(recording: Path, output: Path, title: str, export: Path | None) -> None:
+    """The report of a recording: its live gate if it had one, and the judgement of an export if one is given."""
+    deployments = live.recorded(recording)
+    if export is None and not deployments:
+        raise InputError(f"{recording}: is a recording without a live gate: give the --export to evaluate on it")
+    with TemporaryDirectory() as folder:
+        judged = Path(folder) / recording.name
+        if export is not None:
+            offline(recording, export, judged)
+        if deployments:
+            write_summary(judged / "live", "live", deployments)
+        report(judged, output, title)
 
 
 def read(results: Path) -> Found:

@@ -24,7 +24,7 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
         for n in dict.fromkeys(s["pruning"] for s in stages)
     }
     generators = [r for r in summary["rows"] if "generator" in r]
-    bars |= {r["generator"]: {k: r[f"{k}_ms_p50"] for k in beside} for r in generators}
+    bars |= {pair(r): {k: r[f"{k}_ms_p50"] for k in beside} for r in generators}
     by = " and ".join(name for name, found in (("pruning", stages), ("generator", generators)) if found)
 
     def draw(f: Any) -> None:
@@ -43,6 +43,11 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     out.title += f" by {by}"
     out.lead = [picture(draw, f"By stage; {facts}.", 9, 1.4 + 0.45 * len(bars))]
     return out
+
+
+def pair(row: dict[str, Any]) -> str:
+    """A generator and its gate, which rows of older versions do not name."""
+    return f"{row['generator']} + {row['gate']}" if "gate" in row else str(row["generator"])
 
 
 def plain_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

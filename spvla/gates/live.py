@@ -154,8 +154,9 @@ class LiveGate:
         self.states: dict[str, LiveState] = {}
         self.outstanding = 0  # answers to audits that may be on their way at a time
         self._coin: bool | None = None  # of the running step; one that was not finished keeps it
-        self._audited = self._disagreed = False
+        self._audited = False
         self._first = True  # the episode's first step, at which a generator knows nothing yet
+        self._last_answer: tuple[FloatArray, FloatArray] | None = None  # with its proposal, until they are known to agree
         self.begin("")
 
     @classmethod
@@ -186,8 +187,7 @@ class LiveGate:
     def begin(self, instruction: str) -> None:
         """Start an episode. The thresholds stay what they are."""
         self.state = self.states.setdefault(instruction if self.options.per_task else "", LiveState(self.start))
-        self._audited = self._disagreed = False
-        self._first = True
+        self._audited, self._first, self._last_answer = False, True, None
 
     def score(self, probability: float | None) -> float:
         """A probability's rank among the calibration steps, in [0, 1]: the generator may act where it is below L."""
@@ -201,19 +201,27 @@ class LiveGate:
             self._coin = bool(self.rng.random() < self.options.audit)
         self._audited = False
         inner = self.gate.decide(window, proposals)
-        step = inner[0]
-        if not step.intuitive or step.refused:
+        if not inner.intuitive[0] or (inner.refused is not None and inner.refused[0]):
             return inner
-        inner = replace(inner, threshold=self._probability_at(self.state.threshold))
-        if self.score(step.probability) >= self.state.threshold:
-            return replace(inner, intuitive=NO)
-        if self._disagreed:
-            return replace(inner, intuitive=NO, reason=DISAGREED)
-        self._audited = self._coin
-        inner = replace(inner, propensity=self.options.audit)
-        if not self._audited:
-            return inner
-        return replace(inner, intuitive=NO if self.options.executed else YES, reason=AUDIT, audit=YES)
+        threshold, intuitive, reason, audit = self.state.threshold, inner.intuitive, inner.reason, None
+        propensity = None
+        if self.score(None if inner.probability is None else float(inner.probability[0])) >= threshold:
+            intuitive = NO
+        elif self._disagree():
+            intuitive, reason = NO, DISAGREED
+        else:
+            propensity = self.options.audit
+            if self._coin:
+                self._audited = True
+                intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
+        limit = self._probability_at(threshold)
+        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity)
+
+    def _disagree(self) -> bool:
+        """Whether the VLA's last answer was off its proposal: found out when it matters, and once."""
+        if self._last_answer is not None and not self._deviates(*self._last_answer):
+            self._last_answer = None
+        return self._last_answer is not None
 
     def _probability_at(self, rank: float) -> float:
         """The probability at a rank among the calibration steps; 0 below all of them."""
@@ -226,12 +234,12 @@ class LiveGate:
             proposal: the generator's action (D,), environment units; None where none was made.
             answer: the VLA's action (D,) at this step; None if it was not asked, or has not answered yet: see :meth:`settle`.
         """
-        state, deviates = self.state, False
-        if answer is not None and proposal is not None:
-            deviates = self._deviates(proposal, answer)
-            self._disagreed = self.options.agreement and deviates and not self._first
+        state, estimate = self.state, 0.0
+        if answer is not None and proposal is not None and self.options.agreement and not self._first:
+            self._last_answer = proposal, answer.copy()
         late = self._audited and answer is None
-        estimate = self._found(deviates) if self._audited and not late else 0.0
+        if self._audited and answer is not None:
+            estimate = self._found(proposal is not None and self._deviates(proposal, answer))
         self._advance(self.allowed - estimate)
         if not late:
             self._watch(estimate)
@@ -245,10 +253,10 @@ class LiveGate:
     def settle(self, proposal: FloatArray, answer: FloatArray, audit: bool) -> None:
         """Take in the VLA's answer (D,) to an earlier step, at which the generator proposed ``proposal`` (D,), environment
         units; ``audit`` says whether that step was one."""
-        deviates = self._deviates(proposal, answer)
-        self._disagreed = self.options.agreement and deviates
+        if self.options.agreement:
+            self._last_answer = proposal, answer.copy()
         if audit:
-            estimate = self._found(deviates)
+            estimate = self._found(self._deviates(proposal, answer))
             self._advance(-estimate)
             self._watch(estimate)
 
