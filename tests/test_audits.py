@@ -238,3 +238,25 @@ def test_only_an_accelerated_policy_goes_without_labels(tmp_path, options, field
     with pytest.raises(InputError) as caught:
         collect("libero_object", tmp_path / "store", label=False, **options)
     assert caught.value.field == field
+
+
+@pytest.mark.slow
+def test_a_collection_without_labels_is_one_deployment_that_goes_on_after_a_stop(tmp_path):
+    """What a robot would know: the VLA's actions where it was asked, and the probability that it was."""
+
+    def robot_like(folder, init_states, workers):
+        options = {"export": "generator_libero_expert", "gate": "live", "risk": 0.1, "label": False}
+        collect("libero_object", folder, tasks=[0], init_states=init_states, max_steps=60, workers=workers, **options)
+        (learned,) = (folder / ".live").glob("*.json")
+        return list(read_episodes(folder)), learned.read_text()
+
+    whole, learned = robot_like(tmp_path / "whole", "0-1", 2)
+    robot_like(tmp_path / "parts", "0", 1)
+    parts, again = robot_like(tmp_path / "parts", "0-1", 1)
+    assert again == learned and len(whole) == len(parts) == 2
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(a.actions, b.actions)
+        np.testing.assert_array_equal(a.vla_propensities, b.vla_propensities)
+        labelled, coin = np.isfinite(a.vla_actions).all(1), a.vla_propensities < 1
+        assert labelled[~coin].all() and (a.sources[~labelled] == Source.GENERATOR).all() and coin.any()
+    assert any((np.isfinite(e.vla_actions).all(1) & (e.vla_propensities < 1)).any() for e in whole)
