@@ -14,6 +14,7 @@ LEROBOT_VENV ?= .venv-lerobot
 LEROBOT_PYTHON ?= python3.12
 PIP_ARGS ?=
 RUNS ?= runs
+SUDO ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SYSTEM_LIBRARIES := libegl1 libgl1 libgles2 libopengl0
@@ -26,43 +27,44 @@ export OMP_NUM_THREADS ?= 1
 
 setup: system $(READY)
 
-# Rendering needs Mesa's EGL, OpenCV needs libgl1. Installed where that is allowed, otherwise named.
+# Rendering needs Mesa's EGL, OpenCV needs libgl1. Installed by root, or with SUDO=1; otherwise the command is said.
 system:
 	@missing=""; for p in $(SYSTEM_LIBRARIES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then \
 		echo "Not a Debian/Ubuntu machine: make sure that EGL and OpenGL ES are installed."; exit 0; fi; \
-	if [ "$$(id -u)" = 0 ]; then SUDO=""; elif sudo -n true 2>/dev/null; then SUDO="sudo"; else \
-		echo "Please install the system libraries first:  sudo apt-get install$$missing"; exit 1; fi; \
-	echo "installing$$missing"; $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq $$missing >/dev/null
+	if [ "$$(id -u)" = 0 ]; then sudo=""; elif [ "$(SUDO)" = 1 ]; then sudo="sudo"; else \
+		echo "These system libraries are missing. Install them, or let make do it with SUDO=1:  sudo apt-get install$$missing"; \
+		exit 1; fi; \
+	echo "installing$$missing"; $$sudo apt-get update -qq && $$sudo apt-get install -y -qq $$missing >/dev/null
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) torch
-	$(BIN)/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,docs,dev]"
-	$(BIN)/pip install -q --no-deps $(PIP_ARGS) metaworld==3.1.1  # it asks for another MuJoCo than LIBERO, and runs with LIBERO's
-	@touch $(READY)
+	"$(PYTHON)" -m venv "$(VENV)" || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
+	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) torch
+	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,docs,dev]"
+	"$(BIN)/pip" install -q --no-deps $(PIP_ARGS) metaworld==3.1.1  # it asks for another MuJoCo than LIBERO, and runs with LIBERO's
+	@touch "$(READY)"
 
 demo: setup
-	$(BIN)/python -m eval closed_loop --config configs/eval/demo.yaml --output $(RUNS)/demo/results/closed_loop
-	$(BIN)/python -m eval latency --config configs/eval/latency_nano.yaml --output $(RUNS)/demo/results/latency
-	$(BIN)/python -m eval report --results $(RUNS)/demo/results --output $(RUNS)/demo/report.html --title "SP-VLA from pixels"
+	"$(BIN)/python" -m eval closed_loop --config configs/eval/demo.yaml --output "$(RUNS)/demo/results/closed_loop"
+	"$(BIN)/python" -m eval latency --config configs/eval/latency_nano.yaml --output "$(RUNS)/demo/results/latency"
+	"$(BIN)/python" -m eval report --results "$(RUNS)/demo/results" --output "$(RUNS)/demo/report.html" --title "SP-VLA from pixels"
 
-DISTILL = $(BIN)/python -m train distill --config configs/distill/distill_demo.yaml
+DISTILL = "$(BIN)/python" -m train distill --config configs/distill/distill_demo.yaml
 distill-demo: D = $(RUNS)/distill_demo
 distill-demo: setup
-	$(BIN)/python -m data collect --config configs/data/distill_demo_train.yaml --output $D/rollouts
-	$(BIN)/python -m data collect --config configs/data/distill_demo_calibration.yaml --output $D/rollouts
-	$(DISTILL) --data $D/rollouts --output $D/first_export
-	$(BIN)/python -m data collect --config configs/data/distill_demo_on_policy.yaml --export $D/first_export --output $D/on_policy
-	$(DISTILL) --data $D/rollouts $D/on_policy --output $D/export
-	$(BIN)/python -m eval closed_loop --config configs/eval/distill_demo.yaml --export $D/export --output $D/results/closed_loop
-	$(BIN)/python -m eval report --results $D/results --output $D/report.html --title "A generator of your own"
+	"$(BIN)/python" -m data collect --config configs/data/distill_demo_train.yaml --output "$D/rollouts"
+	"$(BIN)/python" -m data collect --config configs/data/distill_demo_calibration.yaml --output "$D/rollouts"
+	$(DISTILL) --data "$D/rollouts" --output "$D/first_export"
+	"$(BIN)/python" -m data collect --config configs/data/distill_demo_on_policy.yaml --export "$D/first_export" --output "$D/on_policy"
+	$(DISTILL) --data "$D/rollouts" "$D/on_policy" --output "$D/export"
+	"$(BIN)/python" -m eval closed_loop --config configs/eval/distill_demo.yaml --export "$D/export" --output "$D/results/closed_loop"
+	"$(BIN)/python" -m eval report --results "$D/results" --output "$D/report.html" --title "A generator of your own"
 
 # A line for each test as it ends, on as many processes as WORKERS.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -v -n $(WORKERS) --dist worksteal
+PYTEST = "$(BIN)/python" -m pytest -v -n $(WORKERS) --dist worksteal
 
 check: setup
 	@$(MAKE) --no-print-directory -j 2 lint unit
@@ -75,36 +77,36 @@ test: setup lint
 
 # The adapter to LeRobot's policies, with LeRobot itself: an environment of its own, Python 3.12.
 test-lerobot:
-	$(LEROBOT_PYTHON) -m venv $(LEROBOT_VENV)
-	$(LEROBOT_VENV)/bin/pip install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset]" pytest hypothesis "jsonargparse[signatures]"
-	$(LEROBOT_VENV)/bin/pip install -q --no-deps -e .
-	$(LEROBOT_VENV)/bin/python -m pytest -q tests/test_foreign.py
+	"$(LEROBOT_PYTHON)" -m venv "$(LEROBOT_VENV)"
+	"$(LEROBOT_VENV)/bin/pip" install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset]" pytest hypothesis "jsonargparse[signatures]"
+	"$(LEROBOT_VENV)/bin/pip" install -q --no-deps -e .
+	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py
 
 # Strict: a broken link is an error. Nothing is loaded from the network.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
 
 lint: $(READY) docs
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
 
 clean:
-	rm -rf $(VENV)
+	rm -rf "$(VENV)"
 
 # The fast tests with the newest torch and transformers instead of the constrained ones, in an environment of their own.
 LATEST_VENV ?= .venv-latest
 test-latest: system
-	$(PYTHON) -m venv $(LATEST_VENV)
-	$(LATEST_VENV)/bin/pip install -q --upgrade --upgrade-strategy eager $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
-	$(LATEST_VENV)/bin/python -m pytest -v -n $(WORKERS) --dist worksteal
+	"$(PYTHON)" -m venv "$(LATEST_VENV)"
+	"$(LATEST_VENV)/bin/pip" install -q --upgrade --upgrade-strategy eager $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
+	"$(LATEST_VENV)/bin/python" -m pytest -v -n $(WORKERS) --dist worksteal
 
 # The fast tests under another Python: make test-py PYTHON=python3.13
 test-py: PY = $(notdir $(PYTHON))
 test-py: system
-	$(PYTHON) -m venv .venv-$(PY)
-	.venv-$(PY)/bin/pip install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
-	.venv-$(PY)/bin/python -m pytest -v -n $(WORKERS) --dist worksteal
+	"$(PYTHON)" -m venv ".venv-$(PY)"
+	".venv-$(PY)/bin/pip" install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,onnx,serve,dev]"
+	".venv-$(PY)/bin/python" -m pytest -v -n $(WORKERS) --dist worksteal
 
 .PHONY: test-latest test-py

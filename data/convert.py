@@ -25,11 +25,11 @@ from data.derive import (
 from data.images import encode_images
 from data.parallel import chunks, run_groups
 from data.parts import DataError, Part, Problem
-from data.sources import SourceName
+from data.sources import Source, SourceName
 from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
-from spvla.files import read_json
+from spvla.files import locked, read_json
 from spvla.store.scale import with_scale
 
 
@@ -103,6 +103,20 @@ def convert(
     if images:
         found.cameras.require()
     tell("note", found.notes)
+    with locked(output):
+        _convert(output, setting, found, statistics, conventions, on_error, workers)
+
+
+def _convert(
+    output: Path,
+    setting: Setting,
+    found: Source,
+    statistics: Path | None,
+    conventions: str | None,
+    on_error: OnError,
+    workers: int,
+) -> None:
+    """Write the store of ``found``, which nobody else writes to meanwhile; see :func:`convert`."""
     setting = settle(output, setting, found)
     space = found.space if statistics is None else published_space(found.space, statistics, conventions)
     measured = statistics is None

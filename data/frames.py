@@ -26,7 +26,7 @@ from data.images import is_upside_down
 from data.store import cache_directory
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
-from spvla.files import writing
+from spvla.files import parse_json, writing
 from spvla.store.columns import read_parquet, read_vectors
 from spvla.store.shards import shard_info
 from spvla.vlas.conventions import UInt8Array, decode_image
@@ -167,7 +167,7 @@ class Frames:
             if self._belongs(episode, f"{shard.stem} {i}", training_part(episode["metadata"], space.name, str(shard))):
                 if whole is None:
                     whole = self._mapped(shard, episode, space)
-                asked = json.loads((whole.schema.metadata or {}).get(b"others", b"[]"))
+                asked = parse_json((whole.schema.metadata or {}).get(b"others", b"[]"), f"{shard}: others")
                 length = episode["length"] if not self.labelled else whole.num_rows if episode["success"] else GIVEN_UP
                 self._shards[shard].append((whole.slice(first, length), episode["instruction"], asked))
             first += episode["length"]

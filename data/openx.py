@@ -8,6 +8,7 @@ https://github.com/openvla/openvla and https://github.com/octo-models/octo, cont
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -227,13 +228,18 @@ def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
     if wanted is not None and Path(wanted).suffix in (".yaml", ".yml"):
         return Conventions.read(_read_yaml(Path(wanted)), str(wanted))
     key = str(wanted or name)
-    table = _read_yaml(TABLE) if TABLE.is_file() else {}
+    table = _known(TABLE) if TABLE.is_file() else {}
     if key not in table:
         raise InputError(
             f"no conventions for data set {key!r}; available: {', '.join(sorted(table)) or 'none'}; for another one write a "
             f"YAML file with {', '.join(f.name for f in fields(Conventions))} and pass it as --conventions"
         )
     return Conventions.read(table[key], f"{TABLE.name}: {key}")
+
+
+@functools.cache
+def _known(table: Path) -> dict[str, Any]:
+    return _read_yaml(table)  # takes a tenth of a second
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -42,6 +43,7 @@ from data.parts import DataError, deal
 from data.sources import SourceName
 from spvla.errors import InputError
 from spvla.fields import naming
+from spvla.files import locked
 from spvla.observation import MAIN, Observation
 from spvla.store import Episode
 from spvla.vlas.base import VLA, BatchedVLA, VLAOutput
@@ -99,7 +101,13 @@ class Job:
 
 
 def _run(job: Job, fabric: Any) -> None:
-    """One process: label its share of the parts; the first one finalises the store when all are through."""
+    """One process: label its share of the parts. The first one, of all nodes, sees to it that no other run writes there."""
+    with locked(job.output) if fabric.global_rank == 0 else nullcontext():
+        _label_parts(job, fabric)
+
+
+def _label_parts(job: Job, fabric: Any) -> None:
+    """Label this process's parts; the first process finalises the store when all are through."""
     source = job.setting.open()
     vla = load_vla(job.vla, job.checkpoint, job.options)
     source.space.require_compatible(vla.action_space, f"VLA {job.vla!r}")

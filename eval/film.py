@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isqrt
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.output import main_image
 from spvla.history import Source
 from spvla.steps import StepInfo
 from spvla.vlas.base import VLAOutput
@@ -34,7 +34,7 @@ def draw(image: Image, source: Source, output: VLAOutput | None) -> Image:
         total = output.visual_tokens[1]
         kept = np.zeros(total, np.uint8)
         kept[output.kept_tokens] = 1
-        mask = cv2.resize(kept.reshape(isqrt(total), -1), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+        mask = cv2.resize(main_image(kept), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
         frame = np.where(mask[..., None] > 0, frame, frame // 4)
     out = np.ascontiguousarray(frame, np.uint8)
     cv2.rectangle(out, (0, 0), (SIDE - 1, SIDE - 1), COLOURS[source], BORDER)

@@ -10,13 +10,15 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from spvla.errors import InputError
-from spvla.files import explained, read_json, write_text
+from spvla.files import explained, parse_object, read_bytes, read_json, write_text
 
 TEXT = (  # columns that stay text, whatever they look like
     *("cell", "generator", "gate", "pruning", "mode", "export", "suite", "task_name"),
@@ -38,6 +40,16 @@ def cell(value: Any, missing: str = "-") -> str:
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Rows as an aligned text table; missing values are dashes."""
     return tabulate([[cell(r.get(c)) for c in columns] for r in rows], columns, "plain", disable_numparse=True)
+
+
+def main_image(tokens: NDArray[Any]) -> NDArray[Any]:
+    """The main image's part of values of all visual tokens, (N,), as a grid (rows, columns).
+
+    A VLA of n images counts them one after another, the main one first. N = n grid² has a square N / n for one n up to 3 alone.
+    """
+    n = next((n for n in (1, 2, 3) if tokens.size % n == 0 and isqrt(tokens.size // n) ** 2 * n == tokens.size), 1)
+    grid = isqrt(tokens.size // n)
+    return tokens[: tokens.size // n].reshape(grid, -1)
 
 
 def write_summary(output: Path, kind: str, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
@@ -72,12 +84,12 @@ def continued(raw: Path, setting_path: Path, fixed: dict[str, Any]) -> list[dict
 
 def _whole_rows(raw: Path) -> list[dict[str, Any]]:
     """The rows of JSON lines; a last one that a killed run left unfinished is cut off the file."""
-    text = raw.read_bytes()
+    text = read_bytes(raw)
     whole = text.rfind(b"\n") + 1
     try:
-        rows = [json.loads(line) for line in text[:whole].split(b"\n")[:-1]]
-    except ValueError as error:
-        raise InputError(f"{raw}: not JSON lines ({error}); delete it to start again") from None
+        rows = [parse_object(line, f"{raw}: line {k}") for k, line in enumerate(text[:whole].split(b"\n")[:-1], 1)]
+    except InputError as error:
+        raise InputError(f"{error}; delete it to start again", code=error.code, field=str(raw)) from None
     if whole < len(text):
         os.truncate(raw, whole)
     return rows

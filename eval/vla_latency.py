@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from spvla.errors import InputError
-from spvla.observation import MAIN, Observation
+from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
 from spvla.pruning.speed import Constant
-from spvla.vlas.base import VLA, PrunableVLA
+from spvla.vlas.base import VLA, PrunableVLA, ReadsState
 from spvla.vlas.openvla.policy import PRUNING_STAGES
+from spvla.vlas.registry import cameras_of
 
 WARM_UP = 2
 FULL = "none"
@@ -35,6 +36,13 @@ def picture(seed: int) -> NDArray[np.uint8]:
         (top, left), (height, width) = g.integers(0, IMAGE_SIZE - 20, 2), g.integers(12, 70, 2)
         image[top : top + height, left : left + width] = g.integers(0, 256, 3)
     return image
+
+
+def observation_for(vla: VLA, seed: int) -> Observation:
+    """A picture of its own for each camera that the VLA looks through, and a state of zeros if it reads one."""
+    images = {camera: picture(seed + 1000 * i) for i, camera in enumerate(cameras_of(vla))}
+    size = vla.state_dim if isinstance(vla, ReadsState) else None
+    return Observation(images, None if size is None else np.zeros(size, np.float32))
 
 
 def keep_exactly(ratio: float) -> Pruner | None:
@@ -76,7 +84,7 @@ def time_vla(
     """
     if repeats < 3:
         raise InputError(f"repeats: at least 3 are needed, got {repeats}")
-    observations = [Observation({MAIN: picture(seed + i)}) for i in range(repeats + WARM_UP)]
+    observations = [observation_for(vla, seed + i) for i in range(repeats + WARM_UP)]
     vla.reset(instruction)
     prunings = prunings_of(vla, observations[0], keep_ratios, named)
     policies = {name: _with(vla, pruner) for name, pruner in prunings.items()}

@@ -8,10 +8,13 @@ import contextlib
 import fcntl
 import functools
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from numpy.typing import DTypeLike, NDArray
 from spvla.errors import InputError
 from spvla.machine import machine_fault
 
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+TEMPORARY = re.compile(r"\..+\.(\d+-[0-9a-f]{8})\.tmp")
+BUILDING = re.compile(r"\..+\.(\d+-[0-9a-f]{8})")
+ABANDONED = 86_400  # seconds after which what another machine left unfinished is not in use any more
 
 
 @contextlib.contextmanager
@@ -48,7 +53,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         InputError: the machine refuses (``cannot-write``); the field is ``path``.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_mark()}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path.parent)
@@ -179,7 +184,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Remove temporary files that processes left which run no more, once per folder."""
     for path in folder.glob(".*.tmp"):
-        if (found := TEMPORARY.fullmatch(path.name)) and not is_running(found[1]):
+        if (found := TEMPORARY.fullmatch(path.name)) and is_left_over(path, found[1]):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -190,26 +195,47 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def is_running(process: str) -> bool:
-    """Whether ``process``, a number as in a temporary file's name, runs on this machine. What it left is in use then."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
+@functools.cache
+def _here() -> str:
+    """What numbers processes: this start of this machine, and this container."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return hashlib.sha256(f"{boot} {Path('/proc/self/ns/pid').readlink()}".encode()).hexdigest()[:8]
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def process_mark() -> str:
+    """This process, in the names of what it has not finished writing."""
+    return f"{os.getpid()}-{_here()}"
+
+
+def is_left_over(path: Path, mark: str) -> bool:
+    """Whether nobody writes to ``path`` any more. A process of this machine has ended then; of those of another one that shares
+    the disk, or of an earlier start of this one, nothing is known here: what they left counts as such after a day."""
+    process, _, where = mark.partition("-")
+    if where == _here():
+        try:
+            os.kill(int(process), 0)
+        except (ValueError, OverflowError, ProcessLookupError):
+            return True
+        except PermissionError:
+            pass
         return False
-    except PermissionError:
-        return True
-    return True
+    try:
+        return time.time() - max(p.lstat().st_mtime for p in (path, *path.rglob("*"))) > ABANDONED
+    except OSError:  # it goes at this moment
+        return False
 
 
 @contextlib.contextmanager
 def building(folder: Path, named: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside ``folder`` for the block to fill and to move; what is left of it at the end is removed, and so
     is what dead processes left there. Errors name ``folder``, or the path ``named``."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{process_mark()}")
     with explained(folder if named is None else named):
         for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
-            process = left_over.name.rpartition(".")[2]
-            if left_over == temporary or (process.isdecimal() and not is_running(process)):
+            found = BUILDING.fullmatch(left_over.name)
+            if left_over == temporary or (found and is_left_over(left_over, found[1])):
                 shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -32,8 +32,10 @@ def hub_repository(path: str | Path) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def resolve_folder(path: str | Path) -> Path:
+def resolve_folder(path: str | Path, *more: str) -> Path:
     """A folder here, one in the package by its name, or the downloaded copy of ``hf://owner/name[@revision]`` (no pickles).
+
+    ``more``: patterns of further files to download, which whoever opens them must treat as hostile.
 
     Only ``hf://`` downloads: a folder's name with a mistake in it must not bring somebody else's files.
 
@@ -53,7 +55,7 @@ def resolve_folder(path: str | Path) -> Path:
 
     try:
         name, revision = repository
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md", *more]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:  # LocalEntryNotFoundError is an OSError
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not found on the hub ({reason})", code="no-such-folder", field=str(path)) from None

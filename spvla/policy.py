@@ -271,8 +271,7 @@ class SPVLAPolicy:
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
-        if self._learning is not None and not unavailable:
-            self._learning.observe(judged.proposal, None if acted.output is None else acted.output.actions[0])
+        self._learn(judged, acted)
         return StepInfo(
             source=acted.source,
             intuitive=judged.decision.intuitive,
@@ -296,6 +295,11 @@ class SPVLAPolicy:
         if coin is None or judged.proposal is None or acted.unavailable is not None:
             return 1.0
         return coin if self.space.admissible(judged.proposal, self.history.last_action) else 1.0
+
+    def _learn(self, judged: Judged, acted: Acted) -> None:
+        """Tell a gate that learns how the step ended."""
+        if self._learning is not None and acted.unavailable is None:
+            self._learning.observe(judged.proposal, None if acted.output is None else acted.output.actions[0])
 
     def executed(self, action: FloatArray) -> None:
         """Tell the policy that another action (D,) than the selected one was executed: a safety filter's, or noise."""

@@ -364,6 +364,11 @@ class BridgePolicy(SPVLAPolicy):
         self.calls.ask(Call(self._step, state, judged.proposal, decision.audit, keep_mass), capture)
         return True
 
+    def _learn(self, judged: Judged, acted: Acted) -> None:
+        """Steps that the robot stands do not count: they would hide how often the generator deviates while it moves."""
+        if acted.source != Source.HELD:
+            super()._learn(judged, acted)
+
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         last = self.history.last_action
         if self._fresh is not None:

@@ -10,7 +10,7 @@ Only booleans, integers and floats are read: nothing here can make an object, so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from spvla.errors import InputError
 
 KINDS = "biuf"  # numpy's letters for booleans, integers and floats
 MAX_DIMENSIONS = 8
+LONGEST = {"max_array_len": 10_000, "max_map_len": 1000, "max_str_len": 2**16, "max_ext_len": 0}  # of one entry of a message
+MAX_ENTRIES = 2**15  # of a message's lists and maps together
 MARKS = ("__ndarray__", "__npgeneric__", "nd")  # a map with one of these is an array or a scalar
 
 
@@ -71,6 +73,33 @@ def decode_array(content: Mapping[Any, Any]) -> Any:
     if fields.get("kind") not in (None, "", b""):
         raise InputError("array: objects and structured arrays are not supported; send arrays of numbers", code="array-dtype")
     return _array(fields, "type") if fields["nd"] else _scalar(fields, "type")
+
+
+def bounds(of_map: Callable[[dict[Any, Any]], Any]) -> dict[str, Any]:
+    """Options with which msgpack reads one message: bounds on each list, map and text, ``of_map`` as its ``object_hook``, and
+    an end where there are too many entries in all. Bounds on each list do not bound lists of lists, and other threads stand
+    still while msgpack reads.
+
+    Raises:
+        InputError: more than :data:`MAX_ENTRIES` lists, maps and entries of these (code ``too-many-entries``).
+    """
+    left = MAX_ENTRIES
+
+    def count(content: Any) -> None:
+        nonlocal left
+        left -= 1 + len(content)
+        if left < 0:
+            raise InputError(f"message: more than {MAX_ENTRIES} entries in lists and maps", code="too-many-entries")
+
+    def list_hook(content: list[Any]) -> list[Any]:
+        count(content)
+        return content
+
+    def object_hook(content: dict[Any, Any]) -> Any:
+        count(content)
+        return of_map(content)
+
+    return {"object_hook": object_hook, "list_hook": list_hook, "strict_map_key": False, **LONGEST}
 
 
 def _dtype(name: Any) -> np.dtype[Any]:

@@ -99,7 +99,7 @@ def test_a_run_continues_after_a_kill_and_never_over_damage(tmp_path):
     for first in (0, sizes[4] - 1, sizes[20] + 15):
         damaged = whole[:first] + bytes(8) + whole[first + 8 :]
         raw.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"rows\.jsonl: not JSON lines"):
+        with pytest.raises(InputError, match=r"rows\.jsonl: line \d+: not valid JSON"):
             continued(raw, setting, fixed)
         assert raw.read_bytes() == damaged, "nothing that was finished is thrown away"
 

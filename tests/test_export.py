@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,42 +203,20 @@ def test_an_export_takes_the_place_of_an_older_one_whole(folder):
     assert [p.name for p in (folder / "generators").iterdir()] == ["mlp.safetensors"]
 
 
-def save_and_die(export, folder, moment):
-    """Save in a child process that is killed before its file operation number ``moment``; False if it ended before that."""
-    child = os.fork()
-    if not child:
-        operations = {"os.rename", "os.rmdir", "os.remove", "os.mkdir", "shutil.rmtree", "open"}
-        count = 0
-
-        def hook(event, arguments):
-            nonlocal count
-            if event in operations and str(folder) in str(arguments[0]):
-                count += 1
-                if count == moment:
-                    os._exit(9)
-
-        sys.addaudithook(hook)
-        save_export(export, folder)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
 @pytest.mark.slow
-def test_a_save_that_is_killed_anywhere_leaves_the_old_export_or_the_new_one(folder):
-    old, new = make_export(seed=0), make_export(seed=1, tolerance=0.3)
-    left = set()
+def test_a_save_that_is_killed_anywhere_leaves_the_old_export_or_the_new_one(tmp_path):
+    """At every third of its file operations; ``python -m tests.soak kills --only export`` takes all of them."""
+    from tests.soak.kills import files, kill_save, small_export
+
+    old, new = small_export(0, 0.2), small_export(1, 0.3)
+    expected = {e.tolerance: files(save_export(e, tmp_path / f"{e.tolerance}")) for e in (old, new)}
+    results = []
     for moment in itertools.count(1, 3):
-        save_export(old, folder)
-        assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "gates", "generators"]
-        if not save_and_die(new, folder, moment):
+        result = kill_save(moment, tmp_path / "export", old, new, expected)
+        if result is None:
             break
-        loaded = load_export(folder)
-        expected = {0.2: old, 0.3: new}[loaded.tolerance]
-        for name, network in expected.generators.items():
-            for mine, theirs in zip(loaded.generators[name].parameters(), network.parameters(), strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-        left.add(loaded.tolerance)
-    assert moment > 30 and left == {0.2, 0.3}
+        results.append(result)
+    assert len(results) > 10 and set(results) == {("same", "")}
 
 
 def test_exchanged_and_damaged_weights_are_refused(folder):
@@ -255,14 +232,20 @@ def test_exchanged_and_damaged_weights_are_refused(folder):
     load_export(folder)
 
 
-@pytest.mark.parametrize(("kind", "option", "value"), [("generators", "depth", 10**7), ("gates", "width", 10**9)])
-def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, option, value):
+@pytest.mark.parametrize(
+    ("kind", "path"), [("generators", ["depth"]), ("gates", ["width"]), ("gates", ["features", "history"])], ids=str
+)
+def test_sizes_are_refused_before_anything_of_that_size_is_built(folder, kind, path):
     config = json.loads((folder / "config.json").read_text())
-    config[kind]["mlp"][option] = value
+    *way, last = path
+    where = config[kind]["mlp"]
+    for name in way:
+        where = where[name]
+    where[last] = 10**12
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as error:
         load_export(folder)
-    assert (error.value.code, error.value.field) == ("too-large", option)
+    assert (error.value.code, error.value.field) == ("too-large", last)
 
 
 def test_names_that_leave_the_folder_are_refused(folder):

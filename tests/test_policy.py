@@ -212,6 +212,8 @@ def test_pruning_is_refused_where_it_cannot_be():
         accelerate(PrunableVLA(np.zeros((3, 3)), joints), generator="none", pruning="fast_fewer")
     for pruning, message in [
         ("often", r"pruning 'often' is unknown; available: none, fast_fewer, slow_fewer"),
+        (0.5, r"pruning must be Pruner or a map or a text or null, got 0.5"),
+        ({"speed": ["slow_fewer"]}, r"speed \['slow_fewer'\] is not one of"),
         ({"ratio": 0.5}, r"field 'ratio' is unknown for speed 'fast_fewer'; available: speed, z_threshold,"),
         ({"speed": "constant", "keep": "half"}, "pruning: keep must be a finite number"),
     ]:

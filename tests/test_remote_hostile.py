@@ -273,6 +273,7 @@ BAD = [
     ({"actions": GOOD, "visual_tokens": []}, "visual_tokens: expected"),
     ({"actions": GOOD, "visual_tokens": [2, 4], "kept_tokens": [0, 4]}, "kept_tokens: expected the ascending"),
     ({"actions": GOOD, "visual_tokens": [2, 4], "kept_tokens": [1, 1]}, "kept_tokens: expected the ascending"),
+    ({"actions": GOOD, "kept_tokens": [[1, 2], 3]}, "kept_tokens: expected an array of numbers"),
     ({"actions": GOOD, "visual_tokens": [2, 4], "kept_tokens": [1]}, "kept_tokens: expected the ascending"),
     ({"actions": GOOD, "tokens": np.zeros((2, 7), np.int64)}, "tokens have shape"),
     ({"actions": GOOD, "tokens": np.zeros((1, 7))}, "tokens: expected an array of numbers"),

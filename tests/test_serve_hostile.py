@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from spvla.serve.command import is_loopback, serve_policy
+from spvla.serve.endpoint import Endpoint
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.remote import RemoteVLA
 from spvla.wire import read_token
@@ -61,6 +62,7 @@ FRAMES = [
     ({"type": "t" * 60_000, "payload": {}}, "message: type 't{150,200}"),
     ({"type": "observation", "payload": {f"{k}": k for k in range(2000)}}, "not readable as msgpack"),
     ({"type": "observation", "payload": {"x": [0] * 20_000}}, "not readable as msgpack"),
+    ({"type": "observation", "payload": {"x": [[[]] * 9000] * 4}}, "more than 32768 entries in lists and maps"),
     ({"type": "observation", "payload": {"x": "t" * 2**17}}, "not readable as msgpack"),
     ({"x": {"__ndarray__": True, "dtype": "<f4", "shape": [1] * 500, "data": b"1234"}}, "at most 8 sizes"),
     ({"x": {"__ndarray__": True, "dtype": "z" * 50_000, "shape": [1], "data": b"1"}}, "dtype 'z{150,200}"),
@@ -82,6 +84,22 @@ def test_what_is_too_much_is_refused_with_a_short_reason_and_the_episode_goes_on
         reply = decoded(client.ws.recv(timeout=20))
         told = reply.payload["error"]
         assert reply.type == MessageType.ERROR and re.search(message, told) and len(told) <= 400, told
+
+
+@pytest.mark.slow
+def test_who_sends_much_that_is_refused_waits_for_as_long_as_its_size_says(serving, monkeypatch):  # noqa: F811
+    client, pauses = Client(serving().url), []
+
+    async def pause(endpoint, ws, seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(Endpoint, "_pause", pause)
+    client.act(obs(0))
+    large = changed(states=np.zeros(2**20, np.float32))
+    client.error(large)
+    client.error(changed(states="x"))
+    client.act(obs(1))
+    assert len(pauses) == 2 and pauses[0] == pytest.approx(1.0, rel=0.01) and pauses[1] < 0.01
 
 
 @pytest.mark.slow

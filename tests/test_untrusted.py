@@ -10,24 +10,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data.convert import convert
 from data.images import ImageCheck, read_rgb
+from data.lerobot.metadata import whole_number
 from data.parts import Problem
 from data.rlds.features import RldsFolder
 from data.sources import open_source
 from spvla import InputError, load_export
-from spvla.files import building, inside, locked, parse_json, read_json, writing
+from spvla.actions import LIBERO
+from spvla.files import building, inside, locked, parse_json, process_mark, read_json, writing
 from spvla.hub import PRETRAINED, resolve_folder
 from spvla.images import open_image
+from spvla.store import RolloutWriter
+from spvla.store.columns import read_parquet
+from spvla.store.shards import SHARD_KEY, shard_info, shard_schema
 from spvla.vlas.checkpoint import weight_files
-from tests.conftest import BRIDGE
+from tests.conftest import BRIDGE, smooth_episode
 from tests.lerobot_sets import STEPS, write_set
 
 
@@ -247,11 +254,15 @@ def test_features_of_another_form_are_one_line(tmp_path, features):
 def test_what_dead_processes_left_goes_and_what_runs_stays(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = tmp_path / f".old.json.{dead.pid}.tmp", tmp_path / f".store.{dead.pid}"
-    used = tmp_path / f".new.json.{os.getppid()}.tmp", tmp_path / f".store.{os.getppid()}"
-    for file, folder in (left, used):
-        file.write_text("")
-        folder.mkdir()
+    here = process_mark().partition("-")[2]
+    pairs = []
+    for mark in (f"{dead.pid}-{here}", f"{os.getppid()}-{here}", f"{dead.pid}-01234567", f"{os.getppid()}-89abcdef"):
+        pairs.append((tmp_path / f".file.json.{mark}.tmp", tmp_path / f".store.{mark}"))
+        pairs[-1][0].write_text("")
+        pairs[-1][1].mkdir()
+    for path in pairs[3]:  # another machine's, of two days ago
+        os.utime(path, times=(time.time() - 2 * 86_400,) * 2)
+    left, used = [*pairs[0], *pairs[3]], [*pairs[1], *pairs[2]]
     with writing(tmp_path / "x.json") as temporary:
         temporary.write_text("")
     with building(tmp_path / "store"):
@@ -275,6 +286,34 @@ def test_two_runs_do_not_share_an_output(tmp_path):
     with pytest.raises(RuntimeError), locked(tmp_path / "new"):
         raise RuntimeError
     assert not (tmp_path / "new").exists(), "a run that began nothing leaves nothing"
+
+
+def test_names_of_columns_that_are_no_text_are_damage(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"distinct": [1, 2]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"distinct", b"disti\xffct"))
+    for read in (read_parquet, shard_schema):
+        with pytest.raises(InputError, match=r"x\.parquet.*damaged"):
+            read(path)
+
+
+def test_what_a_shard_says_of_itself_has_a_check_sum(tmp_path):
+    """Parquet's own check sums do not cover it."""
+    writer = RolloutWriter(tmp_path, LIBERO, policy="x")
+    writer.write("job", [smooth_episode(0)])
+    (shard,) = (tmp_path / ".shards").glob("*.parquet")
+    table = pq.read_table(shard)
+    metadata = dict(table.schema.metadata)
+    text = metadata[SHARD_KEY]
+    pq.write_table(table.replace_schema_metadata(metadata | {SHARD_KEY: text.replace(b"task 0", b"task 1")}), shard)
+    with pytest.raises(InputError, match="SHA-256"):
+        shard_info(shard)
+    pq.write_table(table.replace_schema_metadata({SHARD_KEY: text}), shard)  # as earlier versions wrote it
+    assert shard_info(shard)["episodes"][0]["instruction"] == "task 0"
+
+
+def test_numbers_of_episodes_beyond_64_bits_are_none():
+    assert [whole_number(x) for x in (7, "7", [7.0], 2**53, 2**63, 1e308, -1e300)] == [7, 7, 7, 2**53, None, None, None]
 
 
 def test_a_file_of_the_package_is_not_outside():

@@ -16,7 +16,7 @@ pytest.importorskip("msgpack")
 import msgpack
 
 from spvla import InputError
-from spvla.wire import decode_array, encode_array
+from spvla.wire import bounds, decode_array, encode_array
 
 
 def ours(a: np.ndarray) -> dict[Any, Any]:
@@ -130,3 +130,37 @@ def test_an_incomplete_array_is_refused(field: str) -> None:
 @pytest.mark.parametrize("content", [{}, {"nd": 3}, {"nd": True}, {"data": b"x", "shape": [1]}, {1: 2}])
 def test_other_maps_stay_as_they_are(content: dict[Any, Any]) -> None:
     assert decode_array(content) == content
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"\xdd\x00\x00\x00\xc8" + (b"\xdc\x27\x10" + b"\x90" * 10_000) * 200, InputError),  # 200 lists of 10,000 empty ones
+        (b"\xdc\x27\x10" * 25 + b"\x81\xa1a\x01" * 250_000, InputError),  # 250,000 maps, in lists in lists
+        (b"\xdc\x27\x11" + b"\x90" * 10_001, ValueError),
+        (b"\xdb\x00\x01\x00\x01" + b"a" * (2**16 + 1), ValueError),
+        (b"\xdd\xff\xff\xff\xff", ValueError),
+    ],
+    ids=["lists", "maps", "one list", "text", "a claim"],
+)
+def test_entries_are_counted_over_the_whole_message(content: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error) as raised:
+        msgpack.unpackb(content, **bounds(decode_array))
+    if isinstance(raised.value, InputError):
+        assert raised.value.code == "too-many-entries"
+
+
+def test_claims_within_claims_take_little_memory() -> None:
+    """A thousand lists, each the first entry of the one before, each said to have as many entries as the message has bytes."""
+    claims = b"\xdd\x00\x3f\xff\xff" * 1000 + bytes(2**22)
+    with pytest.raises(ValueError, match="exceeds max_array_len"):
+        msgpack.unpackb(claims, **bounds(decode_array))
+
+
+def test_a_message_as_large_as_robots_send_is_read() -> None:
+    content = {
+        "kept_tokens": list(range(5000)),
+        "actions": [[0.5] * 7 for _ in range(1000)],
+        "names": {f"{k}": k for k in range(900)},
+    }
+    assert msgpack.unpackb(msgpack.packb(content), **bounds(decode_array)) == content

@@ -179,8 +179,10 @@ class Layout:
 
     def schema(self, path: Path) -> pa.Schema:
         try:
-            return pq.read_schema(inside(self.path, path.relative_to(self.path)))
-        except (pa.ArrowException, OSError) as error:
+            schema = pq.read_schema(inside(self.path, path.relative_to(self.path)))
+            _ = schema.names  # text that is none
+            return schema
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _damaged(path, error) from None
 
     def tell_once(self, note: str) -> None:

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from spvla.errors import InputError
 from spvla.files import inside, parse_json, read_bytes
 
+LARGEST = 2**63  # beyond every whole number that Parquet holds
+
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The objects of a file of JSON lines, and a note on whatever is not there or not readable."""
@@ -52,7 +54,7 @@ def read_tasks(folder: Path) -> tuple[dict[int, str], list[str]]:
             rows = pq.read_table(table, page_checksum_verification=True).to_pylist()
         except FileNotFoundError:
             return {}, []
-        except (pa.ArrowException, OSError, InputError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, InputError) as error:
             return {}, [f"{table}: damaged Parquet file ({' '.join(str(error).split())}); there are no instructions"]
         found = [(row.get("task_index"), next((v for v in row.values() if isinstance(v, str)), None)) for row in rows]
     numbered = [(whole_number(index), words) for index, words in found]
@@ -67,11 +69,11 @@ def read_episode_tables(folder: Path) -> tuple[dict[int, dict[str, Any]], list[s
         try:
             inside(folder, file.relative_to(folder))
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
-            table = pq.read_table(file, columns=names, page_checksum_verification=True)
-        except (pa.ArrowException, OSError, InputError) as error:
+            rows = pq.read_table(file, columns=names, page_checksum_verification=True).to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError, InputError) as error:
             notes.append(f"{file}: damaged Parquet file ({' '.join(str(error).split())}); the data files are used")
             continue
-        out |= by_episode(table.to_pylist(), file, notes)
+        out |= by_episode(rows, file, notes)
     return out, notes
 
 
@@ -88,11 +90,11 @@ def by_episode(entries: list[dict[str, Any]], file: Path, notes: list[str]) -> d
 
 
 def whole_number(value: Any) -> int | None:
-    """A value as a whole number, be it stored as one, as text or as a list of one; else None."""
+    """A value as a whole number, be it stored as one, as text or as a list of one; else None, also beyond 64 bits."""
     value = _unwrapped(value)
     try:
         number = int(value)
-        return number if float(value) == number else None
+        return number if float(value) == number and abs(number) < LARGEST else None
     except (TypeError, ValueError, OverflowError):
         return None
 

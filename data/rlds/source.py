@@ -18,6 +18,7 @@ from data.rlds.features import RldsFolder, RldsReader
 from data.rlds.tfrecord import Index, missing, read_records, scan
 from data.words import Words, several_words_note, split_at_words
 from spvla.errors import InputError
+from spvla.fields import naming
 from spvla.store import Episode
 
 EPISODES_PER_PART = 16
@@ -42,7 +43,8 @@ class RldsSource:
     def __init__(self, path: Path, conventions: str | Path | None, split: str, camera: str | None) -> None:
         self.folder = RldsFolder(path)
         self.name, self.named = self.folder.name, True
-        self.conventions: Conventions = find_conventions(conventions, self.name)
+        with naming(self.folder.path):
+            self.conventions: Conventions = find_conventions(conventions, self.name)
         self.space = self.conventions.space(self.name)
         if camera is not None:
             self.folder.leaf(camera)

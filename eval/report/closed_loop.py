@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.motion import MOTION
-from eval.output import read_csv
+from eval.output import main_image, read_csv
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
 from eval.report.live import deployments
+from spvla.files import parse_json
 
 MARKERS = "osD^vP"
 VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
@@ -164,7 +163,7 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     out.films = films(folder / "films", rows, best)
     traces = folder / "traces.json.gz"
     if traces.exists() and best is not None:
-        out.traces = [who_acted(json.loads(gzip.decompress(traces.read_bytes())), rows[best])]
+        out.traces = [who_acted(parse_json(gzip.decompress(traces.read_bytes()), str(traces)), rows[best])]
     return out
 
 
@@ -261,13 +260,13 @@ def kept_tokens(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[Picture]
     def draw(f: Any) -> None:
         axes = f.subplots(lines, columns, squeeze=False).ravel()
         for axis, (name, share) in zip(axes, shown.items(), strict=False):
-            shades = axis.imshow(share.reshape(isqrt(len(share)), -1), vmin=0, vmax=1, cmap="viridis")
+            shades = axis.imshow(main_image(share), vmin=0, vmax=1, cmap="viridis")
             axis.set_title(name.replace(", ", "\n"), fontsize=7)
         for axis in axes:
             axis.set_axis_off()
         f.colorbar(shades, ax=list(axes), shrink=0.7, label="share of the VLA's calls")
 
-    caption = "How often each visual token, where it is in the image, reached the language model."
+    caption = "How often each visual token, where it is in the main image, reached the language model."
     return [("Kept tokens", [picture(draw, caption, 10, 2.3 * lines)])]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from eval.report.figures import COLOURS, Headed, Picture, Section, legend, percent, picture
 from spvla.fields import naming
+from spvla.files import parse_object
 from spvla.store import read_episode_table
 
 Row = dict[str, Any]
@@ -33,7 +33,7 @@ def recorded(recording: Path) -> list[Row]:
     rows: list[Row] = []
     for i, episode in enumerate(read_episode_table(recording)):
         with naming(f"{recording}: metadata of episode {i}"):
-            row = (json.loads(episode["metadata"] or "{}") or {}).get("live")
+            row = parse_object(episode["metadata"] or "{}", "its JSON").get("live")
             if row is None:
                 continue
             goes_on = bool(rows) and row["risk"] == rows[-1]["risk"] and row["live_steps"] > rows[-1]["live_steps"]

@@ -20,6 +20,8 @@ from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.history import Window
 
+LARGEST = {"action_dim": 1000, "history": 1000, "vla_features": 2**16}
+
 
 @dataclass(frozen=True)
 class FeatureConfig:
@@ -52,7 +54,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         with naming("features"):
-            check_fields(self, at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0})
+            check_fields(self, at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0}, at_most=LARGEST)
         if not len(self.state_dims) == len(self.state_q01) == len(self.state_q99):
             raise InputError("features: state_dims, state_q01 and state_q99 differ in length")
         if self.state_size is not None and max(self.state_dims, default=-1) >= self.state_size:

@@ -45,10 +45,12 @@ def make_pruner(pruning: Pruner | Mapping[str, Any] | str | None, name: str = "p
         if pruning not in PRESETS:
             raise InputError(f"{name} {pruning!r} is unknown; available: none, {', '.join(PRESETS)}")
         pruning = {"speed": pruning}
+    if not isinstance(pruning, Mapping):
+        raise InputError(f"{name}: expected a name or fields, got {type(pruning).__name__}", field=name)
     given = dict(pruning)
     response = given.pop("speed", "fast_fewer")
     require_current(response, f"{name}: speed")
-    if response not in SPEEDS:
+    if not isinstance(response, str) or response not in SPEEDS:
         raise InputError(f"{name}: speed {response!r} is not one of {', '.join(SPEEDS)}", field="speed")
     own = [f.name for f in fields(SPEEDS[response])]
     known = [*own, *(f.name for f in fields(TokenSelector))]

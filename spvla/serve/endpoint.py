@@ -38,6 +38,7 @@ STOPPING = (1001, "the server stops")
 STOP_WAIT = 2.0  # seconds that a stop waits for steps and clients
 SEND_WAIT = 10.0  # seconds that a client may leave an answer unread
 MAX_ERROR = 400  # characters of an error that a client gets
+REFUSED_RATE = 2**22  # bytes a second of messages that are refused: reading those takes time that other clients wait for
 
 
 class Endpoint:
@@ -149,8 +150,10 @@ class Endpoint:
                     return await ws.close(1008, reason)
                 patience, reason = self.idle, f"no message in {self.idle:g} s"
                 self._open[ws] = True
-                await self._reply(ws, frame, contexts)
+                refused = await self._reply(ws, frame, contexts)
                 self._open[ws] = False
+                if refused:
+                    await self._pause(ws, len(frame) / REFUSED_RATE)
                 if self._stop.is_set():
                     return await ws.close(*STOPPING)
         except ConnectionClosed:
@@ -159,8 +162,15 @@ class Endpoint:
             await self._end(contexts)
             del self._open[ws]
 
-    async def _reply(self, ws: ServerConnection, frame: bytes | str, contexts: list[SessionContext]) -> None:
-        """Answer one message."""
+    async def _pause(self, ws: ServerConnection, seconds: float) -> None:
+        """Read nothing more from a client for so long, unless it hangs up or the server stops."""
+        ends = [asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(ws.wait_closed())]
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+
+    async def _reply(self, ws: ServerConnection, frame: bytes | str, contexts: list[SessionContext]) -> bool:
+        """Answer one message. True if it was refused."""
         sequence = 0
         reply: tuple[MessageType, dict[str, Any]] | None
         try:
@@ -178,13 +188,14 @@ class Endpoint:
             self._log(ws, f"a step failed at {where.filename}:{where.lineno}: {type(error).__name__}: {error}", logging.ERROR)
             reply = (MessageType.ERROR, {"error": shorten(f"{type(error).__name__}: {error}", MAX_ERROR)})
         if reply is None:
-            return
+            return False
         try:
             async with asyncio.timeout(SEND_WAIT):
                 await ws.send(pack_message(Message(*reply, seq=sequence)))
         except TimeoutError:
             self._log(ws, f"dropped: it has not read an answer in {SEND_WAIT:g} s")
             ws.transport.abort()
+        return reply[0] == MessageType.ERROR
 
     async def _answer(
         self, kind: MessageType, payload: dict[str, Any], contexts: list[SessionContext]

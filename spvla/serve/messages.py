@@ -13,11 +13,10 @@ from vla_eval.protocol.messages import MessageType
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.images import open_image
-from spvla.wire import decode_array, shorten
+from spvla.wire import bounds, decode_array, shorten
 
 MAX_FRAME = 16 * 2**20  # bytes; two uncompressed 1080p images
 MAX_PIXELS = 2**23  # of a message's compressed images together, decoded
-MAX_ENTRIES = {"max_array_len": 10_000, "max_map_len": 1000, "max_str_len": 2**16, "max_ext_len": 0}
 
 
 def decode(frame: bytes | str) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def decode(frame: bytes | str) -> dict[str, Any]:
             return np.array(image)
 
     try:
-        content = msgpack.unpackb(frame, object_hook=array, raw=False, strict_map_key=False, **MAX_ENTRIES)
+        content = msgpack.unpackb(frame, **bounds(array))
     except InputError:
         raise
     except Exception as error:  # msgpack, numpy and Pillow raise many types for damaged content

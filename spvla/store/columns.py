@@ -22,8 +22,11 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
+            table = file.read(columns)
+        table.validate(full=True)  # text that is none
+        _ = table.column_names  # likewise
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged Parquet file ({one_line(error)})") from None
 
 

@@ -35,7 +35,7 @@ def read_episodes(folder: str | Path) -> Iterator[Episode]:
     """
     folder = Path(folder)
     rows, space = read_episode_table(folder), read_action_space(folder)
-    loaded, path, part_of = -1, folder, pa.table({})
+    loaded, first, path, part_of = None, 0, folder, pa.table({})
     for number, row in enumerate(rows):
         if row["data/file_index"] != loaded:  # one file in memory at a time
             loaded, first = row["data/file_index"], row["dataset_from_index"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from spvla.store.columns import is_vectors, one_line
 from spvla.store.episode import VECTOR_COLUMNS, Episode
 
 SHARD_KEY = b"spvla"
+SUM_KEY = b"spvla_sha256"  # of what SHARD_KEY holds: Parquet's own check sums cover columns alone
+
+
+def shard_metadata(text: bytes) -> dict[bytes, bytes]:
+    """A shard's metadata and its check sum."""
+    return {SHARD_KEY: text, SUM_KEY: digest(text)}
+
+
+def digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def to_table(episode: Episode) -> pa.Table:
@@ -47,7 +58,10 @@ def shard_info(path: Path) -> dict[str, Any]:
     :class:`RolloutWriter`)."""
     schema = shard_schema(path)
     try:
-        info = parse_object(schema.metadata[SHARD_KEY], str(path))
+        text = schema.metadata[SHARD_KEY]
+        if schema.metadata.get(SUM_KEY, digest(text)) != digest(text):  # earlier versions wrote none
+            raise InputError("the SHA-256 of its metadata differs")
+        info = parse_object(text, str(path))
         [e[name] for e in info["episodes"] for name in ("length", "instruction", "success", "metadata")]
         return {name: info[name] for name in ("action_space", "policy", "episodes")} | {"measured": info.get("measured", False)}
     except (InputError, KeyError, TypeError) as error:
@@ -56,8 +70,10 @@ def shard_info(path: Path) -> dict[str, Any]:
 
 def shard_schema(path: Path) -> pa.Schema:
     try:
-        return pq.read_schema(inside(path.parent, path.name))
-    except (pa.ArrowException, OSError) as error:
+        schema = pq.read_schema(inside(path.parent, path.name))
+        _ = schema.names  # text that is none
+        return schema
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
 

@@ -15,7 +15,7 @@ from spvla.errors import InputError
 from spvla.files import writing
 from spvla.store.episode import Episode
 from spvla.store.lerobot_v3 import finalize, require_own
-from spvla.store.shards import SHARD_KEY, require_features, shard_info, shard_schema, to_table
+from spvla.store.shards import require_features, shard_info, shard_metadata, shard_schema, to_table
 
 
 class RolloutWriter:
@@ -86,7 +86,7 @@ class RolloutWriter:
             text = json.dumps(info)
         except (TypeError, ValueError) as error:
             raise InputError(f"job {job}: metadata or success cannot be written as JSON ({error})") from None
-        table = pa.concat_tables(tables).replace_schema_metadata({SHARD_KEY: text.encode()})
+        table = pa.concat_tables(tables).replace_schema_metadata(shard_metadata(text.encode()))
         with writing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 

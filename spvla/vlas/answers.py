@@ -125,7 +125,7 @@ def _visual_tokens(reply: Mapping[str, Any]) -> tuple[tuple[int, int] | None, ND
         visual, total = (int(pair[0]), int(pair[1])), int(pair[1])
     if reply.get("kept_tokens") is None:
         return visual, None
-    kept = np.asarray(reply["kept_tokens"])
+    kept = _numbers(reply["kept_tokens"], "kept_tokens")
     kept = _integers(kept if kept.size else kept.astype(np.int64), "kept_tokens")
     inside = kept.ndim == 1 and (not kept.size or (kept[0] >= 0 and kept[-1] < total and (np.diff(kept) > 0).all()))
     if not inside or (visual is not None and len(kept) != visual[0]):

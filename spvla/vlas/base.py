@@ -120,3 +120,12 @@ class NamesCameras(Protocol):
     @property
     def cameras(self) -> Sequence[str]:
         """Their names in :class:`~spvla.observation.Observation`'s images."""
+
+
+@runtime_checkable
+class ReadsState(Protocol):
+    """A VLA that says how much of the robot's state it reads."""
+
+    @property
+    def state_dim(self) -> int | None:
+        """Values of ``observation.state`` that it needs; None: it reads none."""

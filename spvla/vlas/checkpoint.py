@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-# Parts that decide actions and that no safetensors file holds: OpenVLA-OFT's action head and its like.
+# Parts that decide actions beside the weights: OpenVLA-OFT's action head and its like.
 COMPANION = re.compile(
     r"(\w+--\w+_checkpoint|(action_head|proprio_projector|noisy_action_projector)[\w.-]*)\.(pt|pth|bin|safetensors)"
 )
@@ -62,8 +62,8 @@ def refuse_companions(path: str | Path, folder: Path) -> None:
     companions = sorted({name for name in names if COMPANION.fullmatch(Path(name).name)})
     if companions:
         raise InputError(
-            f"{path}: its actions come from {some(companions)}, which is not read here (OpenVLA-OFT, parallel decoding); only "
-            "OpenVLA checkpoints that decode action tokens are supported",
+            f"{path}: its actions come from {some(companions)}, which this VLA does not read; OpenVLA-OFT checkpoints are "
+            "read as openvla_oft",
             code="unsupported-checkpoint",
             field=str(path),
         )

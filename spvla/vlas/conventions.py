@@ -140,17 +140,21 @@ def jpeg_round_trip(image: UInt8Array) -> UInt8Array:
 
 
 def center_crop(image: UInt8Array, area: float) -> UInt8Array:
-    """The central ``area`` (0..1) of ``image`` (H, W, 3), resized back bilinearly, corner pixels aligned."""
+    """The central ``area`` (0..1) of ``image`` (H, W, 3), resized back bilinearly, corner pixels aligned.
+
+    In float32 and on pixels in 0..1, as TensorFlow does it: where a value lies at the edge of two grey levels, that decides.
+    """
 
     def axis(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-        side = np.sqrt(area)
-        at = ((1 - side) / 2 + np.linspace(0, side, size)) * (size - 1)  # where each output pixel samples
+        side = np.sqrt(np.float32(area))
+        first = (1 - side) / 2 * np.float32(size - 1)
+        at = (first + np.arange(size, dtype=np.float32) * side).astype(np.float32)  # where each output pixel samples
         low = np.floor(at).astype(np.intp)
         return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
 
-    x = image.astype(np.float32)
+    x = image.astype(np.float32) / np.float32(255)
     low, high, w = axis(image.shape[0])
     x = x[low] + (x[high] - x[low]) * w[:, None, None]
     low, high, w = axis(image.shape[1])
     x = x[:, low] + (x[:, high] - x[:, low]) * w[None, :, None]
-    return (x * np.float32(255.5 / 255)).astype(np.uint8)  # TensorFlow's float-to-uint8 conversion truncates so
+    return (x * np.float32(255.5)).astype(np.uint8)  # TensorFlow's float-to-uint8 conversion truncates so

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from spvla.errors import InputError, needs_extra
 from spvla.vlas.answers import ProtocolError
-from spvla.wire import decode_array, encode_array, shorten
+from spvla.wire import bounds, decode_array, encode_array, shorten
 
 MAX_ANSWER = 2**22  # bytes
 T = TypeVar("T")
@@ -176,7 +176,7 @@ def _unpack(frame: bytes | str) -> dict[str, Any]:
     import msgpack
 
     try:
-        content = msgpack.unpackb(frame, object_hook=decode_array, strict_map_key=False)
+        content = msgpack.unpackb(frame, **bounds(decode_array))
     except InputError as error:
         raise ProtocolError(shorten(str(error))) from None
     except Exception as error:  # msgpack raises many types for damaged content

@@ -22,6 +22,7 @@ from spvla.vlas.base import VLA, NamesCameras, PrunableVLA, SaysIfImages, Weight
 
 BUILT_IN = {
     "openvla": "spvla.vlas.openvla:load",
+    "openvla_oft": "spvla.vlas.openvla_oft:load",
     "nano_vla": "spvla.vlas.nano:load",
     "lerobot": "spvla.vlas.foreign:load_lerobot",
     "remote": "spvla.vlas.remote:load",

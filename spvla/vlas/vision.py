@@ -7,7 +7,7 @@ forward pass runs them: of the last block only the first norm, q and k serve, fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ HALF = (0.5, 0.5, 0.5)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> F.gelu's approximation
 LAYER_NORM_EPS = 1e-6
 
-
+Modulation = tuple[Tensor, Tensor]  # scale and shift, 2 x (B, C): x (1 + scale) + shift (FiLM, arXiv 1709.07871)
 MAX_DEPTH = 1000  # blocks: what a damaged or hostile file could ask for is refused before anything is built
 
 
@@ -277,8 +277,11 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.ls2 = nn.Identity() if init is None else LayerScale(c, init)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, film: Modulation | None = None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if film is not None:
+            scale, shift = film  # 2 x (B, C)
+            x = x * (1 + scale[:, None]) + shift[:, None]
         x = x + self.ls2(self.mlp(self.norm2(x)))
         return x
 
@@ -321,21 +324,23 @@ class VisionTransformer(nn.Module):
             return torch.cat([*tokens, x + self.pos_embed], dim=1)
         return torch.cat([*tokens, x], dim=1) + self.pos_embed
 
-    def forward(self, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, patches: Tensor | None = None, film: Sequence[Modulation] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S), normalised, to (patch features (B, N, C), input (B, N, C) of the scoring block).
 
         Both hold patches only, row by row. With ``score_block`` -1 the scoring block's input is the features.
 
         ``patches`` (B, M), ascending: the encoder sees these patches alone (arXiv 2208.07220, 2212.00794), which makes
-        training cheaper; N is M then.
+        training cheaper; N is M then. ``film``: scale and shift of all tokens in each block, between attention and MLP.
         """
         x = before = self.embed(images)
         if patches is not None:
             prefix = self.config.prefix_tokens
             chosen = patches[..., None].expand(-1, -1, x.shape[-1]) + prefix
             x = before = torch.cat([x[:, :prefix], x.gather(1, chosen)], dim=1)
-        for block in self.blocks[:-1]:
-            before, x = x, block(x)
+        for i, block in enumerate(self.blocks[:-1]):
+            before, x = x, block(x, None if film is None else film[i])
         score_input = x if self.config.score_block == -1 else before
         skip = self.config.prefix_tokens
         return x[:, skip:], score_input[:, skip:]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,11 @@ from PIL import Image
 
 from spvla.store import Episode
 from tests.conftest import BRIDGE, DATA, smooth_episode
+from tests.fuzz import wire
+from tests.fuzz.base import Kind, Outcome, digest
 from tests.lerobot_sets import STEPS, write_set
 
 CAMERA = "observation.images.top"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of reading a folder: a digest of what it means, and the problems that were named."""
-
-    meaning: str
-    problems: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of input.
-
-    Args:
-        make: writes whole folders below a path, and returns them.
-        read: reads one.
-        summed: whether check sums cover a file, so that it must not mean something else once its bytes are damaged.
-    """
-
-    make: Callable[[Path], list[Path]]
-    read: Callable[[Path], Outcome]
-    summed: Callable[[Path], bool] = lambda file: False
-
-
-def digest(*values: Any) -> str:
-    out = hashlib.sha256()
-    for value in values:
-        out.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode("utf-8", "surrogatepass"))
-    return out.hexdigest()[:16]
 
 
 def picture(seed: int) -> bytes:
@@ -64,10 +35,13 @@ def weights(module: Any) -> list[Any]:
 
 
 def make_exports(folder: Path) -> list[Path]:
+    """Two networks and three gates, with risk curves of a few points instead of 512, which take most of the time to read."""
     from spvla import save_export
+    from spvla.gates.calibration import Calibration
     from tests.test_export import make_export
 
-    return [save_export(make_export(), folder / "export")]
+    curve = Calibration((0.1, 0.5, 1.0), (0.05, 0.1, 0.3), (0.2, 0.6, 1.0), (0.0, 0.1, 0.2), 60)
+    return [save_export(make_export(calibration=dict.fromkeys(("mlp", "transformer", "ridge"), curve)), folder / "export")]
 
 
 def read_export(folder: Path) -> Outcome:
@@ -86,9 +60,9 @@ def make_stores(folder: Path) -> list[Path]:
     from spvla.store import RolloutWriter
 
     writer = RolloutWriter(folder / "store", LIBERO, policy="fuzz")
-    for k in range(3):
-        episode = smooth_episode(k, steps=12)
-        episode.images = {"main": [picture(12 * k + t) for t in range(12)]}
+    for k in range(2):
+        episode = smooth_episode(k, steps=8)
+        episode.images = {"main": [picture(8 * k + t) for t in range(8)]}
         writer.write(f"job-{k}", [episode])
     writer.finalize()
     shards = folder / "recording"
@@ -131,6 +105,20 @@ def read_openvla(folder: Path) -> Outcome:
     return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.config)))
 
 
+def make_openvla_oft(folder: Path) -> list[Path]:
+    reference = DATA / "openvla_oft_tiny"
+    target = shutil.copytree(reference, folder / "openvla_oft", ignore=shutil.ignore_patterns("golden*", "film"))
+    shutil.copy(reference / "film" / "vision_backbone--150000_checkpoint.pt", target)
+    return [target]
+
+
+def read_openvla_oft(folder: Path) -> Outcome:
+    from spvla.vlas.openvla_oft import from_pretrained
+
+    vla: Any = from_pretrained(folder, recipe="libero")
+    return Outcome(digest(*weights(vla.model), vla.action_space.to_dict(), repr(vla.model.vla.config), vla.state_dim))
+
+
 def make_lerobot(folder: Path) -> list[Path]:
     def images(episode: int) -> pa.Array:
         files = pa.array([picture(100 * episode + t) for t in range(STEPS)], pa.binary())
@@ -138,7 +126,8 @@ def make_lerobot(folder: Path) -> list[Path]:
 
     extra: dict[str, Any] = {CAMERA: images}
     return [
-        write_set(folder / f"set-{version}", version, extra=extra, cameras={CAMERA: "image"}) for version in ("v2.1", "v3.0")
+        write_set(folder / f"set-{version}", version, episodes=2, extra=extra, cameras={CAMERA: "image"})
+        for version in ("v2.1", "v3.0")
     ]
 
 
@@ -182,37 +171,16 @@ def read_source(kind: str) -> Callable[[Path], Outcome]:
     return read
 
 
-def make_wire(folder: Path) -> list[Path]:
-    import msgpack
-
-    from spvla.wire import encode_array
-
-    folder.mkdir(parents=True, exist_ok=True)
-    observation = {
-        "images": {"main": np.zeros((8, 8, 3), np.uint8), "wrist": {"__image__": True, "format": "png", "data": picture(0)}},
-        "state": np.arange(8, dtype=np.float32),
-        "instruction": "stack the cups",
-    }
-    payloads = {"hello": {"version": 1}, "episode_start": {"task": {"name": "a"}}, "observation": observation}
-    for name, payload in payloads.items():
-        (folder / name).mkdir()
-        message = {"type": name, "payload": payload, "seq": 1, "timestamp": 0.5}
-        (folder / name / "message.msgpack").write_bytes(msgpack.packb(message, default=encode_array))
-    return [folder / name for name in payloads]
-
-
-def read_wire(folder: Path) -> Outcome:
-    from spvla.serve.messages import decode, parse
-
-    content = decode((folder / "message.msgpack").read_bytes())
-    return Outcome(digest(parse(content), content))
-
-
 KINDS: dict[str, Kind] = {
-    "exports": Kind(make_exports, read_export, lambda file: file.suffix == ".safetensors"),
-    "stores": Kind(make_stores, read_store, lambda file: file.suffix == ".parquet"),
-    "openvla": Kind(make_openvla, read_openvla),
-    "lerobot": Kind(make_lerobot, read_source("lerobot")),
-    "rlds": Kind(make_rlds, read_source("rlds"), lambda file: ".tfrecord" in file.name),
-    "wire": Kind(make_wire, read_wire),
+    "exports": Kind(make_exports, read_export, 0.4, lambda file: file.suffix == ".safetensors"),
+    "stores": Kind(make_stores, read_store, 0.25, lambda file: file.suffix == ".parquet"),
+    "openvla": Kind(make_openvla, read_openvla, 0.08),
+    "lerobot": Kind(make_lerobot, read_source("lerobot"), 0.12),
+    "rlds": Kind(make_rlds, read_source("rlds"), 0.1, lambda file: ".tfrecord" in file.name),
+    "to the server": Kind(wire.make_requests, wire.read_request),
+    "from a vla-eval server": Kind(wire.make_answers("vla-eval"), wire.read_answers("vla-eval")),
+    "from an openpi server": Kind(wire.make_answers("openpi"), wire.read_answers("openpi")),
+    "openvla_oft": Kind(make_openvla_oft, read_openvla_oft, 0.05),  # last: the number of a kind is part of its seeds
 }
+FILES = [name for name, kind in KINDS.items() if kind.share]
+MESSAGES = [name for name, kind in KINDS.items() if not kind.share]

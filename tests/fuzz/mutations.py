@@ -1,4 +1,4 @@
-"""Ways to damage a folder: any file's bytes, a hostile value in JSON, Parquet, safetensors and TFRecord rewritten whole."""
+"""Ways to damage a folder: any file's bytes; a hostile value in JSON, msgpack, Parquet, safetensors and TFRecord."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+MESSAGE = ".msgpack"
 
 DEEP = "@@deep@@"  # stands for a list nested 100,000 deep: no encoder writes one
 DIGITS = "@@digits@@"  # for an integer of 10,000 digits
@@ -48,7 +51,7 @@ def damage(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
         if content is not None:
             replace(file, content)
             return file, how
-    if rng.random() < 0.25:
+    if file.suffix != MESSAGE and rng.random() < 0.25:
         return file, special(file, files, rng)
     content, how = scramble(file.read_bytes(), rng)
     replace(file, content)
@@ -115,8 +118,8 @@ def _places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key, entry in entries for place in ((*here, key), *_places(entry, (*here, key)))]
 
 
-def hostile_json(value: Any, rng: np.random.Generator) -> tuple[str, str]:
-    """A JSON value with one entry changed, as text. Shallow entries are as likely as the many deep ones."""
+def change_entry(value: Any, rng: np.random.Generator) -> str:
+    """Change one entry of nested maps and lists in place. Shallow ones are as likely as the many deep ones. Returns how."""
     by_depth: dict[int, list[tuple[Any, ...]]] = {}
     for place in _places(value):
         by_depth.setdefault(len(place), []).append(place)
@@ -138,9 +141,15 @@ def hostile_json(value: Any, rng: np.random.Generator) -> tuple[str, str]:
     else:
         parent[last] = HOSTILE[rng.integers(len(HOSTILE))]
         how = f"{str(parent[last])[:20]!r}"
+    return f"{'.'.join(map(str, (*way, last)))[:80]}: {how}"
+
+
+def hostile_json(value: Any, rng: np.random.Generator) -> tuple[str, str]:
+    """A JSON value with one entry changed, as text."""
+    how = change_entry(value, rng)
     text = json.dumps(value)
     text = text.replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).replace(f'"{DIGITS}"', "9" * 10_000)
-    return text, f"{'.'.join(map(str, (*way, last)))[:80]}: {how}"
+    return text, how
 
 
 def json_file(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
@@ -154,6 +163,25 @@ def json_lines(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     text, how = hostile_json(json.loads(lines[k]), rng)
     lines[k] = text.encode("utf-8", "surrogatepass")
     return b"\n".join(lines) + b"\n", f"line {k}: {how}"
+
+
+def message(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
+    """A msgpack map with one entry changed, or with more in its place than its bytes let expect."""
+    content = msgpack.unpackb(data, strict_map_key=False)
+    how = change_entry(content, rng)
+    packed = msgpack.packb(content, unicode_errors="surrogatepass")
+    deep, digits = (msgpack.packb(mark) for mark in (DEEP, DIGITS))
+    if deep in packed:
+        ways = {
+            "nested": b"\x91" * 100_000 + b"\xc0",
+            "a claim": b"\xdd\xff\xff\xff\xff",
+            "claims in claims": b"\xdd\x00\x0f\xff\xff" * 1000 + bytes(2**20),
+            "empty lists": b"\xdd\x00\x10\x00\x00" + b"\x90" * 2**20,
+            "empty lists in lists": b"\xdc\x00\x64" + (b"\xdc\x27\x10" + b"\x90" * 10_000) * 100,
+        }
+        way = list(ways)[rng.integers(len(ways))]
+        packed, how = packed.replace(deep, ways[way]), f"{how} {way}"
+    return packed.replace(digits, b"\xcf" + b"\xff" * 8), how
 
 
 def safetensors(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
@@ -256,4 +284,5 @@ BY_SUFFIX: dict[str, Callable[[bytes, np.random.Generator], tuple[bytes, str]]] 
     ".jsonl": json_lines,
     ".parquet": parquet,
     ".safetensors": safetensors,
+    MESSAGE: message,
 }

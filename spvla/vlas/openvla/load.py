@@ -65,6 +65,22 @@ def from_pretrained(
     if extra is not None:
         config = replace(config, norm_stats=with_adapter_statistics(config.norm_stats, folder, extra, unnorm_key))
         require_same_inputs(folder, extra)
+    model = load_model(folder, config, torch.device(device), dtype, unnorm_key, conventions, control_rate)
+    if extra is not None:
+        load_adapter(model, extra, merge_adapter)
+    return OpenVLA(model.eval(), selector)
+
+
+def load_model(
+    folder: Path,
+    config: OpenVLAConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    unnorm_key: str | None,
+    conventions: Conventions | str | None,
+    control_rate: float | None,
+) -> OpenVLAModel:
+    """The network of a checkpoint's folder with its tokenizer and weights; arguments, errors as :func:`from_pretrained`'s."""
     with naming(folder):
         ActionStatistics.find(config.norm_stats, unnorm_key)
     files = weight_files(folder)
@@ -76,10 +92,8 @@ def from_pretrained(
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= (rows := model.language_model.config.vocab_size):
         raise InputError(f"{folder / 'tokenizer.json'}: has token id {largest}, but config.json's vocabulary has {rows} ids")
-    load_tensors(model, files, torch.device(device), dtype)
-    if extra is not None:
-        load_adapter(model, extra, merge_adapter)
-    return OpenVLA(model.eval(), selector)
+    load_tensors(model, files, device, dtype)
+    return model
 
 
 def load(

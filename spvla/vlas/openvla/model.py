@@ -18,7 +18,7 @@ from spvla.pruning.attention import attention_received
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.vlas.openvla.config import SPACE_TOKEN, OpenVLAConfig, llama_config
 from spvla.vlas.openvla.statistics import ActionStatistics
-from spvla.vlas.vision import VisionTransformer
+from spvla.vlas.vision import Modulation, VisionTransformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,14 +39,16 @@ class VisionBackbone(nn.Module):
         self.encoders: list[VisionTransformer] = list(self.children())  # type: ignore[arg-type]
         self.width = sum(vit.embed_dim for vit in encoders)
 
-    def forward(self, pixels: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, patches: Tensor | None = None, film: Sequence[Sequence[Modulation]] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3 x encoders, S, S) to patch features (B, N, C) and the scoring block's input (B, N, C_last).
 
-        ``patches`` (B, M): the encoders see these alone, and N is M.
+        ``patches`` (B, M): the encoders see these alone, and N is M. ``film``: each encoder's scale and shift by block.
         """
         features = []
-        for encoder, images in zip(self.encoders, pixels.split(3, dim=1), strict=True):
-            out, score_input = encoder(images, patches)
+        for i, (encoder, images) in enumerate(zip(self.encoders, pixels.split(3, dim=1), strict=True)):
+            out, score_input = encoder(images, patches, None if film is None else film[i])
             features.append(out)
         return torch.cat(features, dim=-1), score_input
 
@@ -151,8 +153,12 @@ class OpenVLAModel(nn.Module):
         self._space = statistics.action_space(self.conventions, self.control_rate)
         self.statistics = statistics
 
-    def tokenize(self, instruction: str) -> list[int]:
+    def tokenize(self, instruction: str, visual: int | None = None, others: int | None = None) -> list[int]:
         """Token ids of the prompt for ``instruction``.
+
+        Args:
+            instruction: a sentence.
+            visual, others: visual tokens and other ones that share the context; None: one image's, and one action's.
 
         Raises:
             InputError: it is empty, or leaves no room for visual and action tokens in the context.
@@ -166,11 +172,13 @@ class OpenVLAModel(nn.Module):
             ids = [self.bos, *ids]
         if self.config.append_space_token and ids[-1] != SPACE_TOKEN:
             ids.append(SPACE_TOKEN)
-        room = self.context - self.config.grid**2 - self.action_space.dim
+        visual = self.config.grid**2 if visual is None else visual
+        others = self.action_space.dim if others is None else others
+        room = self.context - visual - others
         if len(ids) > room:
             raise InputError(
                 f"instruction: its prompt has {len(ids)} tokens, the context of {self.context} leaves room for {room} "
-                f"beside {self.config.grid**2} visual and {self.action_space.dim} action tokens"
+                f"beside {visual} visual and {others} action tokens"
             )
         return ids
 

@@ -17,7 +17,7 @@ from spvla.pruning.selector import TokenSelector
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import UInt8Array
 from spvla.vlas.openvla.images import resized, standardized
-from spvla.vlas.openvla.model import OpenVLAModel
+from spvla.vlas.openvla.model import OpenVLAModel, VisionBackbone
 
 PRUNING_STAGES = ("queries_keys", "score", "contours", "selection")  # in ``timings`` where tokens are pruned
 
@@ -109,27 +109,11 @@ class OpenVLA:
     @property
     def backend(self) -> dict[str, str]:
         """``device``, ``dtype`` and ``attention`` (kernels that torch may choose from), for reports of timing."""
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        kernels = "CPU"
-        if device.type == "cuda":
-            allowed = {
-                "flash": torch.backends.cuda.flash_sdp_enabled(),
-                "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-                "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
-                "math": torch.backends.cuda.math_sdp_enabled(),
-            }
-            kernels = ", ".join(kernel for kernel, on in allowed.items() if on)
-        llama = self.model.language_model.config._attn_implementation
-        attention = f"encoders: torch sdpa ({kernels}); language model: transformers {llama} ({kernels})"
-        return {"device": name, "dtype": str(self.model.dtype).removeprefix("torch."), "attention": attention}
+        return backend(self.model)
 
     @torch.inference_mode()
     def _predict(self, observations: Sequence[Observation], prompts: Sequence[list[int]], keep_mass: float) -> list[VLAOutput]:
-        if not 0 < keep_mass <= 1:
-            raise InputError(f"keep_mass must lie in (0, 1], got {keep_mass}")
-        if keep_mass < 1 and self.selector is None:
-            raise InputError(f"keep_mass is {keep_mass}, but this model was given no selector")
+        check_keep(keep_mass, self.selector)
         model, selector = self.model, self.selector
         space, statistics = model.action_space, model.statistics
         assert statistics is not None
@@ -143,7 +127,9 @@ class OpenVLA:
         total = features.shape[1]
         keep = [torch.arange(total, device=model.device)] * len(images)
         if keep_mass < 1 and selector is not None:
-            keep = self._select(selector, score_input, [views[-1] for views in images], keep_mass, clock)
+            keep = select_tokens(
+                model.vision_backbone, selector, score_input, [views[-1] for views in images], keep_mass, clock
+            )
             features = torch.cat([f[k] for f, k in zip(features, keep, strict=True)])  # (sum of K, C)
             clock.lap("selection")
         visual = model.projector(features.flatten(0, -2)).split([len(k) for k in keep])  # B x (K, H)
@@ -176,16 +162,48 @@ class OpenVLA:
             for i in range(len(images))
         ]
 
-    def _select(
-        self, selector: TokenSelector, score_input: Tensor, images: Sequence[UInt8Array], keep_mass: float, clock: Stopwatch
-    ) -> list[Tensor]:
-        """The selector's choice for each image, as the last encoder sees it: B x (K,), ascending."""
-        q, k = self.model.vision_backbone.queries_keys(score_input)  # (B, nh, N, hs)
-        clock.lap("queries_keys")
-        scores = selector.scores(q, k, images).cpu().numpy()  # (B, N)
-        clock.lap("score")
-        contours = [selector.contour_mask(image, scores.shape[1]) for image in images]  # B x (N,)
-        clock.lap("contours")
-        keep = [selector.choose(s, c, keep_mass) for s, c in zip(scores, contours, strict=True)]
-        assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
-        return [torch.from_numpy(k).to(self.model.device) for k in keep]
+
+def select_tokens(
+    backbone: VisionBackbone,
+    selector: TokenSelector,
+    score_input: Tensor,
+    images: Sequence[UInt8Array],
+    keep_mass: float,
+    clock: Stopwatch,
+) -> list[Tensor]:
+    """The selector's choice for each of B images, as the last encoder sees it: B x (K,), ascending."""
+    q, k = backbone.queries_keys(score_input)  # (B, nh, N, hs)
+    clock.lap("queries_keys")
+    scores = selector.scores(q, k, images).cpu().numpy()  # (B, N)
+    clock.lap("score")
+    contours = [selector.contour_mask(image, scores.shape[1]) for image in images]  # B x (N,)
+    clock.lap("contours")
+    keep = [selector.choose(s, c, keep_mass) for s, c in zip(scores, contours, strict=True)]
+    assert all((np.diff(k) > 0).all() for k in keep), "visual tokens out of order"
+    return [torch.from_numpy(k).to(score_input.device) for k in keep]
+
+
+def check_keep(keep_mass: float, selector: TokenSelector | None) -> None:
+    """Raise :class:`InputError` for a ``keep_mass`` outside (0, 1], or below 1 without a selector."""
+    if not 0 < keep_mass <= 1:
+        raise InputError(f"keep_mass must lie in (0, 1], got {keep_mass}")
+    if keep_mass < 1 and selector is None:
+        raise InputError(f"keep_mass is {keep_mass}, but this model was given no selector")
+
+
+def backend(model: OpenVLAModel) -> dict[str, str]:
+    """``device``, ``dtype`` and ``attention`` (kernels that torch may choose from), for reports of timing."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    kernels = "CPU"
+    if device.type == "cuda":
+        allowed = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        kernels = ", ".join(kernel for kernel, on in allowed.items() if on)
+    llama = model.language_model.config._attn_implementation
+    attention = f"encoders: torch sdpa ({kernels}); language model: transformers {llama} ({kernels})"
+    return {"device": name, "dtype": str(model.dtype).removeprefix("torch."), "attention": attention}
