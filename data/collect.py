@@ -29,6 +29,7 @@ from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import locked
+from spvla.gates.live import LiveGate
 from spvla.steps import episode_stats
 from spvla.store import Episode, RolloutWriter, finalize
 from spvla.vlas.registry import VLASource, weights_stamp
@@ -54,6 +55,7 @@ class Collecting(Setting):
     shuffle: bool = False
     weights: str | None = None
     real_time: RealTime | None = None
+    label: bool = True
 
     def check(self) -> None:
         """Raise :class:`InputError` for options that need another option that is missing."""
@@ -66,6 +68,11 @@ class Collecting(Setting):
             apart = {"noise": self.noise, "student": self.student, "images": self.images, "shadow": self.shadow}
             for name in (name for name, value in apart.items() if value):
                 raise InputError(f"{name}: cannot be joined with real_time", field=name)
+        if not self.label:
+            if self.export is None:
+                raise InputError("label: applies only to an accelerated policy; give --export too", field="label")
+            for name in (name for name in ("noise", "student", "shadow") if getattr(self, name)):
+                raise InputError(f"{name}: needs the teacher's labels; leave out --label false", field=name)
         if self.student_checkpoint is not None and self.student is None:
             raise InputError("student_checkpoint: give --student too", field="student_checkpoint")
 
@@ -94,7 +101,8 @@ class Collector:
         self.setting = setting
         self.vla = setting.source.load()
         perturbed = bool(setting.noise) or setting.student is not None
-        self.teacher = setting.source.second(self.vla) if perturbed or setting.export is not None else None
+        labelled = perturbed or (setting.export is not None and setting.label)
+        self.teacher = setting.source.second(self.vla) if labelled else None
         parts: dict[str, Any] = {"generator": "none"}
         if setting.export is not None:
             names = ("export", "risk", "generator", "gate", "max_generated_run", "shadow")
@@ -108,8 +116,24 @@ class Collector:
             self.student = Student(setting.student, setting.student_checkpoint, self.policy.space)
         self.output = output
 
-    def run(self, group: Group[Job]) -> Iterator[dict[str, Any]]:
-        """Play and store the episodes of a task; yields what they came to."""
+    @property
+    def live(self) -> bool:
+        """Whether all episodes are one deployment, which a live gate learns from."""
+        return isinstance(self.policy.gate, LiveGate)
+
+    def run(self, groups: Sequence[Group[Job]]) -> Iterator[dict[str, Any]]:
+        """Play and store the episodes of one task after another; yields what they came to."""
+        learned = self.output / ".live" / f"{self.setting.tag}.json"
+        if self.live and learned.exists():
+            self.policy.live.load(learned)
+        for group in groups:
+            for result in self._play(group):
+                if self.live:
+                    learned.parent.mkdir(parents=True, exist_ok=True)
+                    self.policy.live.save(learned)
+                yield result
+
+    def _play(self, group: Group[Job]) -> Iterator[dict[str, Any]]:
         setting, task = self.setting, group.task
         writer = RolloutWriter(self.output, self.policy.space, policy=setting.source.name)
         rendered = setting.images or self.student is not None
@@ -164,9 +188,9 @@ class Collector:
         return metadata
 
 
-def _load(setting: Collecting, output: Path) -> tuple[Any, tuple[str | None, ActionSpace]]:
+def _load(setting: Collecting, output: Path) -> tuple[Any, tuple[str | None, ActionSpace, bool]]:
     collector = Collector(setting, output)
-    return collector.run, (weights_stamp(collector.vla), collector.vla.action_space)
+    return collector.run, (weights_stamp(collector.vla), collector.vla.action_space, collector.live)
 
 
 def jobs_of(task: Task, states: Sequence[int], random_resets: int, count: int, setting: Collecting) -> list[Job]:
@@ -210,6 +234,7 @@ def collect(
     real_time: bool = False,
     vla_ms: NonNegativeFloat | None = None,
     mode: Literal["wait", "bridge"] = "bridge",
+    label: bool = True,
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
@@ -250,7 +275,9 @@ def collect(
             they act then.
         vla_ms: real time: milliseconds of a call of the VLA.
         mode: real time: bridge, the generator acts while the VLA thinks, or wait for it where it is asked.
-        workers: processes, one thread each.
+        label: with export, ask the teacher at every step. Otherwise the store has what a robot would know: the VLA's actions
+            where it was asked and, with a live gate, how probable that was.
+        workers: processes, one thread each. With a live gate all episodes are one deployment, in one process.
         seed: of resets and noise.
     """
     if vla_ms is not None and not real_time:
@@ -274,6 +301,7 @@ def collect(
         student_checkpoint=student_checkpoint,
         shuffle=shuffle,
         real_time=RealTime(vla_ms, mode=mode) if real_time else None,
+        label=label,
         seed=seed,
     )
     setting.check()
@@ -282,8 +310,8 @@ def collect(
         require_init_states(task, states[:count], init_states)
     from tqdm import tqdm
 
-    with locked(output), Workers[Group[Job], dict[str, Any], Any](partial(_load, setting, output), workers) as pool:
-        weights, space = pool.facts()
+    with locked(output), Workers[Sequence[Group[Job]], dict[str, Any], Any](partial(_load, setting, output), workers) as pool:
+        weights, space, live = pool.facts()
         setting = replace(setting, weights=weights)
         writer = RolloutWriter(output, space)
         by_task: list[list[Group[Job]]] = []
@@ -292,12 +320,13 @@ def collect(
             jobs = jobs_of(task, states, random_resets, count, setting)
             waiting = [job for job in jobs if not writer.finished(job.id)]
             total, left = total + len(jobs), left + len(waiting)
-            parts = parts_for(len(waiting), workers) if student is None else ceil(len(waiting) / ROUND)
-            by_task.append(split(task, waiting, parts))
+            pieces = 1 if live else parts_for(len(waiting), workers) if student is None else ceil(len(waiting) / ROUND)
+            by_task.append(split(task, waiting, pieces))
         groups = [group for parts in zip_longest(*by_task) for group in parts if group is not None]  # tasks in turn
         successes = 0
         with tqdm(total=total, initial=total - left, desc=f"collect {suite}", unit="episode") as bar:
-            for i, result in enumerate(pool.run(groups)):
+            work = [groups] if live and groups else [[group] for group in groups]
+            for i, result in enumerate(pool.run(work)):
                 successes += bool(result["success"])
                 bar.set_postfix(success=f"{successes / (i + 1):.0%}", calls=int(result["vla_calls"]))
                 bar.update()

@@ -82,6 +82,7 @@ def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
     episode.vla_actions = stack([o.actions[0] for o in outputs])
     episode.vla_confidence = stack([o.confidence for o in outputs])
     episode.vla_features = stack([o.features for o in outputs])
+    episode.vla_propensities = None
     return episode
 
 

@@ -159,7 +159,8 @@ def rollout(
         action: FloatArray, state: FloatArray, output: VLAOutput | None, source: Source, age: int | None = None
     ) -> bool:
         nonlocal nudged
-        record.add(action, state, output, source, age)
+        coin = policy.last_step.propensity if teacher is None else None  # a teacher labels whatever the coin says
+        record.add(action, state, output, source, age, coin)
         if isinstance(env, Privileged):
             privileged.append(env.environment_state())
         over = env.step(action)

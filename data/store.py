@@ -22,7 +22,7 @@ from spvla.errors import InputError
 from spvla.files import building, open_array, parse_object, read_json
 from spvla.history import Source
 from spvla.store import read_action_space, read_episode_table
-from spvla.store.columns import read_ages, read_parquet, read_sources, read_steps, read_vectors
+from spvla.store.columns import read_ages, read_parquet, read_propensities, read_sources, read_steps, read_vectors
 
 CACHE_VERSION = 1
 FLOAT_FIELDS = {
@@ -64,7 +64,8 @@ class RolloutStore:
             (N, S); ``sources`` uint8 (N,); ``start`` int64 (N,), first frame of the frame's episode; ``end``, one past its
             last; ``last_vla`` int64 (N,), the frame of the episode that the VLA had last answered about: the last earlier one
             in which it acted, an older one where its answers come late, -1 before the first; where the store has them
-            ``vla_confidence`` (N, D) and ``vla_features`` (N, F).
+            ``vla_confidence`` (N, D), ``vla_features`` (N, F), and ``propensities`` float32 (N,), the probability with which a
+            step was to get the teacher's action.
 
     Raises:
         InputError: naming file, field, episode and step for a NaN in what was executed, and for damaged files.
@@ -124,8 +125,20 @@ class RolloutStore:
 
     def unlabelled(self, frames: slice = slice(None)) -> bool:
         """Whether the generator acted in ``frames`` where the teacher did not say what it would have done."""
+        return bool(self._missing(frames).any())
+
+    def propensities(self, frames: slice) -> NDArray[np.float32] | None:
+        """Probability with which each of ``frames`` was to get the teacher's action, (T,). None where a generated one lacks it
+        for another reason than the coin, and where the store does not say."""
+        if "propensities" not in self.arrays:
+            return None
+        propensities: NDArray[np.float32] = self.arrays["propensities"][frames]
+        return None if (self._missing(frames) & (propensities >= 1)).any() else propensities
+
+    def _missing(self, frames: slice) -> NDArray[np.bool_]:
         generated = self.arrays["sources"][frames] == Source.GENERATOR
-        return bool(np.isnan(self.arrays["targets"][frames][generated]).any())
+        missing: NDArray[np.bool_] = generated & np.isnan(self.arrays["targets"][frames]).any(1)
+        return missing
 
     def _derive(self, cache: Path) -> None:
         """Write the arrays into ``cache``, whole or not at all."""
@@ -154,7 +167,7 @@ class RolloutStore:
         first, labelled = 0, False
         widths: dict[str, int] = {}
         for path in sorted((self.folder / "data").glob("*/*.parquet")):
-            table = read_parquet(path, [*FLOAT_FIELDS.values(), "action.source", "vla_age", "frame_index"])
+            table = read_parquet(path, [*FLOAT_FIELDS.values(), "action.source", "vla_age", "vla_propensity", "frame_index"])
             if first + table.num_rows > total:
                 raise InputError(f"{self.folder}: data holds more frames than meta/episodes claims ({total})")
             raw: dict[str, NDArray[np.float32]] = {}
@@ -189,6 +202,8 @@ class RolloutStore:
             }
             if (ages := read_ages(table, of_episode, str(path))) is not None:  # answers that came late
                 new["last_vla"] = np.where(ages > 0, steps - first - ages, -1)
+            if (propensities := read_propensities(table, str(path))) is not None:
+                new["propensities"] = propensities
             new["last_vla"] += np.where(new["last_vla"] >= 0, first, 0)
             new |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
             for name, value in new.items():

@@ -64,7 +64,7 @@ def split_at_words(episode: Episode, words: Words) -> list[Episode]:
 
 
 def _piece(episode: Episode, steps: slice, instruction: str, part: int) -> Episode:
-    columns = {name: getattr(episode, name) for name in (*VECTOR_COLUMNS, "sources")}
+    columns = {name: getattr(episode, name) for name in (*VECTOR_COLUMNS, "sources", "vla_propensities")}
     ages = episode.vla_ages
     if ages is not None:  # what the VLA said of the piece before is not known in this one
         ages = np.where(ages[steps] <= np.arange(steps.stop - steps.start), ages[steps], 0)

@@ -267,6 +267,7 @@ class SPVLAPolicy:
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         """Add the action to the history; return what happened in this step."""
+        propensity = self._propensity(judged, acted)
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
@@ -281,8 +282,19 @@ class SPVLAPolicy:
             keep_mass=acted.keep_mass,
             visual_tokens=None if acted.output is None else acted.output.visual_tokens,
             unavailable=acted.unavailable,
+            propensity=propensity,
             milliseconds=times,
         )
+
+    def _propensity(self, judged: Judged, acted: Acted) -> float | None:
+        """See :class:`~spvla.steps.StepInfo`. Where a proposal would be refused no coin decides; where the VLA could not be
+        asked, its action is not missing by chance."""
+        if not isinstance(self.gate, LiveGate):
+            return None
+        coin = judged.decision.propensity
+        if coin is None or judged.proposal is None or acted.unavailable is not None:
+            return 1.0
+        return coin if self.space.admissible(judged.proposal, self.history.last_action) else 1.0
 
     def _learn(self, judged: Judged, acted: Acted) -> None:
         """Tell a gate that learns how the step ended."""
@@ -304,7 +316,7 @@ class SPVLAPolicy:
             raise InputError("policy: call waited() only after the select_action() that was late")
         self.history.observe(state)
         self.history.act(np.array(action, np.float32), Source.HELD)
-        self.steps.append(StepInfo(Source.HELD, False, "waited"))
+        self.steps.append(StepInfo(Source.HELD, False, "waited", propensity=1.0 if isinstance(self.gate, LiveGate) else None))
 
     def finish(self, success: bool | None = None, **metadata: Any) -> None:
         """End the episode. Only a :class:`~spvla.recording.Recorder` has something to do then."""

@@ -254,6 +254,7 @@ class BridgePolicy(SPVLAPolicy):
         age = self.history.vla_age
         acted = self._act(judged, capture, times)
         step = replace(self._account(judged, acted, times), called_vla=asked, unavailable=unavailable, vla_age=age)
+        step = replace(step, propensity=None)  # whether an answer comes depends on more than a coin
         if acted.source == Source.HELD:
             self._still_since = self._step if self._still_since is None else self._still_since
         else:

@@ -34,6 +34,7 @@ class Record:
         outputs: the VLA's output at that step, or None where it was not asked.
         sources: who made the action.
         ages: of the VLA's last word, as :class:`~spvla.steps.StepInfo` has it.
+        propensities: of the VLA's output, likewise.
     """
 
     actions: list[FloatArray] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Record:
     outputs: list[VLAOutput | None] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     ages: list[int | None] = field(default_factory=list)
+    propensities: list[float | None] = field(default_factory=list)
 
     def add(
         self,
@@ -49,6 +51,7 @@ class Record:
         output: VLAOutput | None,
         source: Source,
         age: int | None = None,
+        propensity: float | None = None,
     ) -> None:
         """Append a step; arrays are copied."""
         self.actions.append(np.array(action, np.float32))
@@ -56,6 +59,7 @@ class Record:
         self.outputs.append(output)
         self.sources.append(source)
         self.ages.append(age)
+        self.propensities.append(propensity)
 
     def episode(self, space: ActionSpace) -> Episode:
         """The steps so far as an episode in ``space``, its instruction empty. Where the VLA was not asked its rows are NaN."""
@@ -67,6 +71,7 @@ class Record:
             states=_rows(self.states),
             sources=np.array(self.sources, np.uint8),
             vla_ages=None if None in self.ages else np.array(self.ages, np.int64),
+            vla_propensities=None if None in self.propensities else np.array(self.propensities, np.float32),
             vla_actions=_rows([None if o is None else o.actions[0] for o in outputs]),
             vla_confidence=_rows([None if o is None else o.confidence for o in outputs]),
             vla_features=_rows([None if o is None else o.features for o in outputs]),
@@ -137,7 +142,7 @@ class Recorder:
 
     def _add(self, record: Record, action: FloatArray, state: NDArray[np.floating] | None) -> None:
         step = self.policy.last_step
-        record.add(action, state, self.policy.last_output, step.source, step.vla_age)
+        record.add(action, state, self.policy.last_output, step.source, step.vla_age, step.propensity)
         for asked, output in self.policy.arrived if isinstance(self.policy, BridgePolicy) else ():
             record.outputs[asked] = output
 
@@ -160,7 +165,8 @@ class Recorder:
     def waited(self, action: FloatArray, state: NDArray[np.floating] | None = None) -> None:
         """See :meth:`SPVLAPolicy.waited`."""
         self.policy.waited(action, state)
-        self._record.add(action, state, None, self.policy.last_step.source)
+        step = self.policy.last_step
+        self._record.add(action, state, None, step.source, propensity=step.propensity)
 
     def finish(self, success: bool | None = None, **metadata: Any) -> None:
         """Close the episode and write it, with whether it succeeded and other facts about it."""

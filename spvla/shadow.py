@@ -35,7 +35,7 @@ class ShadowPolicy(SPVLAPolicy):
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         previous = self.history.last_action
-        step = super()._account(judged, acted, times)
+        step = replace(super()._account(judged, acted, times), propensity=None)
         if judged.skips:
             self.history.credit(Source.GENERATOR)
         if acted.output is None or judged.proposal is None or previous is None:

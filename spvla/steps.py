@@ -29,6 +29,9 @@ class StepInfo:
         unavailable: why the VLA could not be asked, or None; the action is then the safe one.
         vla_age: control steps since the state that the VLA had last answered about, 0 before its first answer; None where its
             answers come in the step in which it is asked.
+        propensity: with a live gate, the probability with which the VLA was to be asked in this step, given everything before:
+            that of an audit where the generator may act, whatever the coin said, else 1. None with other gates, and where
+            answers come late.
         milliseconds: wall clock by stage: ``capture`` (of a callable observation), ``scheduling`` (generator and gate),
             ``vla``, the VLA's own stages as ``vla/<stage>``, ``unavailable`` (asking in vain), ``total``.
     """
@@ -45,6 +48,7 @@ class StepInfo:
     visual_tokens: tuple[int, int] | None = None
     unavailable: str | None = None
     vla_age: int | None = None
+    propensity: float | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -23,6 +23,8 @@ from spvla.generators.learned import LearnedGenerator
 from spvla.history import Source
 from train.datamodules import RolloutData, teacher_changes
 
+Judged = tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float32] | None]  # an episode's thresholds, deviations, coins
+
 
 def calibration_curve(
     data: RolloutData, generator: ActionGenerator, gate: ActionTypeClassifier, tolerance: float, limits: ActionSpace
@@ -31,25 +33,26 @@ def calibration_curve(
 
     A step in an unfamiliar state, or whose proposal the ``limits`` that will act refuse, is the VLA's: it adds to neither risk
     nor coverage. Teacher rollouts and the rollouts of accelerated policies at each risk are separate pools, since they
-    visit different states, and the bound holds in the worst of them. Episodes in which the generator acted without the
-    teacher's label say nothing about those steps and are left out.
+    visit different states, and the bound holds in the worst of them. Where the generator acted without the teacher's label,
+    the steps that a coin chose for a label stand for the others; without a coin such episodes are left out.
     """
-    pools: dict[tuple[Any, ...], tuple[list[NDArray[np.float64]], list[NDArray[np.bool_]]]] = {}
+    pools: dict[tuple[Any, ...], list[Judged]] = {}
     facts = {first: (store, info) for store, first, info in data.windows.episodes}
     unlabelled = 0
     for first, length in data.split.calibration:
         store, info = facts[first]
         frames = slice(info.start, info.start + length)
-        if data.windows.stores[store].unlabelled(frames):
+        propensities = data.windows.stores[store].propensities(frames)
+        if propensities is None and data.windows.stores[store].unlabelled(frames):
             unlabelled += 1
             continue
-        p, deviates = judge_episode(data, generator, gate, first, length, tolerance, limits)
+        judged = judge_episode(data, generator, gate, first, length, tolerance, limits)
         metadata = info.metadata
         generated = data.windows.stores[store].arrays["sources"][frames] == Source.GENERATOR
-        accelerated = bool(metadata.get("accelerated")) or bool(generated.any())
-        pool = pools.setdefault((accelerated, store, metadata.get("risk") or 0.0) if accelerated else (False,), ([], []))
-        pool[0].append(p)
-        pool[1].append(deviates)
+        coin = propensities is not None
+        accelerated = bool(metadata.get("accelerated")) or coin or bool(generated.any())
+        key = (accelerated, store, metadata.get("risk") or 0.0, coin) if accelerated else (False,)
+        pools.setdefault(key, []).append((*judged, propensities))
     if unlabelled:
         what = (
             f"{unlabelled} of {len(data.split.calibration)} calibration episodes have generated steps without the VLA's label"
@@ -58,8 +61,12 @@ def calibration_curve(
         if not pools:
             raise InputError(f"calibration: {what}; {advice}")
         print(f"{what} and are left out; {advice}")
-    thresholds = quantile_grid([p for pool in pools.values() for p in pool[0]])
-    return worst_of([calibrate(*pools[k], thresholds) for k in sorted(pools)])
+    thresholds = quantile_grid([p for pool in pools.values() for p, *_ in pool])
+    curves = []
+    for key in sorted(pools):
+        p, deviates, chances = zip(*pools[key], strict=True)
+        curves.append(calibrate(p, deviates, thresholds, None if chances[0] is None else chances))
+    return worst_of(curves)
 
 
 def judge_episode(
@@ -72,12 +79,15 @@ def judge_episode(
     limits: ActionSpace,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Per step of an episode: the lowest threshold at which the generator acts (infinite where the VLA acts at any, and where
-    it was not asked), and whether the generator's proposal deviates, (T,) each."""
+    nobody acted), and whether the generator's proposal is known to deviate, (T,) each."""
     batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
     proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
     threshold = judge(gate, limits, batch.window, proposals).lowest_threshold
     known = batch.valid[:, 0] > 0
-    threshold[~known] = np.inf
+    at = int(np.searchsorted(data.windows.offsets, first, side="right")) - 1
+    start = first - int(data.windows.offsets[at])
+    generated = data.windows.stores[at].arrays["sources"][start : start + length] == Source.GENERATOR
+    threshold[~known & ~generated] = np.inf
     return threshold, data.space.deviation(proposals, batch.targets[:, 0], tolerance) & known
 
 

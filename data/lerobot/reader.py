@@ -31,11 +31,11 @@ from spvla.errors import InputError
 from spvla.files import parse_object
 from spvla.images import open_image
 from spvla.store import VECTOR_COLUMNS, Episode, read_action_space
-from spvla.store.columns import read_ages, read_sources, read_vectors
+from spvla.store.columns import read_ages, read_propensities, read_sources, read_vectors
 
 EPISODES_PER_PART = 16
 LABELS = tuple(name for name in VECTOR_COLUMNS if name not in ("actions", "states"))
-LABEL_COLUMNS = (*(VECTOR_COLUMNS[name] for name in LABELS), "action.source", "vla_age")
+LABEL_COLUMNS = (*(VECTOR_COLUMNS[name] for name in LABELS), "action.source", "vla_age", "vla_propensity")
 
 
 class LerobotSource:
@@ -161,6 +161,7 @@ class LerobotSource:
                         setattr(out, name, read_vectors(table, VECTOR_COLUMNS[name], file))
                 out.sources = read_sources(table, file)
                 out.vla_ages = read_ages(table, np.arange(table.num_rows), file)
+                out.vla_propensities = read_propensities(table, file)
                 out.check(self.space, file)
             except InputError as error:
                 return Problem(file, str(error).removeprefix(f"{file}: "), row.number)

@@ -27,6 +27,7 @@ class Decision:
             every gate to its limits, whether or not the gate has checked them.
         audit: the VLA is asked even so, and the gate hears its answer: a silent audit, of which only the answer counts.
         threshold: the largest probability at which the gate labels a step intuitive now, or None for rules.
+        propensity: probability with which the VLA is asked in this step, where a coin decided; None: no coin did.
     """
 
     intuitive: bool
@@ -35,11 +36,12 @@ class Decision:
     refused: bool = False
     audit: bool = False
     threshold: float | None = None
+    propensity: float | None = None
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each but for the one threshold."""
+    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each; the last two are one for all."""
 
     intuitive: NDArray[np.bool_]
     reason: NDArray[np.str_]
@@ -47,6 +49,7 @@ class Decisions:
     refused: NDArray[np.bool_] | None = None
     audit: NDArray[np.bool_] | None = None
     threshold: float | None = None
+    propensity: float | None = None
 
     def __getitem__(self, step: int) -> Decision:
         """The label of one step."""
@@ -57,6 +60,7 @@ class Decisions:
             self.refused is not None and bool(self.refused[step]),
             self.audit is not None and bool(self.audit[step]),
             self.threshold,
+            self.propensity,
         )
 
 

@@ -2,7 +2,8 @@
 
 Risk is the expected share of an episode's steps that are generated *and* deviate from the teacher. It never falls as the
 threshold rises, so for n exchangeable calibration episodes with mean loss R(threshold), the largest threshold with
-(n R + 1) / (n + 1) <= risk keeps the expected risk of a new episode below it.
+(n R + 1) / (n + 1) <= risk keeps the expected risk of a new episode below it. Where a coin decided which generated steps were
+labelled, :mod:`spvla.gates.audited` has what takes the place of R and 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.gates.audited import audited_risk
 
 GRID = 512
 
@@ -29,7 +31,8 @@ class Calibration:
         risk: conformal upper bound of the risk at each, non-decreasing.
         coverage: share of steps that are generated at each (mean over episodes); refused proposals are the VLA's steps.
         deviating: share of the generated steps that deviate at each.
-        episodes: calibration episodes, the smallest number over the pools that were combined.
+        episodes: calibration episodes, the smallest number over the pools that were combined. Of episodes labelled by audits
+            it is the number of fully labelled ones that allow as small a risk.
     """
 
     thresholds: tuple[float, ...]
@@ -85,15 +88,19 @@ class Calibration:
 
 
 def calibrate(
-    probability: Sequence[ArrayLike], deviates: Sequence[ArrayLike], thresholds: NDArray[np.float64] | None = None
+    probability: Sequence[ArrayLike],
+    deviates: Sequence[ArrayLike],
+    thresholds: NDArray[np.float64] | None = None,
+    propensities: Sequence[ArrayLike] | None = None,
 ) -> Calibration:
     """The risk curve of a classifier over calibration episodes.
 
     Args:
         probability: per episode, the classifier's probability of deviating at each step, (T_i,); infinity where the VLA acts
             whatever the threshold: at the first step, in an unfamiliar state, where the proposal is refused.
-        deviates: per episode, whether the proposal deviated from the teacher, (T_i,).
+        deviates: per episode, whether the proposal deviated from the teacher, (T_i,); False where the teacher did not say.
         thresholds: where to evaluate the curve; by default quantiles of the probabilities.
+        propensities: per episode, the probability with which the teacher was to say at each step, (T_i,); None: it always did.
     """
     n = len(probability)
     if n == 0:
@@ -112,13 +119,18 @@ def calibrate(
         return np.concatenate([[0.0], np.cumsum(values[order])])[at]
 
     loss, coverage = up_to(weight * bad), up_to(weight)
-    count, wrong = up_to(np.ones_like(p)), up_to(bad.astype(np.float64))
+    risk, episodes, stands_for = (n * loss + 1) / (n + 1), n, np.ones_like(p)
+    if propensities is not None:
+        risk, smallest = audited_risk(probability, deviates, propensities, thresholds)
+        episodes = max(1, int(1 / smallest - 1 + 1e-9))
+        stands_for = 1 / np.concatenate([np.asarray(x, np.float64) for x in propensities])
+    count, wrong = up_to(np.ones_like(p)), up_to(stands_for * bad)
     return Calibration(
         thresholds=tuple(thresholds.tolist()),
-        risk=tuple(((n * loss + 1) / (n + 1)).tolist()),
+        risk=tuple(risk.tolist()),
         coverage=tuple(coverage.tolist()),
         deviating=tuple((wrong / np.maximum(count, 1)).tolist()),
-        episodes=n,
+        episodes=episodes,
     )
 
 

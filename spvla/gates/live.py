@@ -204,14 +204,18 @@ class LiveGate:
         if not inner.intuitive[0] or (inner.refused is not None and inner.refused[0]):
             return inner
         threshold, intuitive, reason, audit = self.state.threshold, inner.intuitive, inner.reason, None
+        propensity = None
         if self.score(None if inner.probability is None else float(inner.probability[0])) >= threshold:
             intuitive = NO
         elif self._disagree():
             intuitive, reason = NO, DISAGREED
-        elif self._coin:
-            self._audited = True
-            intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
-        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, self._probability_at(threshold))
+        else:
+            propensity = self.options.audit
+            if self._coin:
+                self._audited = True
+                intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
+        limit = self._probability_at(threshold)
+        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity)
 
     def _disagree(self) -> bool:
         """Whether the VLA's last answer was off its proposal: found out when it matters, and once."""

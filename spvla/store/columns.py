@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spvla.errors import InputError
-from spvla.store.episode import require_ages, require_sources
+from spvla.store.episode import require_ages, require_propensities, require_sources
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -83,6 +83,15 @@ def read_ages(table: pa.Table, steps: NDArray[np.int64], what: str) -> NDArray[n
     ages = np.asarray(read_column(table, "vla_age", what, pa.types.is_integer, "integers").to_numpy(), np.int64)
     require_ages(ages, steps, f"{what}: vla_age")
     return ages
+
+
+def read_propensities(table: pa.Table, what: str) -> NDArray[np.float32] | None:
+    """The column ``vla_propensity`` as float32 (T,), None where there is none. Errors as for :func:`read_sources`."""
+    if "vla_propensity" not in table.column_names:
+        return None
+    column = read_column(table, "vla_propensity", what, pa.types.is_floating, "numbers").to_numpy()
+    require_propensities(column, f"{what}: vla_propensity")
+    return np.asarray(column, np.float32)
 
 
 def read_steps(table: pa.Table, what: str) -> NDArray[np.int64]:

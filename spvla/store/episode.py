@@ -39,6 +39,9 @@ class Episode:
         vla_features: its pooled features, (T, F), or None.
         vla_ages: control steps from the state that the VLA had last answered about to each step, int64 (T,), 0 before its first
             answer; None where it answers in the step in which it is asked, so that ``sources`` say it.
+        vla_propensities: probability with which each step was to get the teacher's action, given everything before it, float32
+            (T,): 1 where the VLA was asked in any case, less where a coin decided, whatever it said; None where no coin
+            decides (see :class:`~spvla.gates.live.LiveGate`).
         environment_states: privileged simulator state, (T, E), or None; never an input of generators and gates.
         images: per camera, T encoded images (JPEG or PNG bytes).
         success: whether the task was solved, or None if unknown.
@@ -54,6 +57,7 @@ class Episode:
     vla_confidence: FloatArray | None = None
     vla_features: FloatArray | None = None
     vla_ages: NDArray[np.int64] | None = None
+    vla_propensities: NDArray[np.float32] | None = None
     environment_states: FloatArray | None = None
     images: dict[str, Sequence[bytes]] = field(default_factory=dict)
     success: bool | None = None
@@ -93,6 +97,10 @@ class Episode:
             if self.vla_ages.shape != (steps,):
                 raise InputError(f"{what}: vla_ages has shape {self.vla_ages.shape}, expected ({steps},)")
             require_ages(self.vla_ages, np.arange(steps), f"{what}: vla_ages")
+        if self.vla_propensities is not None:
+            if self.vla_propensities.shape != (steps,):
+                raise InputError(f"{what}: vla_propensities has shape {self.vla_propensities.shape}, expected ({steps},)")
+            require_propensities(self.vla_propensities, f"{what}: vla_propensities")
         for camera, frames in self.images.items():
             if len(frames) != steps:
                 raise InputError(f"{what}: camera {camera!r} has {len(frames)} images for {steps} steps")
@@ -104,6 +112,15 @@ def require_ages(ages: NDArray[np.integer], steps: NDArray[np.integer], what: st
     if bad.any():
         k = int(bad.argmax())
         raise InputError(f"{what} is {ages[k]} at step {steps[k]}, expected 0 to {steps[k]}", code="damaged", field="vla_age")
+
+
+def require_propensities(propensities: NDArray[np.floating], what: str) -> None:
+    """Raise :class:`InputError` naming ``what`` unless each (N,) lies in (0, 1]."""
+    bad = ~((propensities > 0) & (propensities <= 1))
+    if bad.any():
+        k = int(bad.argmax())
+        told = f"{what} is {propensities[k]:g} at step {k}, expected more than 0 and at most 1"
+        raise InputError(told, code="damaged", field="vla_propensity")
 
 
 def require_sources(sources: NDArray[np.integer], what: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.files import inside, parse_object, read_json
-from spvla.store.columns import read_ages, read_column, read_parquet, read_sources, read_vectors
+from spvla.store.columns import read_ages, read_column, read_parquet, read_propensities, read_sources, read_vectors
 from spvla.store.episode import VECTOR_COLUMNS, Episode
 from spvla.store.lerobot_v3 import DATA_PATH
 
@@ -65,6 +65,7 @@ def read_episodes(folder: str | Path) -> Iterator[Episode]:
             timestamps=times.to_numpy().astype(np.float64),
             sources=read_sources(part, what),
             vla_ages=read_ages(part, np.arange(part.num_rows), what),
+            vla_propensities=read_propensities(part, what),
             images=images,
             success=row["success"],
             metadata=parse_object(row["metadata"], f"{what}: metadata"),

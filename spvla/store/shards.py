@@ -38,6 +38,8 @@ def to_table(episode: Episode) -> pa.Table:
     columns["action.source"] = pa.array(sources)
     if episode.vla_ages is not None:
         columns["vla_age"] = pa.array(episode.vla_ages.astype(np.int64))
+    if episode.vla_propensities is not None:
+        columns["vla_propensity"] = pa.array(episode.vla_propensities.astype(np.float32))
     for camera, frames in episode.images.items():
         fields = [pa.array(list(frames), pa.binary()), pa.nulls(steps, pa.string())]
         columns[f"observation.images.{camera}"] = pa.StructArray.from_arrays(fields, ["bytes", "path"])
