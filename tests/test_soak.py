@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.commands import Command, files
-from tests.soak.kills import COMMANDS, compare, kill_command, small_export
-from tests.test_export import save_export
+from spvla import save_export
+from tests.soak.commands import COMMANDS, Command, files
+from tests.soak.kills import compare, kill_command, small_export
 
 pytestmark = pytest.mark.slow
 

@@ -225,7 +225,9 @@ def kill_exports(count: int, minutes: float) -> list[dict[str, Any]]:
         moment = 1
         while kill_save(moment, Path(top, "export"), old, new, expected) is not None:
             moment += 1
-        rows = [{"operation": point, "kills": 0, **dict.fromkeys(CLASSES, 0), "found": []} for point in range(1, moment)]
+        rows: list[dict[str, Any]] = [
+            {"operation": point, "kills": 0, **dict.fromkeys(CLASSES, 0), "found": []} for point in range(1, moment)
+        ]
         for _ in tqdm(range(count), "kills of saving an export", unit="round"):
             for row in rows if time.monotonic() < end else ():
                 result = kill_save(row["operation"], Path(top, "export"), old, new, expected)
