@@ -13,6 +13,7 @@ from spvla.errors import InputError
 from spvla.export import Export, load_export, save_export
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
+from spvla.realtime import BridgePolicy
 from spvla.recording import Recorder
 from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
@@ -26,6 +27,7 @@ __all__ = [
     "LIBERO",
     "VLA",
     "ActionSpace",
+    "BridgePolicy",
     "Export",
     "InputError",
     "Observation",
