@@ -108,7 +108,7 @@ class Recorder:
         self.policy = policy
         self._writer = RolloutWriter(folder, policy.space, policy=type(policy.vla).__name__)
         # Jobs sort by time, and no two recorders have the same ones.
-        self._name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:8]}"
+        self._name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid4().hex[:8]}"
         self._episodes = 0
         self._instruction = ""
         self._record = Record()
