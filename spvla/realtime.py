@@ -254,7 +254,6 @@ class BridgePolicy(SPVLAPolicy):
         age = self.history.vla_age
         acted = self._act(judged, capture, times)
         step = replace(self._account(judged, acted, times), called_vla=asked, unavailable=unavailable, vla_age=age)
-        step = replace(step, propensity=None)  # whether an answer comes depends on more than a coin
         if acted.source == Source.HELD:
             self._still_since = self._step if self._still_since is None else self._still_since
         else:
@@ -363,6 +362,10 @@ class BridgePolicy(SPVLAPolicy):
         self._audits += decision.audit
         self.calls.ask(Call(self._step, state, judged.proposal, decision.audit, keep_mass), capture)
         return True
+
+    def _propensity(self, judged: Judged, acted: Acted) -> float | None:
+        """Unknown: whether an answer comes depends on more than a coin."""
+        return None
 
     def _learn(self, judged: Judged, acted: Acted) -> None:
         """Steps that the robot stands do not count: they would hide how often the generator deviates while it moves."""

@@ -12,6 +12,11 @@ from spvla.errors import InputError
 from spvla.steps import StepInfo
 
 
+def whole_steps(milliseconds: float, space: ActionSpace) -> int:
+    """So much time in control steps, rounded."""
+    return int(milliseconds * space.control_rate / 1e3 + 0.5)
+
+
 @dataclass(frozen=True)
 class RealTime:
     """The world moves on while the policy thinks.
@@ -45,13 +50,13 @@ class RealTime:
     def steps(self, space: ActionSpace) -> int:
         """Control steps that a call of the VLA takes in ``bridge`` mode: its ``vla_ms``."""
         assert self.vla_ms is not None, "checked when it was made"
-        return int(self.vla_ms * space.control_rate / 1e3 + 0.5)
+        return whole_steps(self.vla_ms, space)
 
     def delay(self, step: StepInfo, space: ActionSpace) -> int:
         """Control steps that go by before the action of ``step`` is there."""
         capture = step.milliseconds.get("capture", 0.0)  # the simulator renders; a camera has its own clock
         ms = self.vla_ms if step.called_vla and self.vla_ms is not None else step.milliseconds["total"] - capture
-        return int(ms * space.control_rate / 1e3 + 0.5)
+        return whole_steps(ms, space)
 
     def held(self, action: FloatArray, last: FloatArray | None, space: ActionSpace) -> FloatArray:
         """What is executed in place of ``action`` (D,), given the action before, (D,)."""
