@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,43 @@ class Stopwatch:
         self.last = now
 
 
-class OpenVLA:
+class Prompted(ABC):
+    """What OpenVLA's policies share: an episode's instruction as a prompt, and the network's weights.
+
+    Attributes:
+        model: the network, with ``tokenize(instruction)`` and ``state_dict()``.
+    """
+
+    model: Any
+    _prompt: list[int] | None = None
+
+    @abstractmethod
+    def _predict(self, observations: Sequence[Observation], prompts: Sequence[list[int]], keep_mass: float) -> list[VLAOutput]:
+        """An output for each observation under its prompt."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The network's weights by name."""
+        weights: Mapping[str, Any] = self.model.state_dict()
+        return weights
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode with ``instruction``. Raises :class:`InputError` as the model's ``tokenize`` does."""
+        self._prompt = self.model.tokenize(instruction)
+
+    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
+        """The output for one observation under :meth:`reset`'s instruction; fields as ``predict_batch`` says."""
+        if self._prompt is None:
+            raise InputError("predict: call reset(instruction) first")
+        return self._predict([observation], [self._prompt], keep_mass)[0]
+
+    def prompts(self, observations: Sequence[Observation], instructions: Sequence[str]) -> list[list[int]]:
+        """The prompt of each observation. Raises :class:`InputError` if there are not as many, or none."""
+        if len(observations) != len(instructions) or not observations:
+            raise InputError(f"predict_batch: {len(observations)} observations for {len(instructions)} instructions")
+        return [self.model.tokenize(i) for i in instructions]
+
+
+class OpenVLA(Prompted):
     """The policy (:class:`~spvla.vlas.base.VLA`) that a network makes.
 
     Args:
@@ -53,26 +90,11 @@ class OpenVLA:
         if selector is not None:
             selector.require(model.config.grid**2)
         self.model, self.selector = model, selector
-        self._prompt: list[int] | None = None
 
     @property
     def action_space(self) -> ActionSpace:
         """Layout, scale and bounds of predicted actions. Raises :class:`InputError` before statistics are chosen."""
         return self.model.action_space
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """The network's weights by name."""
-        return self.model.state_dict()
-
-    def reset(self, instruction: str) -> None:
-        """Start an episode with ``instruction``. Raises :class:`InputError` as :meth:`OpenVLAModel.tokenize` does."""
-        self._prompt = self.model.tokenize(instruction)
-
-    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """The action for one observation under :meth:`reset`'s instruction; fields as :meth:`predict_batch` says."""
-        if self._prompt is None:
-            raise InputError("predict: call reset(instruction) first")
-        return self._predict([observation], [self._prompt], keep_mass)[0]
 
     def predict_batch(
         self, observations: Sequence[Observation], instructions: Sequence[str], keep_mass: float = 1.0
@@ -94,9 +116,7 @@ class OpenVLA:
         Raises:
             InputError: bad images or instructions, counts differ, ``keep_mass`` < 1 without a selector.
         """
-        if len(observations) != len(instructions) or not observations:
-            raise InputError(f"predict_batch: {len(observations)} observations for {len(instructions)} instructions")
-        return self._predict(observations, [self.model.tokenize(i) for i in instructions], keep_mass)
+        return self._predict(observations, self.prompts(observations, instructions), keep_mass)
 
     def with_pruner(self, selector: TokenSelector | None) -> OpenVLA:
         """A policy of the same network with another selector and an episode of its own."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,11 +15,11 @@ from spvla.pruning.selector import TokenSelector
 from spvla.vlas.base import VLAOutput
 from spvla.vlas.conventions import UInt8Array
 from spvla.vlas.openvla.images import resized, standardized
-from spvla.vlas.openvla.policy import Stopwatch, backend, check_keep, select_tokens
+from spvla.vlas.openvla.policy import Prompted, Stopwatch, backend, check_keep, select_tokens
 from spvla.vlas.openvla_oft.model import OpenVLAOFTModel
 
 
-class OpenVLAOFT:
+class OpenVLAOFT(Prompted):
     """The policy (:class:`~spvla.vlas.base.VLA`) that a network makes.
 
     Args:
@@ -33,7 +32,6 @@ class OpenVLAOFT:
         if selector is not None:
             selector.require(model.vla.config.grid**2)
         self.model, self.selector = model, selector
-        self._prompt: list[int] | None = None
 
     @property
     def action_space(self) -> ActionSpace:
@@ -56,20 +54,6 @@ class OpenVLAOFT:
         """``device``, ``dtype`` and ``attention`` (kernels that torch may choose from), for reports of timing."""
         return backend(self.model.vla)
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """The network's weights by name."""
-        return self.model.state_dict()
-
-    def reset(self, instruction: str) -> None:
-        """Start an episode with ``instruction``. Raises :class:`InputError` as :meth:`OpenVLAOFTModel.tokenize` does."""
-        self._prompt = self.model.tokenize(instruction)
-
-    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """The chunk for one observation under :meth:`reset`'s instruction; fields as :meth:`predict_batch` says."""
-        if self._prompt is None:
-            raise InputError("predict: call reset(instruction) first")
-        return self._predict([observation], [self._prompt], keep_mass)[0]
-
     def predict_batch(
         self, observations: Sequence[Observation], instructions: Sequence[str], keep_mass: float = 1.0
     ) -> list[VLAOutput]:
@@ -90,9 +74,7 @@ class OpenVLAOFT:
         Raises:
             InputError: bad images, states or instructions, counts differ, ``keep_mass`` < 1 without a selector.
         """
-        if len(observations) != len(instructions) or not observations:
-            raise InputError(f"predict_batch: {len(observations)} observations for {len(instructions)} instructions")
-        return self._predict(observations, [self.model.tokenize(i) for i in instructions], keep_mass)
+        return self._predict(observations, self.prompts(observations, instructions), keep_mass)
 
     def with_pruner(self, selector: TokenSelector | None) -> OpenVLAOFT:
         """A policy of the same network with another selector and an episode of its own."""
