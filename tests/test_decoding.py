@@ -8,6 +8,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+import spvla
+from eval.cells import parse_cells
+from spvla.errors import InputError
 from spvla.vlas.base import VerifyingVLA
 from spvla.vlas.openvla.decoder import Decoder, EagerReading
 from spvla.vlas.openvla.decoding import verified
@@ -191,3 +194,60 @@ def test_every_pattern_of_agreement_ends_in_a_whole_action():
 
 def test_openvla_says_that_it_verifies():
     assert isinstance(tiny_model(), VerifyingVLA)
+
+
+# ------------------------------------------------------------------------------------------------------ in the control loop
+
+
+def run(policy, steps=6):
+    policy.reset(TEXT)
+    return np.array([policy.select_action(picture(i // 2)) for i in range(steps)])
+
+
+def test_exact_verification_in_the_loop_changes_no_action_and_is_counted():
+    vla = tiny_model()
+    alone = run(spvla.accelerate(vla, generator="none"))
+    policy = spvla.accelerate(vla, generator="last", gate="never", verify="exact")
+    np.testing.assert_array_equal(run(policy), alone)
+    assert [s.called_vla for s in policy.steps] == [True] * 6
+    # Every picture is seen twice: the second time, the last action is what the VLA would do again (its gripper is not binary).
+    accepted = [s.accepted for s in policy.steps]
+    for i in (1, 3, 5):
+        vla.reset(TEXT)
+        own = vla.predict(picture(i // 2)).tokens[0]
+        again = vla.model.action_tokens(alone[i][None])[0] == own  # a random model also writes what is no action
+        assert accepted[i] >= min(6, int(np.argmin(np.append(again, False))))
+    assert max(accepted[1::2]) > 0
+    assert policy.stats()["accepted_mean"] == np.mean(accepted)
+
+
+def test_verification_that_cannot_be_is_refused():
+    vla = tiny_model()
+    for options in ({"generator": "none", "verify": "exact"}, {"generator": "last", "gate": "never"}):
+        with pytest.raises(InputError) as error:
+            spvla.accelerate(vla, **options)
+        assert error.value.code in ("cannot-verify", "cannot-matter")
+
+    class Plain:
+        action_space = vla.action_space
+
+        def reset(self, instruction): ...
+
+        def predict(self, observation, keep_mass=1.0): ...
+
+    with pytest.raises(InputError) as error:
+        spvla.accelerate(Plain(), generator="last", gate="never", verify="tolerant")
+    assert error.value.code == "cannot-verify"
+
+
+def test_cells_say_how_to_verify():
+    cells = parse_cells(["mlp+never:exact", "mlp+learned:tolerant@0.1", "mlp+learned:bridge@0.1"], [])
+    assert [(c.name, c.verify, c.mode) for c in cells[1:]] == [
+        ("mlp+never:exact", "exact", None),
+        ("mlp+learned:tolerant@0.1", "tolerant", None),
+        ("mlp+learned:bridge@0.1", "none", "bridge"),
+    ]
+    for wrong in ("mlp+never:sloppy", "mlp+never:exact:tolerant"):
+        with pytest.raises(InputError) as error:
+            parse_cells([wrong], [])
+        assert error.value.code == "unknown-name"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.observation import Observation
 
 if TYPE_CHECKING:
@@ -90,6 +91,19 @@ class VerifyingVLA(VLA, Protocol):
         Returns:
             the VLA's action, with ``accepted``.
         """
+
+
+def verifying(vla: VLA, proposals: bool) -> VerifyingVLA:
+    """``vla`` as one that verifies. Raises :class:`InputError` (code ``cannot-verify``) if it cannot, or if there are no
+    ``proposals``."""
+    why = None
+    if not isinstance(vla, VerifyingVLA):
+        why = f"{type(vla).__name__} cannot verify proposals (it has no verify())"
+    elif not proposals:
+        why = "there is no generator whose proposals could be verified"
+    if why is not None:
+        raise InputError(f"verify: {why}", code="cannot-verify", field="verify")
+    return cast(VerifyingVLA, vla)
 
 
 @runtime_checkable
