@@ -12,6 +12,7 @@ import spvla
 from eval.cells import parse_cells
 from spvla.errors import InputError
 from spvla.vlas.base import VerifyingVLA
+from spvla.vlas.openvla import OpenVLA
 from spvla.vlas.openvla.decoder import Decoder, EagerReading
 from spvla.vlas.openvla.decoding import verified
 from tests.test_openvla import picture, tiny_model
@@ -132,6 +133,16 @@ class Counted:
         return self.reading.read(embeds, ids, mask)
 
 
+def acting_model(seed: int = 0) -> OpenVLA:
+    """A random model that writes tokens of actions alone, as a trained one does."""
+    policy = tiny_model(seed)
+    vocab, bins = policy.model.action_tokenizer.vocab, policy.model.action_tokenizer.bins
+    head = policy.model.language_model.lm_head.weight
+    head[: vocab - bins + 1] = 0.0
+    head[vocab:] = 0.0
+    return policy
+
+
 def counting(policy, monkeypatch):
     stretches, begin = [], policy.model.begin
     monkeypatch.setattr(policy.model, "begin", lambda *a: Counted(begin(*a), stretches))
@@ -141,7 +152,7 @@ def counting(policy, monkeypatch):
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("right", range(8))
 def test_an_exactly_verified_proposal_gives_the_greedy_tokens(right, eager, monkeypatch):
-    policy = tiny_model()
+    policy = acting_model()
     policy.model.eager = eager
     policy.reset(TEXT)
     space = policy.action_space
@@ -159,12 +170,12 @@ def test_an_exactly_verified_proposal_gives_the_greedy_tokens(right, eager, monk
         np.testing.assert_allclose(found.features, expected.features, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(found.confidence, expected.confidence, rtol=1e-3)
         # Nothing is read twice: the prompt with six tokens at once, then one stretch for each token still unknown.
-        assert found.accepted == leading and stretches[1:] == [1] * max(0, 6 - leading)
+        assert found.accepted == leading >= min(right, 6) and stretches[1:] == [1] * max(0, 6 - leading)
         monkeypatch.undo()
 
 
 def test_tolerance_accepts_what_the_action_space_says_does_not_deviate():
-    policy = tiny_model()
+    policy = acting_model()
     policy.reset(TEXT)
     space = policy.action_space
     own = policy.predict(picture(3))
@@ -180,7 +191,7 @@ def test_tolerance_accepts_what_the_action_space_says_does_not_deviate():
 
 
 def test_every_pattern_of_agreement_ends_in_a_whole_action():
-    policy = tiny_model()
+    policy = acting_model()
     policy.reset(TEXT)
     model = policy.model
     visual = torch.randn(4, model.projector.fc2.out_features)
@@ -205,7 +216,7 @@ def run(policy, steps=6):
 
 
 def test_exact_verification_in_the_loop_changes_no_action_and_is_counted():
-    vla = tiny_model()
+    vla = acting_model()
     alone = run(spvla.accelerate(vla, generator="none"))
     policy = spvla.accelerate(vla, generator="last", gate="never", verify="exact")
     np.testing.assert_array_equal(run(policy), alone)
@@ -215,14 +226,13 @@ def test_exact_verification_in_the_loop_changes_no_action_and_is_counted():
     for i in (1, 3, 5):
         vla.reset(TEXT)
         own = vla.predict(picture(i // 2)).tokens[0]
-        again = vla.model.action_tokens(alone[i][None])[0] == own  # a random model also writes what is no action
-        assert accepted[i] >= min(6, int(np.argmin(np.append(again, False))))
-    assert max(accepted[1::2]) > 0
+        np.testing.assert_array_equal(vla.model.action_tokens(alone[i][None])[0], own)
+    assert min(accepted[1::2]) >= 6
     assert policy.stats()["accepted_mean"] == np.mean(accepted)
 
 
 def test_verification_that_cannot_be_is_refused():
-    vla = tiny_model()
+    vla = acting_model()
     for options in ({"generator": "none", "verify": "exact"}, {"generator": "last", "gate": "never"}):
         with pytest.raises(InputError) as error:
             spvla.accelerate(vla, **options)
