@@ -516,6 +516,16 @@ def test_a_tokenizer_of_another_vocabulary_and_an_odd_index_are_refused(checkpoi
         from_pretrained(checkpoint)
 
 
+def test_a_tokenizer_at_which_the_library_panics_is_refused(checkpoint):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    values = json.loads(tokenizer.to_str())
+    values["model"]["continuing_subword_prefix"] = "##longer than a token"
+    (checkpoint / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(InputError) as error:
+        from_pretrained(checkpoint)
+    assert error.value.code == "tokenizer" and error.value.field == str(checkpoint / "tokenizer.json")
+
+
 def test_pickles_and_missing_files_are_refused(checkpoint):
     (checkpoint / "tokenizer.json").rename(checkpoint / "t.json")
     with pytest.raises(InputError, match=r"tokenizer\.json: missing"):

@@ -15,6 +15,7 @@ from spvla.actions import ActionSpace, ActionTokenizer
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.pruning.attention import attention_received
+from spvla.vlas.checkpoint import tokenizer_errors
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.vlas.openvla.config import SPACE_TOKEN, OpenVLAConfig, llama_config
 from spvla.vlas.openvla.decoder import Decoder, EagerReading, Reading
@@ -172,7 +173,8 @@ class OpenVLAModel(nn.Module):
             raise InputError("this model has no tokenizer: pass OpenVLAModel(config, tokenizer=...)")
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError("instruction: expected a sentence, but it is empty")
-        ids: list[int] = self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
+        with tokenizer_errors("tokenizer.json"):
+            ids: list[int] = self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
         if not ids or ids[0] != self.bos:
             ids = [self.bos, *ids]
         if self.config.append_space_token and ids[-1] != SPACE_TOKEN:
