@@ -95,6 +95,8 @@ class OpenVLAModel(nn.Module):
         unnorm_key: data set whose statistics give actions their unit; see :meth:`use_statistics`.
         conventions: a name (``libero``), :class:`~spvla.vlas.conventions.Conventions`, or None for none.
         control_rate: control steps per second (Hz); None: the conventions' own, or 5.
+
+    Attributes:
         eager: let transformers' own forward pass of the language model read: the reference, which is slower.
     """
 
@@ -106,7 +108,6 @@ class OpenVLAModel(nn.Module):
         unnorm_key: str | None = None,
         conventions: Conventions | str | None = None,
         control_rate: float | None = None,
-        eager: bool = False,
     ) -> None:
         super().__init__()
         from transformers import LlamaForCausalLM
@@ -124,7 +125,7 @@ class OpenVLAModel(nn.Module):
         self.projector = Projector(self.vision_backbone.width, text.hidden_size, config.use_fused_vision_backbone)
         with naming("config.json: text_config"):
             self.language_model = LlamaForCausalLM(text)
-        self.eager = eager
+        self.eager = False
         self._decoder: Decoder | None = None
         self.statistics: ActionStatistics | None = None
         self._space: ActionSpace | None = None
