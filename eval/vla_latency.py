@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from eval.bandwidth import bytes_read, memory_bandwidth
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
@@ -80,7 +81,8 @@ def time_vla(
     """Time ``repeats`` rounds after two of warm-up; every round has a picture of its own.
 
     An OpenVLA is timed by transformers' forward pass as well (``eager``), and where it verifies a proposal that is right
-    (``verified``); both unpruned.
+    (``verified``); both unpruned. ``limit_ms`` is what reading the weights from memory takes alone, at the bandwidth that was
+    measured in the same run, and ``limit_ratio`` how many times that the median is.
 
     Returns:
         one row per pruning (tokens, totals, ratios to the unpruned pass of the same round), and one per pruning and stage:
@@ -116,6 +118,7 @@ def time_vla(
                 if output.visual_tokens is not None:
                     tokens[name].append(output.visual_tokens[0])
                     total_tokens = output.visual_tokens[1]
+    bandwidth = memory_bandwidth(vla.model.device) if isinstance(vla, OpenVLA) else 0.0
     stages = [
         {"pruning": name, "stage": stage, **_percentiles([lap[stage] for lap in of])}
         for name, of in laps.items()
@@ -127,6 +130,10 @@ def time_vla(
         if tokens[name]:
             row |= {"visual_tokens_mean": float(np.mean(tokens[name])), "visual_tokens_total": total_tokens}
         row |= {f"total_ms_{k}": v for k, v in _percentiles([lap["total"] for lap in of]).items()}
+        if isinstance(vla, OpenVLA):
+            reads = 1 if name == VERIFIED else vla.action_space.dim
+            row["limit_ms"] = 1e3 * bytes_read(vla, reads) / bandwidth
+            row["limit_ratio"] = row["total_ms_p50"] / row["limit_ms"]
         row |= _against(of, laps[FULL])
         row["gflop"] = _gflop(partial(passes[name], observations[0]))
         rows.append(row)
