@@ -82,7 +82,8 @@ def time_vla(
 
     An OpenVLA is timed by transformers' forward pass as well (``eager``), and where it verifies a proposal that is right
     (``verified``); both unpruned. ``limit_ms`` is what reading the weights from memory takes alone, at the bandwidth that was
-    measured in the same run, and ``limit_ratio`` how many times that the median is.
+    measured in the same run, and ``limit_ratio`` how many times that the median is; ``same_tokens`` is the fraction of rounds
+    in which all action tokens are the unpruned pass's.
 
     Returns:
         one row per pruning (tokens, totals, ratios to the unpruned pass of the same round), and one per pruning and stage:
@@ -104,6 +105,7 @@ def time_vla(
         passes |= {EAGER: partial(_eager, vla), VERIFIED: lambda o: vla.verify(o, answers[id(o)])}
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in passes}
     tokens: dict[str, list[int]] = {name: [] for name in passes}
+    answered: dict[str, list[NDArray[np.int64] | None]] = {name: [] for name in passes}
     total_tokens: int | None = None
     for i, observation in enumerate(tqdm(observations, desc="timing", unit="round")):
         order = list(passes)
@@ -114,6 +116,7 @@ def time_vla(
             if i >= WARM_UP:
                 overhead = sum(output.timings.get(stage, 0.0) for stage in PRUNING_STAGES)
                 given_qk = overhead - output.timings.get(PRUNING_STAGES[0], 0.0)
+                answered[name].append(output.tokens)
                 laps[name].append({**output.timings, "overhead": overhead, "overhead_given_qk": given_qk, "total": total})
                 if output.visual_tokens is not None:
                     tokens[name].append(output.visual_tokens[0])
@@ -135,6 +138,9 @@ def time_vla(
             row["limit_ms"] = 1e3 * bytes_read(vla, reads) / bandwidth
             row["limit_ratio"] = row["total_ms_p50"] / row["limit_ms"]
         row |= _against(of, laps[FULL])
+        if all(a is not None for a in answered[FULL]):
+            pairs = zip(answered[name], answered[FULL], strict=True)
+            row["same_tokens"] = float(np.mean([np.array_equal(a, b) for a, b in pairs]))  # type: ignore[arg-type]
         row["gflop"] = _gflop(partial(passes[name], observations[0]))
         rows.append(row)
     return rows, stages
