@@ -185,6 +185,9 @@ class BridgePolicy(SPVLAPolicy):
 
     def __init__(self, *parts: Any, ahead: float = 0.5, calls: Calls | None = None, **options: Any) -> None:
         super().__init__(*parts, **options)
+        if self._arms:
+            told = "policy: a gate that decides about plans waits for them; mode 'bridge' needs one that does not read plans"
+            raise InputError(told, code="unsupported", field="mode")
         if not 0 <= ahead <= 1:
             raise InputError(f"policy: ahead must lie in [0, 1], got {ahead}", field="ahead")
         self.ahead = ahead

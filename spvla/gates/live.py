@@ -44,7 +44,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.files import read_json, write_text
-from spvla.gates.base import Decisions, Gate
+from spvla.gates.base import Decisions, Gate, reads_plan
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.meter import DriftAlarm, losses_bound
 from spvla.history import Window
@@ -184,6 +184,11 @@ class LiveGate:
         """Steps of history that the inner gate reads."""
         return self.gate.history_length
 
+    @property
+    def reads_plan(self) -> bool:
+        """Whether the inner gate decides about the VLA's plans, too: audits then judge what it would have executed."""
+        return reads_plan(self.gate)
+
     def begin(self, instruction: str) -> None:
         """Start an episode. The thresholds stay what they are."""
         self.state = self.states.setdefault(instruction if self.options.per_task else "", LiveState(self.start))
@@ -215,7 +220,7 @@ class LiveGate:
                 self._audited = True
                 intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
         limit = self._probability_at(threshold)
-        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity)
+        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity, inner.kept)
 
     def _disagree(self) -> bool:
         """Whether the VLA's last answer was off its proposal: found out when it matters, and once."""
@@ -231,7 +236,8 @@ class LiveGate:
         """Take in a step's end.
 
         Args:
-            proposal: the generator's action (D,), environment units; None where none was made.
+            proposal: what the inner gate judged, the generator's action (D,) or the plan's, environment units; None where
+                there was none.
             answer: the VLA's action (D,) at this step; None if it was not asked, or has not answered yet: see :meth:`settle`.
         """
         state, estimate = self.state, 0.0
