@@ -55,8 +55,8 @@ def play(policy, vla, steps: int) -> np.ndarray:
 
 
 def drifting_episode(seed: int, drift: float, steps: int = 45, doubt: float = 0.0) -> Episode:
-    """Whole plans executed one after another, with a fresh one at every state. At every second state the VLA was asked again, and
-    the answer was off by ``doubt`` half of those times."""
+    """Whole plans executed one after another, with a fresh one at every state. At every second state the VLA was asked again,
+    and the answer was off by ``doubt`` half of those times."""
     plans = np.stack([plan(t, drift) for t in range(steps)])
     ages = np.arange(steps) % PLAN
     again = np.full((steps, LIBERO.dim), np.nan, np.float32)

@@ -71,7 +71,7 @@ def test_reuse_repeats_similar_actions_at_most_three_times_in_a_row():
     vla = DriftingVLA()
     actions = play(spvla.accelerate(vla, generator="last", gate="reuse", rule={"similar": 0.2}), vla, 30)
     reused = np.array([t not in vla.asked for t in range(30)])
-    assert 0 < reused.sum() and not any(reused[t : t + 4].all() for t in range(27))
+    assert reused.sum() > 0 and not any(reused[t : t + 4].all() for t in range(27))
     for t in np.flatnonzero(reused):
         np.testing.assert_array_equal(actions[t], actions[t - 1])
 
