@@ -11,9 +11,10 @@ and the threshold moves by
 beyond all of them. So L is a fraction of the calibration steps: at L = 0.8 the generator may act on what were the 80 % most
 certain ones; found deviations lower it by eta/p, 0.1 by default. At L <= 0 nothing is generated.
 
-**Promise.** Let l = 1 on steps that are generated (or audited) and deviate, else 0. Given everything before the coin, h has the
-mean l: the coin is independent of the answer. The lower clip never acts: at L <= 0 the VLA is called on every step, h = 0 and L
-rises; at L > 0 one step leads no lower than L - eta/p. So L_{T+1} <= L_1 + eta (a T - sum h), and L_{T+1} >= -eta/p, hence
+**Promise.** Let l = 1 on steps that are generated (or kept from an earlier plan, or audited) and deviate, else 0. Given
+everything before the coin, h has the mean l: the coin is independent of the answer. The lower clip never acts: at L <= 0 the
+VLA is called on every step, h = 0 and L rises; at L > 0 one step leads no lower than L - eta/p. So L_{T+1} <= L_1 + eta (a T -
+sum h), and L_{T+1} >= -eta/p, hence
 
     E[(1/T) sum l]  <=  a + (L_1 + eta/p) / (eta T).
 
