@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import spvla
 from data.floor import noise_floor
 from data.relabel import labelled
+from data.rollout import deviations, rollout
 from data.store import RolloutStore
 from data.windows import BatchStream, Windows
 from eval.offline import offline
@@ -21,6 +23,7 @@ from spvla.gates.live import LiveGate
 from spvla.generators import make_baseline
 from spvla.generators.features import HistoryFeatures, feature_names, to_device
 from spvla.history import UNSEEN, ActionHistory, Source
+from spvla.observation import Observation
 from spvla.store import RolloutWriter, read_episodes
 from spvla.vlas.base import VLAOutput
 from tests.chunked import PLAN, DriftingVLA, drifting_episode, drifting_store, fresh, plan, play
@@ -69,6 +72,59 @@ def test_steps_kept_from_a_plan_need_a_label_as_generated_ones_do(tmp_path):
     writer = RolloutWriter(tmp_path, LIBERO)
     writer.write("a", [episode])
     assert RolloutStore(writer.finalize()).unlabelled()
+
+
+class Clock:
+    """A simulation in all but physics: the state is the number of steps; it ends after 20."""
+
+    task = SimpleNamespace(instruction="go", max_steps=20, suite="clock")
+    action_space, camera, success = LIBERO, "image", False
+
+    def reset(self, init_state=None, seed=0, instruction=None, shuffle=False):
+        self.steps = 0
+
+    def state(self):
+        return np.full(3, self.steps, np.float32)
+
+    def observe(self):
+        return Observation(None, self.state())
+
+    def step(self, action):
+        self.steps += 1
+        return False
+
+
+class OnTheClock(DriftingVLA):
+    """Reads the time off the state, and may be off by so much."""
+
+    def __init__(self, drift, off=0.0):
+        super().__init__(drift)
+        self.off = off
+
+    def predict(self, observation, keep_mass=1.0):
+        self.now = int(observation.state[0])
+        out = super().predict(observation)
+        out.actions[:, 2] += self.off
+        return out
+
+
+def test_a_recording_has_a_fresh_plan_at_every_state_and_a_second_one_where_the_policy_planned():
+    vla = OnTheClock(DRIFT)
+    policy = spvla.accelerate(vla, generator="plan", gate="horizon", rule={"steps": 5})
+    found = rollout(Clock(), policy, init_state=None, seed=0, teacher=OnTheClock(DRIFT, off=0.1), plans=True)
+    episode = found.episode
+    planned = np.arange(0, 20, 5)
+    assert episode.sources.tolist() == [0, 3, 3, 3, 3] * 4 and vla.asked == planned.tolist()
+    kept = np.flatnonzero(episode.sources == Source.PLAN)
+    plans = episode.vla_plans.reshape(20, PLAN, -1)
+    for t in range(20):
+        expected = plan(t, DRIFT)
+        expected[:, 2] += 0.1 * (t in kept)
+        np.testing.assert_allclose(plans[t], expected, atol=1e-6)
+    assert np.flatnonzero(~np.isnan(episode.vla_again).any(1)).tolist() == planned.tolist()
+    np.testing.assert_allclose(episode.vla_again[planned, 2], 0.1)
+    off = deviations(episode, LIBERO, 0.2)
+    np.testing.assert_array_equal(off, np.arange(20) % 5 >= 3, "ages 3 and 4 of each plan")
 
 
 def test_relabelling_keeps_whole_plans_unless_they_differ_in_length():
