@@ -27,10 +27,11 @@ from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
 from spvla.steps import StepInfo, episode_stats
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, checked, verifying
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
+VERIFY = ("none", "exact", "tolerant")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class SPVLAPolicy:
             (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
             robot moving; ``generator``, follow its proposals up to ``max_generated_run``, then stop. Until the VLA answers
             again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
+        verify: where the VLA is asked, show it the generator's proposal, so that it answers sooner if that is right
+            (:class:`~spvla.vlas.base.VerifyingVLA`): ``none``; ``exact``, its answers stay the same; ``tolerant``, a proposed
+            dimension is accepted within ``tolerance``.
+        tolerance: error beyond which an action deviates, normalised units.
     """
 
     waits = True  # for the VLA, in the steps in which it is asked
@@ -105,6 +110,8 @@ class SPVLAPolicy:
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
         when_unavailable: str = "raise",
+        verify: str = "none",
+        tolerance: float = 0.2,
     ) -> None:
         if (generator is None) != (gate is None):
             raise InputError("policy: a generator needs a gate and a gate needs a generator; give both or neither")
@@ -114,11 +121,18 @@ class SPVLAPolicy:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
         if when_unavailable not in WHEN_UNAVAILABLE:
             raise InputError(f"policy: when_unavailable {when_unavailable!r} is not one of {', '.join(WHEN_UNAVAILABLE)}")
+        if verify not in VERIFY:
+            raise InputError(f"policy: verify {verify!r} is not one of {', '.join(VERIFY)}", field="verify")
+        if not tolerance > 0:
+            raise InputError(f"policy: tolerance must be positive, got {tolerance}", field="tolerance")
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
             require_translations(pruner.speed, vla.action_space)
             vla = vla.with_pruner(pruner.selector)
+        self.verifier = None if verify == "none" else verifying(vla, generator is not None)
+        self.allowed = None if verify != "tolerant" else tolerance  # what a verified proposal may be off by
+        self.tolerance = tolerance
         self.vla = vla
         self.generator = generator
         self.gate = gate
@@ -259,7 +273,11 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            output = self._check(self.vla.predict(seen, keep_mass=keep_mass))
+            if self.verifier is None or judged.proposal is None:
+                output = checked(self.vla.predict(seen, keep_mass=keep_mass), self.space.dim, self.vla)
+            else:
+                answer = self.verifier.verify(seen, judged.proposal, self.allowed, keep_mass)
+                output = checked(answer, self.space.dim, self.vla)
         except VLAUnavailable as failure:
             action, source = self._safe_action(judged, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
@@ -288,6 +306,7 @@ class SPVLAPolicy:
             called_vla=acted.output is not None,
             keep_mass=acted.keep_mass,
             visual_tokens=None if acted.output is None else acted.output.visual_tokens,
+            accepted=None if acted.output is None else acted.output.accepted,
             unavailable=acted.unavailable,
             propensity=propensity,
             plan_age=age if acted.source == Source.PLAN else None,
@@ -374,17 +393,3 @@ class SPVLAPolicy:
         if may_go_on and proposal is not None and (kept or self.space.admissible(proposal, last)):
             return proposal, Source.PLAN if kept else Source.GENERATOR
         return self.space.stop(last), Source.HELD
-
-    def _check(self, output: Any) -> VLAOutput:
-        """The VLA's output with finite float32 actions (T, D), or an :class:`InputError`."""
-        actions = output.actions if isinstance(output, VLAOutput) else None
-        if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
-            found = type(output if actions is None else actions).__name__
-            raise InputError(
-                f"VLA {type(self.vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}"
-            )
-        if actions.ndim != 2 or actions.shape[1] != self.space.dim or not len(actions):
-            raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
-        if not np.isfinite(actions).all():
-            raise InputError("VLA: returned an action with NaN or infinity")
-        return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))

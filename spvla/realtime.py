@@ -29,7 +29,7 @@ from spvla.observation import Observation
 from spvla.policy import Acted, Judged, SPVLAPolicy
 from spvla.safety import Worker
 from spvla.steps import StepInfo
-from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
+from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable, checked
 
 MOST_AUDITS = 2  # that wait for their turn; while so many do, the generator may not act
 REMEMBERED = 20  # calls that the latency is measured over
@@ -290,7 +290,7 @@ class BridgePolicy(SPVLAPolicy):
         if not self._standing:
             return
         first = next(a.output for a in answers if a.output is not None)
-        self.still = self.space.stop(self._check(first).actions[0])
+        self.still = self.space.stop(checked(first, self.space.dim, self.vla).actions[0])
         for state in self._standing:
             self.history.observe(state)
             self.history.act(self.still, Source.HELD)
@@ -306,7 +306,7 @@ class BridgePolicy(SPVLAPolicy):
                 unavailable = str(_unavailable(answer))
                 self._give_up(call.audit)
                 continue
-            output = self._check(answer.output)
+            output = checked(answer.output, self.space.dim, self.vla)
             self.arrived.append((call.step, output))
             self._latencies.append(age)
             self.latency = int(np.quantile(self._latencies, 0.9, method="higher"))

@@ -19,6 +19,7 @@ GATES = Registry(
         "horizon": "spvla.gates.plans:HorizonGate",
         "pace": "spvla.gates.plans:PaceGate",
         "reuse": "spvla.gates.plans:ReuseGate",
+        "never": "spvla.gates.rules:Never",
     },
 )
 
