@@ -68,7 +68,7 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
     for text in cells:
         parts, at, risk = text.partition("@")
         parts, *words = parts.split(":")
-        chosen: dict[str, str] = {}
+        chosen: dict[str, Any] = {}
         for word in words:
             kind = "mode" if word in MODES else "verify" if word in VERIFY[1:] else None
             if kind is None or kind in chosen:
