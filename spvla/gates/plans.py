@@ -16,7 +16,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
-from spvla.history import Source, Window
+from spvla.history import Window
 
 
 def _keep(window: Window, wanted: NDArray[np.bool_], used_up: str, unwanted: str) -> Decisions:
@@ -117,6 +117,7 @@ class ReuseGate:
         """Label the steps that follow B windows; the proposals do not matter."""
         known = window.mask[:, -2:].all(1)
         alike = ~self.space.deviation(window.actions[:, -1], window.actions[:, -2], self.similar)
-        reused = (window.sources[:, -self.most :] == Source.GENERATOR).all(1)
+        generated = window.sources if window.credited is None else window.credited
+        reused = (generated[:, -self.most :] == 1).all(1)
         reason = np.where(known, np.where(alike, np.where(reused, "in a row", "intuitive"), "changing"), "no history")
         return Decisions(np.asarray(known & alike & ~reused), reason)
