@@ -23,6 +23,7 @@ from spvla.gates.base import Decision, Gate, LearningGate
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
+from spvla.ledger import Ledger
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
@@ -132,6 +133,7 @@ class SPVLAPolicy:
         length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
         self.history = ActionHistory(self.space, length)
         self.steps: list[StepInfo] = []
+        self.ledger = Ledger()  # what the VLA was asked, in all episodes
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
         self._queue: deque[FloatArray] = deque()  # the rest of the VLA's plan
         self._waiting = False  # the VLA could not be asked in the last step
@@ -188,6 +190,7 @@ class SPVLAPolicy:
         step = self._account(judged, acted, times)
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
+        self.ledger.took(step, self.waits)
         return acted.action.copy()
 
     def tick(
@@ -253,7 +256,7 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            output = self._check(self.vla.predict(seen, keep_mass=keep_mass))
+            output = self._check(self.ledger.ask(self.vla, seen, keep_mass))
         except VLAUnavailable as failure:
             action, source = self._safe_action(proposal, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
