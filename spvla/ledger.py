@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
@@ -40,6 +42,19 @@ class Gain:
         return self.before / max(self.after, 1e-9)
 
 
+@dataclass
+class Counted:
+    """What a call's answer held.
+
+    Args:
+        plan: actions.
+        visual_tokens: (kept, total).
+    """
+
+    plan: int = 1
+    visual_tokens: tuple[int, int] = (0, 0)
+
+
 class Ledger:
     """The calls of one policy's VLA since it was made, and what its steps took.
 
@@ -69,18 +84,25 @@ class Ledger:
 
     def ask(self, vla: VLA, observation: Observation, keep_mass: float) -> VLAOutput:
         """``vla``'s answer. The only place from which a policy asks."""
+        with self.call() as call:
+            output = vla.predict(observation, keep_mass=keep_mass)
+            call.plan = len(output.actions) if isinstance(getattr(output, "actions", None), np.ndarray) else 1
+            call.visual_tokens = getattr(output, "visual_tokens", None) or (0, 0)
+        return output
+
+    @contextmanager
+    def call(self) -> Iterator[Counted]:
+        """Count and time a call of the VLA, which is made inside."""
         with self._lock:
             self.calls += 1
-        start = perf_counter()
-        output = vla.predict(observation, keep_mass=keep_mass)
+        counted, start = Counted(), perf_counter()
+        yield counted
         took = 1e3 * (perf_counter() - start)
         with self._lock:
             self.answers += 1
             self.milliseconds.append(took)
-            self.plan = len(output.actions) if isinstance(getattr(output, "actions", None), np.ndarray) else 1
-            if tokens := getattr(output, "visual_tokens", None):
-                self.kept, self.total = self.kept + tokens[0], self.total + tokens[1]
-        return output
+            self.plan = counted.plan
+            self.kept, self.total = self.kept + counted.visual_tokens[0], self.total + counted.visual_tokens[1]
 
     def counted(self, vla: VLA) -> CountedVLA:
         """``vla`` for whoever asks in the policy's place."""

@@ -137,6 +137,7 @@ class SPVLAPolicy:
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
         self._queue: deque[FloatArray] = deque()  # the rest of the VLA's plan
         self._waiting = False  # the VLA could not be asked in the last step
+        self._prepared: Judged | None = None  # what prepare() has decided about the coming step
         self._decided = self._outside = 0  # steps that the gate decided, and how many were unfamiliar or refused
         self._instruction: str | None = None
 
@@ -150,6 +151,7 @@ class SPVLAPolicy:
         self.history.reset()
         self._queue.clear()
         self._waiting = False
+        self._prepared = None
         self.steps = []
         if self._learning is not None:
             self._learning.begin(instruction)
@@ -184,7 +186,7 @@ class SPVLAPolicy:
         if self._instruction is None:
             raise InputError("policy: call reset(instruction) before the first select_action()")
         self.history.observe(observation.state if isinstance(observation, Observation) else state)
-        judged = self._judge()
+        judged, self._prepared = self._prepared or self._judge(), None
         times = {"scheduling": 1e3 * (perf_counter() - start)}
         acted = self._act(judged, observation, times)
         step = self._account(judged, acted, times)
@@ -192,6 +194,15 @@ class SPVLAPolicy:
         self.steps.append(step)
         self.ledger.took(step, self.waits)
         return acted.action.copy()
+
+    def prepare(self, state: NDArray[np.floating] | None) -> bool:
+        """Decide ahead of :meth:`select_action`, which will be given the same ``state`` (S,), and say whether it will ask the
+        VLA: for whoever asks one VLA for several policies at once."""
+        if self._instruction is None:
+            raise InputError("policy: call reset(instruction) before the first prepare()")
+        self.history.observe(state)
+        self._prepared = self._judge()
+        return self._asks(self._prepared)
 
     def tick(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -227,20 +238,25 @@ class SPVLAPolicy:
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Act: by the generator, the rest of a plan, or the VLA."""
-        if judged.skips and judged.proposal is not None:
-            if not judged.decision.audit:
-                return Acted(judged.proposal, Source.GENERATOR)
+        proposal = judged.proposal if judged.skips else None
+        if self._asks(judged):
             answered = self._ask(judged.proposal, observation, times)
-            self._queue.clear()
+            if proposal is None:
+                return answered
+            self._queue.clear()  # a silent audit
             unanswered = answered.unavailable is not None
-            return answered if unanswered else replace(answered, action=judged.proposal, source=Source.GENERATOR)
-        if self._queue:
+            return answered if unanswered else replace(answered, action=proposal, source=Source.GENERATOR)
+        if proposal is None:
             plan = self.history.vla_output
             assert plan is not None, "a queue is what is left of a plan"
             action = self._queue.popleft()
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
             return Acted(action, Source.VLA, planned=planned)
-        return self._ask(judged.proposal, observation, times)
+        return Acted(proposal, Source.GENERATOR)
+
+    def _asks(self, judged: Judged) -> bool:
+        """Whether the VLA is asked: for an audit, or because nobody else may act."""
+        return judged.decision.audit if judged.skips and judged.proposal is not None else not self._queue
 
     def _ask(
         self,
@@ -280,6 +296,7 @@ class SPVLAPolicy:
             intuitive=judged.decision.intuitive,
             reason="refused" if judged.refused else "unavailable" if unavailable else judged.decision.reason,
             probability=judged.decision.probability,
+            threshold=judged.decision.threshold,
             fallback=judged.refused,
             called_vla=acted.output is not None,
             keep_mass=acted.keep_mass,

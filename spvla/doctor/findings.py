@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from spvla.actions import FloatArray
 from spvla.errors import InputError
-from spvla.observation import MAIN, Observation
+from spvla.observation import Observation
 from spvla.store import Episode, read_episodes
-from spvla.vlas.cameras import camera_of
+from spvla.vlas.cameras import recorded_camera
 from spvla.vlas.conventions import decode_image
 
 Verdict = Literal["ok", "warning", "failed", "unknown"]
@@ -42,7 +42,7 @@ def recorded(folder: str | Path, episodes: int, steps: int) -> list[Sample]:
 
 def _sample(episode: Episode, steps: int) -> Sample:
     cameras = {
-        _camera(name, len(episode.images)): [decode_image(frame) for frame in frames[:steps]]
+        recorded_camera(name, len(episode.images)): [decode_image(frame) for frame in frames[:steps]]
         for name, frames in episode.images.items()
     }
     seen = [
@@ -54,11 +54,6 @@ def _sample(episode: Episode, steps: int) -> Sample:
     ]
     labels = None if episode.vla_actions is None else episode.vla_actions[:steps]
     return Sample(episode.instruction, seen, episode.actions[:steps], labels)
-
-
-def _camera(name: str, cameras: int) -> str:
-    """What a recorded camera is called in observations: ours where its name says so or it is the only one, else its own."""
-    return camera_of(name) or (MAIN if cameras == 1 else name)
 
 
 @dataclass(frozen=True)
