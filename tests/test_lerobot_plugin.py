@@ -117,10 +117,9 @@ def plugin(made, *more: str) -> list[str]:
 
 
 def test_ten_episodes_in_a_batch_are_those_one_by_one(made, monkeypatch, tmp_path):
-    four, in_fours = evaluate(
-        monkeypatch, tmp_path / "four", *plugin(made, f"--policy.scheduler={STRIPED}"), episodes=10, batch=4
-    )
-    one, alone = evaluate(monkeypatch, tmp_path / "one", *plugin(made, f"--policy.scheduler={STRIPED}"), episodes=10, batch=1)
+    striped = plugin(made, f"--policy.scheduler={STRIPED}")
+    four, in_fours = evaluate(monkeypatch, tmp_path / "four", *striped, episodes=10, batch=4)
+    one, alone = evaluate(monkeypatch, tmp_path / "one", *striped, episodes=10, batch=1)
     assert alone.shape == (10, STEPS, 2) and np.abs(alone[1:] - alone[:1]).max((1, 2)).min() > 1e-3, "no two are the same"
     np.testing.assert_allclose(in_fours, alone, rtol=1e-4)
     rewards = [info["per_task"][0]["metrics"]["sum_rewards"] for info in (four, one)]
