@@ -107,7 +107,8 @@ class RerunLog:
 
     def _image(self, camera: str, image: Image, output: VLAOutput | None) -> None:
         if isinstance(image, bytes):
-            self._log(f"camera/{camera}", self.rr.EncodedImage(contents=image))
+            kind = "image/jpeg" if image.startswith(b"\xff\xd8") else "image/png"
+            self._log(f"camera/{camera}", self.rr.EncodedImage(contents=image, media_type=kind))
             image = decode_image(image)
         else:
             self._log(f"camera/{camera}", self.rr.Image(image))
