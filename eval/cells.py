@@ -10,6 +10,7 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.export import Export
 from spvla.gates import has_risk
+from spvla.policy import VERIFY
 from spvla.pruning.pruner import PRESETS, Pruner, make_pruner, require_current
 
 MODES = ("wait", "bridge", "paused")
@@ -20,7 +21,8 @@ class Cell:
     """One configuration of the policy. ``none`` as generator leaves every step to the VLA, as pruning every token.
 
     ``mode`` is what happens in real time: ``wait`` or ``bridge`` (see :func:`spvla.accelerate`), or ``paused``, where the world
-    stands still while the policy thinks; None: the evaluation's own.
+    stands still while the policy thinks; None: the evaluation's own. ``verify`` is how proposals are verified (``none``,
+    ``exact`` or ``tolerant``).
     """
 
     generator: str
@@ -28,6 +30,7 @@ class Cell:
     risk: float | None = None
     pruning: str = "none"
     mode: str | None = None
+    verify: str = "none"
 
     @property
     def name(self) -> str:
@@ -35,6 +38,7 @@ class Cell:
         scheduling = "vla" if self.generator == "none" else f"{self.generator}+{self.gate}"
         pruning = "" if self.pruning == "none" else f"+{self.pruning}"
         mode = "" if self.mode is None else f":{self.mode}"
+        mode += "" if self.verify == "none" else f":{self.verify}"
         return scheduling + pruning + mode + ("" if self.risk is None else f"@{self.risk:g}")
 
     @property
@@ -48,16 +52,23 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
 
     ``vla``, ``ridge+release``, ``mlp+learned`` (once per risk), ``mlp+learned@0.05``; each with a pruning after it:
     ``vla+slow_fewer``, ``ridge+release+fast_fewer``, ``mlp+learned+budget@0.05``; in real time with a mode of its own:
-    ``vla:paused``, ``mlp+learned:bridge@0.2``.
+    ``vla:paused``, ``mlp+learned:bridge@0.2``; with proposals verified where the VLA is asked: ``mlp+never:exact``,
+    ``mlp+learned:tolerant@0.1``.
     """
     out = [Cell("none", "none")]
     for text in cells:
         parts, at, risk = text.partition("@")
-        parts, colon, mode = parts.partition(":")
-        if colon and mode not in MODES:
-            raise InputError(
-                f"cell {text!r}: mode {mode!r} is not one of {', '.join(MODES)}", code="unknown-name", field="cells"
-            )
+        parts, *words = parts.split(":")
+        chosen: dict[str, str] = {}
+        for word in words:
+            kind = "mode" if word in MODES else "verify" if word in VERIFY[1:] else None
+            if kind is None or kind in chosen:
+                raise InputError(
+                    f"cell {text!r}: {word!r} is no mode ({', '.join(MODES)}) and no way to verify ({', '.join(VERIFY[1:])})",
+                    code="unknown-name",
+                    field="cells",
+                )
+            chosen[kind] = word
         names = parts.split("+")
         if names[0] == "vla":
             names = ["none", "none", *names[1:]]
@@ -70,7 +81,7 @@ def parse_cells(cells: Sequence[str], risks: Sequence[float | None]) -> list[Cel
         except ValueError:
             raise InputError(f"cell {text!r}: {risk!r} is not a risk") from None
         pruning = names[2] if len(names) > 2 else "none"
-        out += [Cell(names[0], names[1], r, pruning, mode or None) for r in asked]
+        out += [Cell(names[0], names[1], r, pruning, **chosen) for r in asked]
     return list(dict.fromkeys(out))
 
 

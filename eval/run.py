@@ -25,7 +25,7 @@ from spvla.export import Export, fingerprint, load_export
 from spvla.gates import GATES, has_risk
 from spvla.history import Source
 from spvla.recording import Policy
-from spvla.steps import audit_steps, run_lengths
+from spvla.steps import StepInfo, audit_steps, run_lengths
 from spvla.vlas.base import VLA, Viewing, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import needs_images, weights_stamp
@@ -148,6 +148,7 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Evaluation
             rule=setting.rules.get(cell.gate),
             pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
             max_generated_run=setting.max_generated_run,
+            verify=cell.verify,  # type: ignore[arg-type]
             mode="bridge" if (time := setting.time_of(cell)) is not None and time.mode == "bridge" else "wait",
         )
     except InputError as error:
@@ -226,6 +227,7 @@ class Runner:
             "audits": int(stats["audits"]),
             "audit_steps": audit_steps(steps),
             **{name: stats.get(name) for name in LIVE},
+            "accepted": accepted_counts(steps, policy.space.dim),
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),
             "generated_run_lengths": run_lengths(generated).tolist(),
@@ -252,6 +254,12 @@ def load_runner(setting: Evaluation, cells: Sequence[Cell]) -> tuple[Any, Facts]
     """For :class:`~data.parallel.Workers`. Raises :class:`InputError` for a cell that cannot be made."""
     runner = Runner(setting, cells)
     return runner.run, Facts(weights_stamp(runner.vla), needs_images(runner.vla))
+
+
+def accepted_counts(steps: Sequence[StepInfo], dim: int) -> list[int] | None:
+    """How often the VLA agreed with 0, 1, ... ``dim`` leading dimensions of a proposal; None if it never verified one."""
+    accepted = [s.accepted for s in steps if s.accepted is not None]
+    return np.bincount(accepted, minlength=dim + 1).tolist() if accepted else None
 
 
 def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:

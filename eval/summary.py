@@ -41,7 +41,7 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "verify", "risk")}
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
@@ -50,6 +50,7 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
             | _calls(es)
             | _nudges(es)
             | _tokens(es)
+            | _verified(es)
             | _deviations(es)
             | _live(es)
             | motion_means(es)
@@ -66,6 +67,7 @@ def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str
     """What a table of rows shows, as text."""
     extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
     extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
+    extra += ["verify", "accepted_mean"] if any("accepted_mean" in r for r in rows) else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     return [*COLUMNS, *extra]
 
@@ -153,6 +155,15 @@ def _tokens(es: Sequence[Row]) -> Row:
         kept = np.sum([e["kept"] for e in counted], axis=0)
         out["kept_share"] = (kept / _total(counted, "vla_calls")).round(3).tolist()
     return out
+
+
+def _verified(es: Sequence[Row]) -> Row:
+    """How often the VLA agreed with 0, 1, ... D leading dimensions of a proposal, and how many on average."""
+    verified = [e["accepted"] for e in es if e.get("accepted") is not None]
+    if not verified:
+        return {}
+    counts = np.sum(verified, axis=0)
+    return {"accepted": counts.tolist(), "accepted_mean": float(np.average(np.arange(len(counts)), weights=counts))}
 
 
 def _deviations(es: Sequence[Row]) -> Row:

@@ -29,7 +29,7 @@ class Part:
     """One part of a policy.
 
     Args:
-        name: ``generator``, ``gate``, ``live``, ``pruning``, ``dtype``, ``cameras``, ``state``, ``noise``, ``calls``.
+        name: ``generator``, ``gate``, ``live``, ``verify``, ``pruning``, ``dtype``, ``cameras``, ``state``, ``noise``, ``calls``.
         state: ``active``; ``limited``: on, with less effect than it could have; ``refused``: it was asked for and cannot act;
             ``off``; ``unknown``.
         why: in words.
@@ -80,6 +80,7 @@ def explain(policy: Policy, observation: Observation | None = None) -> Explanati
         _generator(inner),
         _gate(inner),
         _live(inner),
+        _verify(inner),
         _pruning(inner),
         _dtype(inner),
         Part("cameras", "active", ", ".join(cameras_of(inner.vla)) or "none: the VLA sees no images"),
@@ -139,6 +140,16 @@ def _live(policy: SPVLAPolicy) -> Part:
     if found["drift_alarms"]:
         told += f", {found['drift_alarms']:.0f} drift alarms"
     return Part("live", "limited" if found["threshold"] <= 0 else "active", told)
+
+
+def _verify(policy: SPVLAPolicy) -> Part:
+    ledger = policy.ledger
+    if policy.verifier is None:
+        return Part("verify", "off", "the VLA decodes every answer from the start")
+    told = f"proposals helped in {ledger.verified} of {ledger.answers} answers"
+    if not ledger.answers:
+        return Part("verify", "unknown", told)
+    return Part("verify", "active" if ledger.verified else "limited", told)
 
 
 def _pruning(policy: SPVLAPolicy) -> Part:

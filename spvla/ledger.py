@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -49,10 +49,12 @@ class Counted:
     Args:
         plan: actions.
         visual_tokens: (kept, total).
+        accepted: dimensions of a proposal that it took over.
     """
 
     plan: int = 1
     visual_tokens: tuple[int, int] = (0, 0)
+    accepted: int = 0
 
 
 class Ledger:
@@ -64,6 +66,7 @@ class Ledger:
         milliseconds: of the last answers.
         plan: actions in the last answer.
         kept, total: visual tokens of all answers that reported them.
+        verified: answers that took over some of a proposal.
         steps: control steps.
         reasons: what decided each of them.
         generated: steps in which the generator acted.
@@ -72,7 +75,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.calls = self.answers = self.steps = self.generated = 0
-        self.kept = self.total = 0
+        self.kept = self.total = self.verified = 0
         self.plan = 1
         self.milliseconds: deque[float] = deque(maxlen=REMEMBERED)
         self.reasons: Counter[str] = Counter()
@@ -82,12 +85,13 @@ class Ledger:
         self._waits = True
         self._lock = Lock()  # a bridge asks in a thread
 
-    def ask(self, vla: VLA, observation: Observation, keep_mass: float) -> VLAOutput:
-        """``vla``'s answer. The only place from which a policy asks."""
+    def ask(self, answer: Callable[[], VLAOutput]) -> VLAOutput:
+        """What ``answer`` returns, which calls the VLA. Nowhere else does a policy ask."""
         with self.call() as call:
-            output = vla.predict(observation, keep_mass=keep_mass)
+            output = answer()
             call.plan = len(output.actions) if isinstance(getattr(output, "actions", None), np.ndarray) else 1
             call.visual_tokens = getattr(output, "visual_tokens", None) or (0, 0)
+            call.accepted = getattr(output, "accepted", None) or 0
         return output
 
     @contextmanager
@@ -103,6 +107,7 @@ class Ledger:
             self.milliseconds.append(took)
             self.plan = counted.plan
             self.kept, self.total = self.kept + counted.visual_tokens[0], self.total + counted.visual_tokens[1]
+            self.verified += counted.accepted > 0
 
     def counted(self, vla: VLA) -> CountedVLA:
         """``vla`` for whoever asks in the policy's place."""
@@ -139,8 +144,8 @@ class Ledger:
 
     @property
     def idle(self) -> bool:
-        """Nothing is gained so far: each step that somebody decided was a call, on all visual tokens."""
-        return 0 < self.decided <= self.calls and (self.total == 0 or self.kept == self.total)
+        """Nothing is gained so far: each step that somebody decided was a call, on all visual tokens, decoded from the start."""
+        return 0 < self.decided <= self.calls and self.kept == self.total and not self.verified
 
     def _announce(self, step: StepInfo) -> None:
         gain = self.gain
@@ -172,4 +177,4 @@ class CountedVLA:
 
     def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
         """As the VLA's own."""
-        return self.ledger.ask(self.vla, observation, keep_mass)
+        return self.ledger.ask(lambda: self.vla.predict(observation, keep_mass=keep_mass))

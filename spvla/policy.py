@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Self
 
@@ -23,54 +23,17 @@ from spvla.gates.base import Decision, Gate, LearningGate
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
+from spvla.judgement import Acted, Judged
 from spvla.ledger import Ledger
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
 from spvla.steps import StepInfo, episode_stats
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, verifying
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What generator and gate say about a step, before anybody acts.
-
-    Args:
-        decision: the gate's label, or why it was not asked.
-        proposal: the generator's action, (D,), environment units, or None if it was not asked.
-        refused: labelled intuitive, but the proposal is not admissible.
-    """
-
-    decision: Decision
-    proposal: FloatArray | None = None
-    refused: bool = False
-
-    @property
-    def skips(self) -> bool:
-        """The generator may act in the VLA's place."""
-        return self.decision.intuitive and not self.refused
-
-
-@dataclass(frozen=True)
-class Acted:
-    """The action (D,) of a step, environment units, and where it comes from.
-
-    Args:
-        output: the VLA's output if it was asked in this step.
-        planned: the part of an earlier plan that covers this step, or None.
-        keep_mass: attention mass the pruner asked for, or None if the VLA was not asked.
-        unavailable: why the VLA could not be asked, or None.
-    """
-
-    action: FloatArray
-    source: Source
-    output: VLAOutput | None = None
-    planned: VLAOutput | None = None
-    keep_mass: float | None = None
-    unavailable: str | None = None
+VERIFY = ("none", "exact", "tolerant")
 
 
 class SPVLAPolicy:
@@ -88,6 +51,10 @@ class SPVLAPolicy:
             (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
             robot moving; ``generator``, follow its proposals up to ``max_generated_run``, then stop. Until the VLA answers
             again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
+        verify: where the VLA is asked, show it the generator's proposal, so that it answers sooner if that is right
+            (:class:`~spvla.vlas.base.VerifyingVLA`): ``none``; ``exact``, its answers stay the same; ``tolerant``, a proposed
+            dimension is accepted within ``tolerance``.
+        tolerance: error beyond which an action deviates, normalised units.
     """
 
     waits = True  # for the VLA, in the steps in which it is asked
@@ -102,6 +69,8 @@ class SPVLAPolicy:
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
         when_unavailable: str = "raise",
+        verify: str = "none",
+        tolerance: float = 0.2,
     ) -> None:
         if (generator is None) != (gate is None):
             raise InputError("policy: a generator needs a gate and a gate needs a generator; give both or neither")
@@ -111,11 +80,18 @@ class SPVLAPolicy:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
         if when_unavailable not in WHEN_UNAVAILABLE:
             raise InputError(f"policy: when_unavailable {when_unavailable!r} is not one of {', '.join(WHEN_UNAVAILABLE)}")
+        if verify not in VERIFY:
+            raise InputError(f"policy: verify {verify!r} is not one of {', '.join(VERIFY)}", field="verify")
+        if not tolerance > 0:
+            raise InputError(f"policy: tolerance must be positive, got {tolerance}", field="tolerance")
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
             require_translations(pruner.speed, vla.action_space)
             vla = vla.with_pruner(pruner.selector)
+        self.verifier = None if verify == "none" else verifying(vla, generator is not None)
+        self.allowed = None if verify != "tolerant" else tolerance  # what a verified proposal may be off by
+        self.tolerance = tolerance
         self.vla = vla
         self.generator = generator
         self.gate = gate
@@ -272,7 +248,11 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            output = self._check(self.ledger.ask(self.vla, seen, keep_mass))
+            if (verifier := self.verifier) is None or proposal is None:
+                output = self.ledger.ask(lambda: self.vla.predict(seen, keep_mass=keep_mass))
+            else:
+                output = self.ledger.ask(lambda: verifier.verify(seen, proposal, self.allowed, keep_mass))
+            output = self._check(output)
         except VLAUnavailable as failure:
             action, source = self._safe_action(proposal, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
@@ -301,6 +281,7 @@ class SPVLAPolicy:
             called_vla=acted.output is not None,
             keep_mass=acted.keep_mass,
             visual_tokens=None if acted.output is None else acted.output.visual_tokens,
+            accepted=None if acted.output is None else acted.output.accepted,
             unavailable=acted.unavailable,
             propensity=propensity,
             milliseconds=times,

@@ -25,8 +25,9 @@ from spvla.errors import InputError
 from spvla.gates.base import Decision
 from spvla.gates.live import LiveGate
 from spvla.history import Source
+from spvla.judgement import Acted, Judged
 from spvla.observation import Observation
-from spvla.policy import Acted, Judged, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
 from spvla.safety import Worker
 from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable

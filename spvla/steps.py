@@ -27,6 +27,7 @@ class StepInfo:
         called_vla: the VLA was asked in this step and answered; where answers come late (:mod:`spvla.realtime`): it was asked.
         keep_mass: attention mass the pruner asked for, or None if the VLA was not called.
         visual_tokens: (kept, total) visual tokens of the VLA's pass, or None.
+        accepted: leading dimensions of the proposal that the VLA agreed with, or None if it was not verified.
         unavailable: why the VLA could not be asked, or None; the action is then the safe one.
         vla_age: control steps since the state that the VLA had last answered about, 0 before its first answer; None where its
             answers come in the step in which it is asked.
@@ -48,6 +49,7 @@ class StepInfo:
     called_vla: bool = False
     keep_mass: float | None = None
     visual_tokens: tuple[int, int] | None = None
+    accepted: int | None = None
     unavailable: str | None = None
     vla_age: int | None = None
     propensity: float | None = None
@@ -70,7 +72,8 @@ def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
 
     Returns ``steps, vla_calls, generated, held, fallbacks, audits, unavailable, switches`` (changes of who acts),
     ``generated_runs``, ``generated_run_length_mean``, ``policy_ms_p50|p95|p99``, ``policy_seconds``, in shadow mode
-    ``would_skip`` and ``would_deviate`` (steps), and ``visual_tokens_mean`` if the VLA reports them.
+    ``would_skip`` and ``would_deviate`` (steps), ``visual_tokens_mean`` if the VLA reports them, and ``accepted_mean`` (leading
+    dimensions) where proposals are verified.
     """
     if not steps:
         return {
@@ -107,4 +110,7 @@ def episode_stats(steps: Sequence[StepInfo]) -> dict[str, float]:
     tokens = [s.visual_tokens[0] for s in steps if s.visual_tokens is not None]
     if tokens:
         out["visual_tokens_mean"] = float(np.mean(tokens))
+    accepted = [s.accepted for s in steps if s.accepted is not None]
+    if accepted:
+        out["accepted_mean"] = float(np.mean(accepted))
     return out

@@ -19,8 +19,8 @@ from spvla.doctor import Sample, examine
 from spvla.gates.base import Decisions
 from spvla.generators.ridge import LastActionGenerator
 from spvla.history import Source
+from spvla.judgement import Acted
 from spvla.ledger import Ledger
-from spvla.policy import Acted
 from spvla.pruning import make_pruner
 from spvla.realtime import BridgePolicy
 from spvla.shadow import ShadowPolicy

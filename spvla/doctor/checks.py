@@ -157,6 +157,10 @@ def _calls(policy: SPVLAPolicy, replays: Sequence[Replay]) -> Finding:
         return Finding("calls", "failed", f"{told}, and the policy claims {claimed}", "miscounted")
     if policy.generator is None:
         return Finding("calls", "ok", f"{told}; there is no generator")
+    if policy.verifier is not None:
+        return Finding(
+            "calls", "ok", f"{told}; the generator acted in {generated}, proposals helped {policy.ledger.verified} times"
+        )
     opened = sum(step.intuitive for step in steps)
     if len(decided) <= len(replays):
         return Finding("calls", "unknown", f"{told}, whose plans cover all of them: take longer samples")

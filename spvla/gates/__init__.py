@@ -16,6 +16,7 @@ GATES = Registry(
         "live": "spvla.gates.live:LiveGate",
         "release": "spvla.gates.rules:ReleaseRule",
         "paper": "spvla.gates.rules:PaperRule",
+        "never": "spvla.gates.rules:Never",
     },
 )
 
