@@ -29,7 +29,8 @@ class Part:
     """One part of a policy.
 
     Args:
-        name: ``generator``, ``gate``, ``live``, ``verify``, ``pruning``, ``dtype``, ``cameras``, ``state``, ``noise``, ``calls``.
+        name: ``generator``, ``gate``, ``live``, ``verify``, ``pruning``, ``dtype``, ``cameras``, ``state``, ``noise`` or
+            ``calls``.
         state: ``active``; ``limited``: on, with less effect than it could have; ``refused``: it was asked for and cannot act;
             ``off``; ``unknown``.
         why: in words.

@@ -144,7 +144,7 @@ class Ledger:
 
     @property
     def idle(self) -> bool:
-        """Nothing is gained so far: each step that somebody decided was a call, on all visual tokens, decoded from the start."""
+        """Nothing is gained so far: each step that somebody decided was a whole call, on all visual tokens."""
         return 0 < self.decided <= self.calls and self.kept == self.total and not self.verified
 
     def _announce(self, step: StepInfo) -> None:

@@ -87,8 +87,13 @@ def evaluate(monkeypatch, output: Path, *options: str, episodes: int = 2, batch:
 
     told: list[np.ndarray] = []
     step = gymnasium.vector.SyncVectorEnv.step
+
+    def noted(env, actions):
+        told.append(np.array(actions))
+        return step(env, actions)
+
     with monkeypatch.context() as patch:
-        patch.setattr(gymnasium.vector.SyncVectorEnv, "step", lambda env, a: told.append(np.array(a)) or step(env, a))
+        patch.setattr(gymnasium.vector.SyncVectorEnv, "step", noted)
         words = ["lerobot-eval", *options, *ENV, f"--eval.n_episodes={episodes}", f"--eval.batch_size={batch}"]
         patch.setattr(sys, "argv", [*words, f"--output_dir={output}", "--seed=3", "--eval.use_async_envs=false"])
         main()

@@ -67,12 +67,13 @@ class SpvlaConfig(PreTrainedConfig):
     def validate_features(self) -> None:
         """Take over what the base sees and does, where nothing is given. A base that cannot be read is refused when the policy
         is made."""
-        if self.base and not self.input_features:
+        own = self.__dict__
+        if self.base and not own["input_features"]:
             try:
                 config = self.base_config()
             except InputError:
                 return
-            self.input_features, self.output_features = config.input_features, config.output_features
+            own.update(input_features=config.input_features, output_features=config.output_features)
 
     @property
     def observation_delta_indices(self) -> None:

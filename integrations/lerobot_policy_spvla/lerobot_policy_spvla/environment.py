@@ -33,7 +33,7 @@ def accelerate_by_environment() -> None:
     """Let commands accelerate the policy that they load, if the environment names an export."""
     if not os.environ.get(EXPORT) or switched_off():
         return
-    own = PreTrainedConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+    own = PreTrainedConfig.from_pretrained.__func__
     if getattr(own, "accelerated", False):
         return
 
@@ -45,7 +45,7 @@ def accelerate_by_environment() -> None:
         return accelerated(config, str(pretrained_name_or_path), list(options["cli_overrides"] or []))
 
     from_pretrained.accelerated = True  # type: ignore[attr-defined]
-    PreTrainedConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, arg-type]
+    PreTrainedConfig.from_pretrained = classmethod(from_pretrained)
 
 
 def accelerated(config: PreTrainedConfig, path: str, overrides: list[str]) -> PreTrainedConfig:

@@ -110,9 +110,9 @@ class Lanes:
         self._lane()  # so that what does not fit is refused now
 
     def _lane(self) -> Lane:
-        c, asked = self.config, Asked(replace(self.export.space, max_jump=None))
-        options = {"generator": c.generator, "gate": c.scheduler, "max_generated_run": c.max_generated_run, "pruning": "none"}
-        policy = accelerate(asked, self.export, c.risk, **options)
+        asked, c = Asked(replace(self.export.space, max_jump=None)), self.config
+        options: dict[str, Any] = {"generator": c.generator, "gate": c.scheduler, "max_generated_run": c.max_generated_run}
+        policy = accelerate(asked, self.export, c.risk, pruning="none", **options)
         assert isinstance(policy, SPVLAPolicy), "nothing is recorded"
         policy.ledger.announce = False  # it sees no time of the base's
         return Lane(policy, asked)
