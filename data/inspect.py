@@ -144,6 +144,11 @@ def _describe_store(store: RolloutStore) -> None:
     kind = "the teacher's actions" if store.labelled_by_teacher else "the recorded actions (demonstrations, no teacher)"
     print(f"labels    {kind}, {labelled.mean():.1%} of the steps")
     print(f"generated {(a['sources'] == Actor.GENERATOR).mean():.1%} of the steps")
+    if "vla_plans" in a:
+        told = (
+            f"plans of {a['vla_plans'].shape[1]} actions for {(~np.isnan(a['vla_plans']).any((1, 2))).mean():.1%} of the steps"
+        )
+        print(f"plans     {told}; {(a['sources'] == Actor.PLAN).mean():.1%} of the steps were kept from an earlier one")
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")

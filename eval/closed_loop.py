@@ -26,6 +26,7 @@ from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import fingerprint, load_export
 from spvla.files import locked, write_text
+from spvla.gates.floor import NoiseFloor
 from spvla.vlas.registry import VLASource
 
 
@@ -60,6 +61,9 @@ def closed_loop(
 ) -> None:
     """Evaluate cells of generator x gate x pruning in closed loop, paired against the VLA alone.
 
+    The VLA alone executes its plans whole. What is kept of a plan beside that (plan@4, pace, or a gate that decides about
+    plans) counts as made without a fresh look: it deviates where a fresh plan would have begun with another action.
+
     Stopped, it continues where it was when called again with the same output. With another export there, only the cells
     that use it run anew. All episodes of a cell with a live gate are one deployment: its tasks one after another, in one
     worker, whatever the number of workers.
@@ -76,8 +80,9 @@ def closed_loop(
         init_states: the suite's fixed initial states; 30-49 are for evaluation; null for none.
         random_resets: seeded random resets of each task, beside them.
         cells: what to compare with the VLA alone: generator+gate, generator+gate+pruning or vla+pruning; a risk
-            of its own goes last, as in mlp+learned+half_dual@0.05. If omitted: ridge+release where the robot moves in three
-            translations, and the export's default generator under the learned gate.
+            of its own goes last, as in mlp+learned+half_dual@0.05; plan@4 executes four actions of each plan, pace plans again
+            where the plan is slow, reuse repeats an action that hardly changes. If omitted: ridge+release where the robot moves
+            in three translations, and the export's default generator under the learned gate.
         risk: allowed risks at which learned gates are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
         pruning: prunings by name, fields as spvla.pruning.make_pruner takes; fast_fewer and slow_fewer need no entry.
@@ -147,11 +152,14 @@ def closed_loop(
         mine = belonging(done, wanted, starts)
         rows = summarise(mine, timing)
         write_csv(
-            output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept", "live")} for e in mine]
+            output / "episodes.csv.gz",
+            [{k: v for k, v in e.items() if k not in ("trace", "kept_tokens", "live")} for e in mine],
         )
         write_traces(output / "traces.json.gz", mine)
         write_eval_info(output, mine)
         what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
+        floor = None if loaded is None else NoiseFloor.of(loaded.provenance)
+        what |= {} if floor is None else {"noise_floor": floor.to_dict()}
         path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
         text = table(rows, columns_of(rows, real_time=real_time, nudge=bool(nudge)))
         write_text(output / "table.txt", text + "\n")

@@ -23,7 +23,7 @@ from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.export import Export, fingerprint, load_export
 from spvla.gates import GATES, has_risk
-from spvla.history import Source
+from spvla.history import UNSEEN, Source
 from spvla.recording import Policy
 from spvla.steps import StepInfo, audit_steps, run_lengths
 from spvla.vlas.base import VLA, Viewing, VLAOutput
@@ -145,9 +145,9 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Evaluation
             cell.risk,
             generator=cell.generator,
             gate=None if cell.gate == "none" else cell.gate,
-            rule=setting.rules.get(cell.gate),
+            rule=setting.rules.get(cell.gate) if cell.horizon is None else {"steps": cell.horizon},
             pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
-            max_generated_run=setting.max_generated_run,
+            max_generated_run=setting.max_generated_run if cell.horizon is None else cell.horizon,
             verify=cell.verify,  # type: ignore[arg-type]
             mode="bridge" if (time := setting.time_of(cell)) is not None and time.mode == "bridge" else "wait",
         )
@@ -210,13 +210,14 @@ class Runner:
 
     def _measured(self, policy: Policy, result: Rollout) -> dict[str, Any]:
         episode, stats, steps = result.episode, policy.stats(), result.steps
-        generated = np.array([s.source == Source.GENERATOR for s in steps])
+        generated, kept = (np.array([s.source == who for s in steps]) for who in UNSEEN)
         deviating = deviations(episode, policy.space, self.tolerance) if self.teacher else None
         return {
             "success": bool(episode.success),
             "steps": len(steps),
             "vla_calls": int(stats["vla_calls"]),
             "generated": int(generated.sum()),
+            "kept": int(kept.sum()),
             "deviating": None if deviating is None else int(deviating.sum()),
             "held": int(stats["held"]),
             "seconds": len(steps) / policy.space.control_rate,
@@ -230,11 +231,12 @@ class Runner:
             "accepted": accepted_counts(steps, policy.space.dim),
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),
-            "generated_run_lengths": run_lengths(generated).tolist(),
-            "kept": None if policy.pruner is None else kept_counts(result.outputs),
+            "generated_run_lengths": run_lengths(generated | kept).tolist(),
+            "kept_tokens": None if policy.pruner is None else kept_counts(result.outputs),
             "trace": {
                 "actions": np.round(episode.actions, 3).tolist(),
                 "generated": generated.astype(int).tolist(),
+                "kept": kept.astype(int).tolist(),
                 "held": [int(s.source == Source.HELD) for s in steps],
                 "visual_tokens": [s.visual_tokens and s.visual_tokens[0] for s in steps],
                 "probability": [None if s.probability is None else round(s.probability, 3) for s in steps],

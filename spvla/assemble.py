@@ -13,7 +13,8 @@ from spvla.errors import InputError
 from spvla.export import PRUNING, Export, check_risk, load_export
 from spvla.fields import check_values, naming
 from spvla.gates import GATES, has_risk
-from spvla.gates.base import Gate
+from spvla.gates.base import Gate, reads_plan
+from spvla.gates.floor import NoiseFloor
 from spvla.generators import make_baseline
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import Pruner, make_pruner
@@ -142,6 +143,8 @@ def make_gate(
                 message = f"the gate {name!r} needs an export that holds a trained one"
                 raise InputError(message, code="needs-export", field="export")
             made = gate.from_export(export, generator, risk, space, **options)
+            if (floor := NoiseFloor.of(export.provenance)) is not None:
+                floor.require(risk, reads_plan(made))
         else:
             made = gate(space, **options)
     return cast(Gate, made)

@@ -16,7 +16,8 @@ class Judged:
 
     Args:
         decision: the gate's label, or why it was not asked.
-        proposal: the generator's action, (D,), environment units, or None if it was not asked.
+        proposal: the generator's action, or where the gate would rather keep the VLA's plan its next one, (D,), environment
+            units; None if nobody was asked.
         refused: labelled intuitive, but the proposal is not admissible.
     """
 
@@ -26,7 +27,7 @@ class Judged:
 
     @property
     def skips(self) -> bool:
-        """The generator may act in the VLA's place."""
+        """The proposal may be executed without a fresh look."""
         return self.decision.intuitive and not self.refused
 
 

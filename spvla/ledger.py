@@ -13,7 +13,7 @@ from time import perf_counter
 
 import numpy as np
 
-from spvla.history import Source
+from spvla.history import UNSEEN
 from spvla.observation import Observation
 from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput
@@ -69,7 +69,7 @@ class Ledger:
         verified: answers that took over some of a proposal.
         steps: control steps.
         reasons: what decided each of them.
-        generated: steps in which the generator acted.
+        generated: steps in which the generator, or an earlier plan by the gate's leave, acted.
         announce: say what is gained after :data:`FIRST` steps, in one line.
     """
 
@@ -117,7 +117,7 @@ class Ledger:
         """Take in a control step; ``waits``: the VLA's time is part of it."""
         ms = step.milliseconds
         self.steps += 1
-        self.generated += step.source == Source.GENERATOR
+        self.generated += step.source in UNSEEN
         self.reasons[step.reason] += 1
         self._waits = waits
         self._own.append(ms.get("total", 0.0) - (ms.get("vla", 0.0) if waits else 0.0))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate, LearningGate
+from spvla.gates.base import Decision, Gate, LearningGate, reads_plan
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
@@ -29,7 +29,7 @@ from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
 from spvla.steps import StepInfo, episode_stats
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, verifying
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, checked, verifying
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
@@ -39,6 +39,9 @@ VERIFY = ("none", "exact", "tolerant")
 class SPVLAPolicy:
     """A VLA that is asked only when it has to be.
 
+    A VLA may answer with a plan of several actions. With a gate that reads plans, each step has three arms: keep the plan, let
+    the generator act, or have the VLA look and plan again. With any other gate a plan is executed to its end before it decides.
+
     Args:
         vla: the frozen policy.
         generator: continues the motion on intuitive steps; None leaves every step to the VLA.
@@ -46,7 +49,7 @@ class SPVLAPolicy:
         pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy asks its speed response
             how much, and acts through ``vla.with_pruner(pruner.selector)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
-        max_generated_run: generated actions in a row before the VLA must act.
+        max_generated_run: actions in a row without a fresh look, generated or kept, before the VLA must act.
         when_unavailable: what to do while the VLA raises :class:`~spvla.vlas.base.VLAUnavailable`: ``raise``; ``stop``
             (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
             robot moving; ``generator``, follow its proposals up to ``max_generated_run``, then stop. Until the VLA answers
@@ -96,6 +99,10 @@ class SPVLAPolicy:
         self.generator = generator
         self.gate = gate
         self._learning = gate if isinstance(gate, LearningGate) else None
+        self._arms = reads_plan(gate)
+        if reads_plan(generator) and not self._arms:
+            told = "policy: the generator reads the VLA's plans, but the gate does not; use the gate that was trained with it"
+            raise InputError(told, code="no-plan", field="gate")
         self.pruner = pruner
         self.space = space or vla.action_space
         if generator is not None and generator.space.rescaling(self.space) is not None:
@@ -107,11 +114,11 @@ class SPVLAPolicy:
         self.max_generated_run = max_generated_run
         self.when_unavailable = when_unavailable
         length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
-        self.history = ActionHistory(self.space, length)
+        self.history = ActionHistory(self.space, length, plans=self._arms)
         self.steps: list[StepInfo] = []
         self.ledger = Ledger()  # what the VLA was asked, in all episodes
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
-        self._queue: deque[FloatArray] = deque()  # the rest of the VLA's plan
+        self._queue: deque[FloatArray] = deque()  # the rest of a plan that is executed to its end
         self._waiting = False  # the VLA could not be asked in the last step
         self._prepared: Judged | None = None  # what prepare() has decided about the coming step
         self._decided = self._outside = 0  # steps that the gate decided, and how many were unfamiliar or refused
@@ -204,6 +211,8 @@ class SPVLAPolicy:
         if self._steps_without_vla() >= self.max_generated_run:
             return Judged(Decision(False, "run limit"), proposal)
         decision = self.gate.decide(window, proposals)[0]
+        if decision.kept and history.planned is not None:
+            return Judged(decision, history.planned)
         refused = decision.refused or (decision.intuitive and not self.space.admissible(proposal, history.last_action))
         self._warn_if_far_from_calibration(decision, refused, proposals[0])
         return Judged(decision, proposal, refused)
@@ -213,33 +222,29 @@ class SPVLAPolicy:
         return self.history.generated_run
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
-        """Act: by the generator, the rest of a plan, or the VLA."""
+        """Act: by the generator, an earlier plan, or the VLA."""
         proposal = judged.proposal if judged.skips else None
+        source = Source.PLAN if judged.decision.kept else Source.GENERATOR
         if self._asks(judged):
-            answered = self._ask(judged.proposal, observation, times)
+            answered = self._ask(judged, observation, times)
             if proposal is None:
                 return answered
             self._queue.clear()  # a silent audit
             unanswered = answered.unavailable is not None
-            return answered if unanswered else replace(answered, action=proposal, source=Source.GENERATOR)
+            return answered if unanswered else replace(answered, action=proposal, source=source)
         if proposal is None:
             plan = self.history.vla_output
             assert plan is not None, "a queue is what is left of a plan"
             action = self._queue.popleft()
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
             return Acted(action, Source.VLA, planned=planned)
-        return Acted(proposal, Source.GENERATOR)
+        return Acted(proposal, source)
 
     def _asks(self, judged: Judged) -> bool:
         """Whether the VLA is asked: for an audit, or because nobody else may act."""
         return judged.decision.audit if judged.skips and judged.proposal is not None else not self._queue
 
-    def _ask(
-        self,
-        proposal: FloatArray | None,
-        observation: Observation | Callable[[], Observation],
-        times: dict[str, float],
-    ) -> Acted:
+    def _ask(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Look at the scene and ask the VLA; where it does not answer, the safe action."""
         history = self.history
         keep_mass = 1.0 if self.pruner is None else self.pruner.speed(history.last_action, history.space)
@@ -248,25 +253,26 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            if (verifier := self.verifier) is None or proposal is None:
+            if (verifier := self.verifier) is None or (proposal := judged.proposal) is None:
                 output = self.ledger.ask(lambda: self.vla.predict(seen, keep_mass=keep_mass))
             else:
                 output = self.ledger.ask(lambda: verifier.verify(seen, proposal, self.allowed, keep_mass))
-            output = self._check(output)
+            output = checked(output, self.space.dim, self.vla)
         except VLAUnavailable as failure:
-            action, source = self._safe_action(proposal, failure)
+            action, source = self._safe_action(judged, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
             self._waiting = True
             return Acted(action, source, keep_mass=keep_mass, unavailable=str(failure))
         times["vla"] = 1e3 * (perf_counter() - asked)
         times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
         self._waiting = False
-        self._queue.extend(output.actions[1:])
+        if not self._arms:
+            self._queue.extend(output.actions[1:])
         return Acted(output.actions[0], Source.VLA, output, keep_mass=keep_mass)
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         """Add the action to the history; return what happened in this step."""
-        propensity = self._propensity(judged, acted)
+        propensity, age = self._propensity(judged, acted), self.history.vla_age
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
@@ -284,6 +290,7 @@ class SPVLAPolicy:
             accepted=None if acted.output is None else acted.output.accepted,
             unavailable=acted.unavailable,
             propensity=propensity,
+            plan_age=age if acted.source == Source.PLAN else None,
             milliseconds=times,
         )
 
@@ -295,7 +302,8 @@ class SPVLAPolicy:
         coin = judged.decision.propensity
         if coin is None or judged.proposal is None or acted.unavailable is not None:
             return 1.0
-        return coin if self.space.admissible(judged.proposal, self.history.last_action) else 1.0
+        may = judged.decision.kept or self.space.admissible(judged.proposal, self.history.last_action)
+        return coin if may else 1.0
 
     def _learn(self, judged: Judged, acted: Acted) -> None:
         """Tell a gate that learns how the step ended."""
@@ -356,27 +364,13 @@ class SPVLAPolicy:
                 stacklevel=4,
             )
 
-    def _safe_action(self, proposal: FloatArray | None, error: VLAUnavailable) -> tuple[FloatArray, Source]:
-        last = self.history.last_action
+    def _safe_action(self, judged: Judged, error: VLAUnavailable) -> tuple[FloatArray, Source]:
+        last, proposal, kept = self.history.last_action, judged.proposal, judged.decision.kept
         if self.when_unavailable == "raise" or last is None:
             raise error
         if self.when_unavailable == "hold":
             return last.copy(), Source.HELD
         may_go_on = self.when_unavailable == "generator" and self.history.generated_run < self.max_generated_run
-        if may_go_on and proposal is not None and self.space.admissible(proposal, last):
-            return proposal, Source.GENERATOR
+        if may_go_on and proposal is not None and (kept or self.space.admissible(proposal, last)):
+            return proposal, Source.PLAN if kept else Source.GENERATOR
         return self.space.stop(last), Source.HELD
-
-    def _check(self, output: Any) -> VLAOutput:
-        """The VLA's output with finite float32 actions (T, D), or an :class:`InputError`."""
-        actions = output.actions if isinstance(output, VLAOutput) else None
-        if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
-            found = type(output if actions is None else actions).__name__
-            raise InputError(
-                f"VLA {type(self.vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}"
-            )
-        if actions.ndim != 2 or actions.shape[1] != self.space.dim or not len(actions):
-            raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
-        if not np.isfinite(actions).all():
-            raise InputError("VLA: returned an action with NaN or infinity")
-        return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))

@@ -98,7 +98,7 @@ def test_rows_weigh_tokens_by_calls():
             **counts,
             "visual_tokens_mean": tokens,
             "visual_tokens_total": 256,
-            "kept": [calls, 0],
+            "kept_tokens": [calls, 0],
         }
 
     (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})

@@ -19,7 +19,7 @@ from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.live import LiveGate
 from spvla.generators.features import HistoryFeatures
-from spvla.history import Source
+from spvla.history import UNSEEN
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
 from spvla.realtime import BridgePolicy
@@ -148,7 +148,7 @@ def _calls(policy: SPVLAPolicy, replays: Sequence[Replay]) -> Finding:
     """The VLA is asked, and not in every step that somebody decides."""
     steps = [step for r in replays for step in r.steps]
     calls, claimed = sum(r.calls for r in replays), sum(step.called_vla for step in steps)
-    generated = sum(step.source == Source.GENERATOR for step in steps)
+    generated = sum(step.source in UNSEEN for step in steps)
     decided = [step for step in steps if step.reason != "chunk"]
     told = f"the VLA was called {calls} times in {len(steps)} steps"
     if not calls:

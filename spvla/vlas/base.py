@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -40,6 +40,19 @@ class VLAOutput:
     kept_tokens: NDArray[np.int64] | None = None
     accepted: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+
+def checked(output: Any, dim: int, vla: object) -> VLAOutput:
+    """What ``vla`` answered, with finite float32 actions (T, ``dim``), or an :class:`InputError`."""
+    actions = output.actions if isinstance(output, VLAOutput) else None
+    if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
+        found = type(output if actions is None else actions).__name__
+        raise InputError(f"VLA {type(vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}")
+    if actions.ndim != 2 or actions.shape[1] != dim or not len(actions):
+        raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {dim})")
+    if not np.isfinite(actions).all():
+        raise InputError("VLA: returned an action with NaN or infinity")
+    return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))
 
 
 class VLAUnavailable(RuntimeError):
