@@ -2,7 +2,8 @@
 probability and threshold, and the risk so far. Needs ``pip install "spvla[rerun]"``.
 
 Below an episode's name: ``camera/NAME`` and ``camera/NAME/kept``, ``action``, ``state``, ``who`` (0 the VLA, 1 the generator,
-2 nobody, 3 an earlier plan of the VLA's), ``why``, ``gate/probability``, ``gate/threshold``, ``risk``. The timelines are ``step`` and ``seconds``.
+2 nobody, 3 an earlier plan of the VLA's), ``why``, ``gate/probability``, ``gate/threshold``, ``risk``. The timelines are
+``step`` and ``seconds``.
 """
 
 from __future__ import annotations
