@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from eval.bandwidth import bytes_read, memory_bandwidth
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
@@ -80,7 +81,9 @@ def time_vla(
     """Time ``repeats`` rounds after two of warm-up; every round has a picture of its own.
 
     An OpenVLA is timed by transformers' forward pass as well (``eager``), and where it verifies a proposal that is right
-    (``verified``); both unpruned.
+    (``verified``); both unpruned. ``limit_ms`` is what reading the weights from memory takes alone, at the bandwidth that was
+    measured in the same run, and ``limit_ratio`` how many times that the median is; ``same_tokens`` is the fraction of rounds
+    in which all action tokens are the unpruned pass's.
 
     Returns:
         one row per pruning (tokens, totals, ratios to the unpruned pass of the same round), and one per pruning and stage:
@@ -102,6 +105,7 @@ def time_vla(
         passes |= {EAGER: partial(_eager, vla), VERIFIED: lambda o: vla.verify(o, answers[id(o)])}
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in passes}
     tokens: dict[str, list[int]] = {name: [] for name in passes}
+    answered: dict[str, list[NDArray[np.int64] | None]] = {name: [] for name in passes}
     total_tokens: int | None = None
     for i, observation in enumerate(tqdm(observations, desc="timing", unit="round")):
         order = list(passes)
@@ -112,10 +116,12 @@ def time_vla(
             if i >= WARM_UP:
                 overhead = sum(output.timings.get(stage, 0.0) for stage in PRUNING_STAGES)
                 given_qk = overhead - output.timings.get(PRUNING_STAGES[0], 0.0)
+                answered[name].append(output.tokens)
                 laps[name].append({**output.timings, "overhead": overhead, "overhead_given_qk": given_qk, "total": total})
                 if output.visual_tokens is not None:
                     tokens[name].append(output.visual_tokens[0])
                     total_tokens = output.visual_tokens[1]
+    bandwidth = memory_bandwidth(vla.model.device) if isinstance(vla, OpenVLA) else 0.0
     stages = [
         {"pruning": name, "stage": stage, **_percentiles([lap[stage] for lap in of])}
         for name, of in laps.items()
@@ -127,7 +133,14 @@ def time_vla(
         if tokens[name]:
             row |= {"visual_tokens_mean": float(np.mean(tokens[name])), "visual_tokens_total": total_tokens}
         row |= {f"total_ms_{k}": v for k, v in _percentiles([lap["total"] for lap in of]).items()}
+        if isinstance(vla, OpenVLA):
+            reads = 1 if name == VERIFIED else vla.action_space.dim
+            row["limit_ms"] = 1e3 * bytes_read(vla, reads) / bandwidth
+            row["limit_ratio"] = row["total_ms_p50"] / row["limit_ms"]
         row |= _against(of, laps[FULL])
+        if all(a is not None for a in answered[FULL]):
+            pairs = zip(answered[name], answered[FULL], strict=True)
+            row["same_tokens"] = float(np.mean([np.array_equal(a, b) for a, b in pairs]))  # type: ignore[arg-type]
         row["gflop"] = _gflop(partial(passes[name], observations[0]))
         rows.append(row)
     return rows, stages

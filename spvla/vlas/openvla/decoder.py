@@ -143,14 +143,14 @@ class Reading:
             self._mask = F.pad(self._mask, (0, new), value=1)
         allowed = self._allowed(first, new, embeds.device)
         cos, sin = (x[:, None] for x in w.rotary(embeds, ids))  # (B, 1, L, hs)
-        widths = [w.heads * w.head_size] + [w.kv_heads * w.head_size] * 2
         x = embeds
         for layer, (keys, values) in zip(w.layers, cache, strict=True):
-            joint = F.linear(w.normed(x, layer.before), *layer.qkv).split(widths, dim=-1)
-            q, k, v = (y.view(rows, new, -1, w.head_size).transpose(1, 2) for y in joint)  # (B, heads, L, hs)
-            keys[:, :, first:end], values[:, :, first:end] = _turned(k, cos, sin), v
+            joint = F.linear(w.normed(x, layer.before), *layer.qkv).view(rows, new, -1, w.head_size).transpose(1, 2)
+            qk, v = joint[:, : -w.kv_heads], joint[:, -w.kv_heads :]  # (B, heads, L, hs)
+            qk = _turned(qk, cos, sin)
+            keys[:, :, first:end], values[:, :, first:end] = qk[:, w.heads :], v
             seen = F.scaled_dot_product_attention(
-                _turned(q, cos, sin),
+                qk[:, : w.heads],
                 keys[:, :, :end],
                 values[:, :, :end],
                 attn_mask=allowed,
