@@ -41,8 +41,8 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "verify", "risk")}
-        row |= {} if es[0].get("horizon") is None else {"horizon": es[0]["horizon"]}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
+        row |= {k: es[0][k] for k in ("verify", "horizon") if es[0].get(k) is not None}  # not in every raw row
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
