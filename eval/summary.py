@@ -69,7 +69,7 @@ def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str
     """What a table of rows shows, as text."""
     extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
     extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
-    extra += ["kept", "generated"] if any("kept" in r for r in rows) else []
+    extra += ["horizon", "kept", "generated"] if any("kept" in r for r in rows) else []
     extra += ["verify", "accepted_mean"] if any("accepted_mean" in r for r in rows) else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     return [*COLUMNS, *extra]
