@@ -140,7 +140,7 @@ def rollout(
         if not isinstance(policy, BridgePolicy):
             raise InputError("real time: bridge needs a policy that never waits", code="unsupported", field="mode")
         bridge = policy
-        bridge.calls = SimulatedCalls(bridge.vla, real_time.steps(bridge.space))
+        bridge.calls = SimulatedCalls(bridge.ledger.counted(bridge.vla), real_time.steps(bridge.space))
     env.reset(init_state, seed, instruction, shuffle)
     policy.reset(instruction)
     if teacher is not None:

@@ -17,6 +17,7 @@ from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group
 from data.parallel import Workers
 from eval.cells import default_cells, parse_cells
+from eval.lerobot_info import write_eval_info
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
 from eval.summary import Row, columns_of, summarise, write_traces
@@ -53,6 +54,7 @@ def closed_loop(
     nudge: NonNegativeFloat = 0.0,
     render: RenderMode = "full",
     films: bool = True,
+    rerun: bool = False,
     timing_episodes: NonNegativeInt = 5,
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
@@ -68,7 +70,7 @@ def closed_loop(
 
     Args:
         suite: the simulator's suite of tasks, for example libero_object.
-        output: folder for summary.json, episodes.csv.gz, traces and timing.
+        output: folder for summary.json, episodes.csv.gz, traces, timing, and eval_info.json in LeRobot's form.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
         checkpoint: the VLA's folder or hf://owner/name.
@@ -97,6 +99,7 @@ def closed_loop(
         render: full draws everything for each image; fast draws what stands still once an episode, takes half the time, and
             differs at the edges of what moves.
         films: where the policy sees images, film the first episode of every cell (not in real time).
+        rerun: log the first episode of every cell for Rerun, into OUTPUT/rerun/CELL.rrd (needs rerun-sdk).
         timing_episodes: episodes for the timing after the success cells, the tasks in turn; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
@@ -132,7 +135,8 @@ def closed_loop(
             del fixed["export"]  # cells that use no export are the same with another one
             done = continued(raw, output / "setting.json", fixed)
             done = [e for e in done if e["generator"] == "none" or e["export"] == content]
-            groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
+            shown = [output / name if asked else None for name, asked in (("films", films), ("rerun", rerun))]
+            groups = groups_of(starts, wanted, done, workers, *shown)
             total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for part in groups for g in part)
             from tqdm import tqdm
 
@@ -152,6 +156,7 @@ def closed_loop(
             [{k: v for k, v in e.items() if k not in ("trace", "kept_tokens", "live")} for e in mine],
         )
         write_traces(output / "traces.json.gz", mine)
+        write_eval_info(output, mine)
         what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
         floor = None if loaded is None else NoiseFloor.of(loaded.provenance)
         what |= {} if floor is None else {"noise_floor": floor.to_dict()}

@@ -17,6 +17,7 @@ from data.rollout import Rollout, deviations, rollout
 from eval.cells import Cell, cell_pruner
 from eval.film import write_film
 from eval.motion import motion
+from eval.rerun import log_rollout
 from eval.summary import LIVE
 from spvla.assemble import accelerate
 from spvla.errors import InputError
@@ -65,13 +66,14 @@ class Evaluation(Setting):
 
 @dataclass(frozen=True)
 class Job:
-    """One episode of one cell; it is filmed if ``film`` names a folder. ``learned`` is what the cell's live gate had learned
-    when an earlier run was stopped."""
+    """One episode of one cell; ``film`` and ``rerun`` are the folders for its film and its Rerun recording. ``learned`` is what
+    the cell's live gate had learned when an earlier run was stopped."""
 
     cell: Cell
     init_state: int | None
     seed: int
     film: Path | None = None
+    rerun: Path | None = None
     learned: dict[str, Any] | None = None
 
 
@@ -94,9 +96,9 @@ def starts_of(tasks: Sequence[Task], init_states: str | None, random_resets: int
 
 
 def groups_of(
-    starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None
+    starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None, rerun: Path | None = None
 ) -> list[tuple[Group[Job], ...]]:
-    """What is left to run, in parts for one worker each; the first episode of each cell is filmed into the folder ``films``.
+    """What is left to run, in parts for one worker each. Into ``films`` and ``rerun`` goes each cell's first episode.
 
     All episodes of a cell with a live gate are one part, task after task, so that it does not depend on the workers what the
     gate has learned.
@@ -111,7 +113,8 @@ def groups_of(
         for init, seed in episodes:
             first = task == next(iter(starts)) and (init, seed) == episodes[0]
             missing = [c for c in cells if (c.name, task.index, init, seed) not in have]
-            jobs += [Job(cell, init, seed, films if first else None, learned.get(cell.name)) for cell in missing]
+            shown = (films, rerun) if first else (None, None)
+            jobs += [Job(cell, init, seed, *shown, learned.get(cell.name)) for cell in missing]
         apart = [job for job in jobs if not job.cell.live]
         parts += [(group,) for group in split(task, apart, parts_for(len(apart), workers))]
         for cell, deployment in deployments.items():
@@ -161,6 +164,7 @@ class Runner:
         self.vla = setting.source.load()
         export = load_export(setting.export) if setting.export else None
         self.tolerance = export.tolerance if export else 0.2
+        self.sees = needs_images(self.vla) and setting.real_time is None
         self.content = fingerprint(setting.export)
         self.policies = {cell: make_policy(cell, self.vla, export, setting) for cell in cells}
         self.teacher = setting.source.second(self.vla) if setting.label else None
@@ -183,10 +187,12 @@ class Runner:
                     init_state=job.init_state,
                     seed=job.seed,
                     teacher=self.teacher,
-                    images=job.film is not None,
+                    images=job.film is not None or (job.rerun is not None and self.sees),
                     real_time=self.setting.time_of(job.cell),
                     nudge=self.setting.nudge,
                 )
+                if job.rerun is not None:
+                    log_rollout(job.rerun / f"{job.cell.name}.rrd", policy, result, self.tolerance)
                 if job.film is not None:
                     _film(job.film, job.cell, policy, result)
                 task = group.task

@@ -124,6 +124,7 @@ def accelerate(
         if rule:
             raise InputError(f"rule: constants ({', '.join(rule)}) are given, but no gate is in use", field="rule")
     policy = made(vla, part, decider, pruner, **options)
+    policy.ledger.announce = part is not None or pruner is not None
     return policy if record is None else Recorder(policy, record)
 
 

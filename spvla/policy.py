@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Self
 
@@ -23,6 +23,8 @@ from spvla.gates.base import Decision, Gate, LearningGate, reads_plan
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
+from spvla.judgement import Acted, Judged
+from spvla.ledger import Ledger
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
@@ -32,46 +34,6 @@ from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, checked
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
 VERIFY = ("none", "exact", "tolerant")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What generator and gate say about a step, before anybody acts.
-
-    Args:
-        decision: the gate's label, or why it was not asked.
-        proposal: the generator's action, or where the gate would rather keep the VLA's plan its next one, (D,), environment
-            units; None if nobody was asked.
-        refused: labelled intuitive, but the proposal is not admissible.
-    """
-
-    decision: Decision
-    proposal: FloatArray | None = None
-    refused: bool = False
-
-    @property
-    def skips(self) -> bool:
-        """The proposal may be executed without a fresh look."""
-        return self.decision.intuitive and not self.refused
-
-
-@dataclass(frozen=True)
-class Acted:
-    """The action (D,) of a step, environment units, and where it comes from.
-
-    Args:
-        output: the VLA's output if it was asked in this step.
-        planned: the part of an earlier plan that covers this step, or None.
-        keep_mass: attention mass the pruner asked for, or None if the VLA was not asked.
-        unavailable: why the VLA could not be asked, or None.
-    """
-
-    action: FloatArray
-    source: Source
-    output: VLAOutput | None = None
-    planned: VLAOutput | None = None
-    keep_mass: float | None = None
-    unavailable: str | None = None
 
 
 class SPVLAPolicy:
@@ -154,9 +116,11 @@ class SPVLAPolicy:
         length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
         self.history = ActionHistory(self.space, length, plans=self._arms)
         self.steps: list[StepInfo] = []
+        self.ledger = Ledger()  # what the VLA was asked, in all episodes
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
         self._queue: deque[FloatArray] = deque()  # the rest of a plan that is executed to its end
         self._waiting = False  # the VLA could not be asked in the last step
+        self._prepared: Judged | None = None  # what prepare() has decided about the coming step
         self._decided = self._outside = 0  # steps that the gate decided, and how many were unfamiliar or refused
         self._instruction: str | None = None
 
@@ -170,6 +134,7 @@ class SPVLAPolicy:
         self.history.reset()
         self._queue.clear()
         self._waiting = False
+        self._prepared = None
         self.steps = []
         if self._learning is not None:
             self._learning.begin(instruction)
@@ -204,13 +169,23 @@ class SPVLAPolicy:
         if self._instruction is None:
             raise InputError("policy: call reset(instruction) before the first select_action()")
         self.history.observe(observation.state if isinstance(observation, Observation) else state)
-        judged = self._judge()
+        judged, self._prepared = self._prepared or self._judge(), None
         times = {"scheduling": 1e3 * (perf_counter() - start)}
         acted = self._act(judged, observation, times)
         step = self._account(judged, acted, times)
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
+        self.ledger.took(step, self.waits)
         return acted.action.copy()
+
+    def prepare(self, state: NDArray[np.floating] | None) -> bool:
+        """Decide ahead of :meth:`select_action`, which will be given the same ``state`` (S,), and say whether it will ask the
+        VLA: for whoever asks one VLA for several policies at once."""
+        if self._instruction is None:
+            raise InputError("policy: call reset(instruction) before the first prepare()")
+        self.history.observe(state)
+        self._prepared = self._judge()
+        return self._asks(self._prepared)
 
     def tick(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -248,21 +223,26 @@ class SPVLAPolicy:
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Act: by the generator, an earlier plan, or the VLA."""
-        if judged.skips and judged.proposal is not None:
-            source = Source.PLAN if judged.decision.kept else Source.GENERATOR
-            if not judged.decision.audit:
-                return Acted(judged.proposal, source)
+        proposal = judged.proposal if judged.skips else None
+        source = Source.PLAN if judged.decision.kept else Source.GENERATOR
+        if self._asks(judged):
             answered = self._ask(judged, observation, times)
-            self._queue.clear()
+            if proposal is None:
+                return answered
+            self._queue.clear()  # a silent audit
             unanswered = answered.unavailable is not None
-            return answered if unanswered else replace(answered, action=judged.proposal, source=source)
-        if self._queue:
+            return answered if unanswered else replace(answered, action=proposal, source=source)
+        if proposal is None:
             plan = self.history.vla_output
             assert plan is not None, "a queue is what is left of a plan"
             action = self._queue.popleft()
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
             return Acted(action, Source.VLA, planned=planned)
-        return self._ask(judged, observation, times)
+        return Acted(proposal, source)
+
+    def _asks(self, judged: Judged) -> bool:
+        """Whether the VLA is asked: for an audit, or because nobody else may act."""
+        return judged.decision.audit if judged.skips and judged.proposal is not None else not self._queue
 
     def _ask(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Look at the scene and ask the VLA; where it does not answer, the safe action."""
@@ -273,11 +253,11 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            if self.verifier is None or judged.proposal is None:
-                output = checked(self.vla.predict(seen, keep_mass=keep_mass), self.space.dim, self.vla)
+            if (verifier := self.verifier) is None or (proposal := judged.proposal) is None:
+                output = self.ledger.ask(lambda: self.vla.predict(seen, keep_mass=keep_mass))
             else:
-                answer = self.verifier.verify(seen, judged.proposal, self.allowed, keep_mass)
-                output = checked(answer, self.space.dim, self.vla)
+                output = self.ledger.ask(lambda: verifier.verify(seen, proposal, self.allowed, keep_mass))
+            output = checked(output, self.space.dim, self.vla)
         except VLAUnavailable as failure:
             action, source = self._safe_action(judged, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
@@ -302,6 +282,7 @@ class SPVLAPolicy:
             intuitive=judged.decision.intuitive,
             reason="refused" if judged.refused else "unavailable" if unavailable else judged.decision.reason,
             probability=judged.decision.probability,
+            threshold=judged.decision.threshold,
             fallback=judged.refused,
             called_vla=acted.output is not None,
             keep_mass=acted.keep_mass,

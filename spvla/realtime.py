@@ -25,8 +25,9 @@ from spvla.errors import InputError
 from spvla.gates.base import Decision
 from spvla.gates.live import LiveGate
 from spvla.history import Source
+from spvla.judgement import Acted, Judged
 from spvla.observation import Observation
-from spvla.policy import Acted, Judged, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
 from spvla.safety import Worker
 from spvla.steps import StepInfo
 from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable, checked
@@ -191,7 +192,7 @@ class BridgePolicy(SPVLAPolicy):
         if not 0 <= ahead <= 1:
             raise InputError(f"policy: ahead must lie in [0, 1], got {ahead}", field="ahead")
         self.ahead = ahead
-        self.calls: Calls = ThreadedCalls(self.vla) if calls is None else calls
+        self.calls: Calls = ThreadedCalls(self.ledger.counted(self.vla)) if calls is None else calls
         if isinstance(self.gate, LiveGate):
             if self.gate.options.executed:
                 raise InputError("policy: a robot that never waits cannot execute audits; make them silent", field="executed")
@@ -264,6 +265,7 @@ class BridgePolicy(SPVLAPolicy):
         self._step += 1
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
+        self.ledger.took(step, self.waits)
         return acted.action.copy()
 
     def _wait_for_the_first(

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from spvla.history import Source
+from spvla.judgement import Acted, Judged
 from spvla.observation import Observation
-from spvla.policy import Acted, Judged, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
 from spvla.steps import StepInfo
 
 

@@ -20,6 +20,7 @@ class StepInfo:
         intuitive: the gate's label (False if it was not asked).
         reason: what decided.
         probability: the gate's probability that the proposal deviates, or None.
+        threshold: the largest probability at which the gate would have let the generator act, or None.
         fallback: labelled intuitive, but the proposal was refused and the VLA acted in the same step.
         deviates: shadow mode only: whether the skipped proposal would have deviated from the VLA's action.
         error: shadow mode only: its largest absolute error over the continuous dimensions, normalised units.
@@ -42,6 +43,7 @@ class StepInfo:
     intuitive: bool
     reason: str
     probability: float | None = None
+    threshold: float | None = None
     fallback: bool = False
     deviates: bool | None = None
     error: float | None = None

@@ -157,6 +157,8 @@ def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     closed_loop(**what, init_states="30", random_resets=2, cells=[], max_steps=130)
     (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert (row["episodes"], row["resets"], row["official_successes"], row["reset_successes"]) == (3, 2, 1, 2)
+    info = json.loads((tmp_path / "eval_info.json").read_text())
+    assert info["per_group"]["vla"]["pc_success"] == 100 and info["per_task"][0]["metrics"]["successes"] == [True] * 3
     with gzip.open(tmp_path / "episodes.csv.gz", "rt") as stream:
         episodes = list(csv.DictReader(stream))
     assert sorted(e["init_state"] for e in episodes) == ["", "", "30"] and len({e["seed"] for e in episodes}) == 3
