@@ -11,6 +11,8 @@ from data.store import RolloutStore
 from data.windows import Windows, frames_of
 from spvla.gates.floor import NoiseFloor
 
+SAME = 1e-3  # normalised units: a recorded action that is a plan's, after both were stored as float32
+
 
 def noise_floor(windows: Windows, spans: Sequence[tuple[int, int]], tolerance: float) -> NoiseFloor | None:
     """The floor over the episodes in ``spans``, (first, length) each, as global frames.
@@ -24,38 +26,42 @@ def noise_floor(windows: Windows, spans: Sequence[tuple[int, int]], tolerance: f
         None where no store has plans, or they are of several lengths.
     """
     frames = frames_of(spans)
-    found: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # per store, deviating and known states, (P + 1,) each
+    found: list[NDArray[np.int64]] = []  # per store, see _count
     for i, store in enumerate(windows.stores):
         mine = frames[(frames >= windows.offsets[i]) & (frames < windows.offsets[i + 1])] - windows.offsets[i]
         if "vla_plans" in store.arrays and len(mine):
             found.append(_count(windows, i, store, mine, tolerance))
-    if not found or len({len(known) for _, known in found}) > 1:
+    if not found or len({counts.shape for counts in found}) > 1:
         return None
-    deviating, known = (np.sum(counts, axis=0) for counts in zip(*found, strict=True))
+    deviating, known = np.sum(found, axis=0)
     share = deviating / np.maximum(known, 1)
-    return NoiseFloor(tuple(share[:-1].tolist()), float(share[-1]) if known[-1] else None)
+    length = len(share) // 2
+    stale, kept = (tuple(part.tolist()) for part in (share[:length], share[length:-1]))
+    return NoiseFloor(stale, float(share[-1]) if known[-1] else None, kept if known[length:-1].all() else None)
 
 
-def _count(
-    windows: Windows, i: int, store: RolloutStore, frames: NDArray[np.int64], tolerance: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """In how many of a store's ``frames`` the plan of each age, and last a second plan, deviates; in how many that is known."""
+def _count(windows: Windows, i: int, store: RolloutStore, frames: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
+    """In how many of a store's ``frames`` a plan deviates and in how many that is known, (2, 2 P + 1): plans of each age, those
+    of each age that were executed until then, and last second plans."""
     a, rescaling = store.arrays, store.space.rescaling(windows.space)
     length = a["vla_plans"].shape[1]
-    deviating, known = np.zeros(length + 1, np.int64), np.zeros(length + 1, np.int64)
+    counts = np.zeros((2, 2 * length + 1), np.int64)
     fresh = a["targets"][frames]
 
-    def judge(age: int, actions: NDArray[np.float32], there: NDArray[np.bool_]) -> None:
+    def judge(column: int, actions: NDArray[np.float32], there: NDArray[np.bool_]) -> None:
         there = there & ~np.isnan(actions).any(1) & ~np.isnan(fresh).any(1)
         mine, theirs = actions[there], fresh[there]
         if rescaling is not None:
             mine, theirs = (x * rescaling[0] + rescaling[1] for x in (mine, theirs))
-        known[age] = int(there.sum())
-        deviating[age] = int(windows.space.deviation(mine, theirs, tolerance).sum())
+        counts[:, column] = windows.space.deviation(mine, theirs, tolerance).sum(), there.sum()
 
     for age in range(length):
-        made = frames - age
-        judge(age, a["vla_plans"][np.maximum(made, 0), age], made >= a["start"][frames])
+        there = frames - age >= a["start"][frames]
+        made = np.where(there, frames - age, frames)
+        plans = a["vla_plans"][made]
+        judge(age, plans[:, age], there)
+        executed = a["actions"][made[:, None] + np.arange(age)]  # (F, age, D)
+        judge(length + age, plans[:, age], there & (np.abs(executed - plans[:, :age]) <= SAME).all((1, 2)))
     if "vla_again" in a:
-        judge(length, a["vla_again"][frames], np.ones(len(frames), bool))
-    return deviating, known
+        judge(2 * length, a["vla_again"][frames], np.ones(len(frames), bool))
+    return counts

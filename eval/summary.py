@@ -41,8 +41,8 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "verify", "risk")}
-        row |= {} if es[0].get("horizon") is None else {"horizon": es[0]["horizon"]}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
+        row |= {k: es[0][k] for k in ("verify", "horizon") if es[0].get(k) is not None}  # not in every raw row
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
@@ -69,7 +69,7 @@ def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str
     """What a table of rows shows, as text."""
     extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
     extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
-    extra += ["kept", "generated"] if any("kept" in r for r in rows) else []
+    extra += ["horizon", "kept", "generated"] if any("kept" in r for r in rows) else []
     extra += ["verify", "accepted_mean"] if any("accepted_mean" in r for r in rows) else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     return [*COLUMNS, *extra]

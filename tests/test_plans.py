@@ -200,7 +200,19 @@ def test_the_noise_floor_is_that_of_the_plans(tmp_path):
     np.testing.assert_allclose(floor.stale, STALE)
     assert floor.fresh == pytest.approx(12 / 23), "every second one of the 23 states that were asked again is off"
     assert floor.horizon() == pytest.approx(5 / 8) and floor.horizon(3) == 0
+    np.testing.assert_allclose(floor.kept, STALE)
     assert noise_floor(windows, [(45, 45)], 1.0).horizon() == 0
+
+
+def test_a_floor_of_executed_plans_needs_states_that_they_led_to(tmp_path):
+    episode = drifting_episode(0, DRIFT)
+    episode.actions[20:, 0] += 0.1  # noise: from here on no plan is executed as it was made
+    writer = RolloutWriter(tmp_path / "noisy", LIBERO)
+    writer.write("a", [episode])
+    windows = Windows([RolloutStore(writer.finalize())], history=1)
+    np.testing.assert_allclose(noise_floor(windows, [(0, 45)], 0.2).kept, STALE)
+    floor = noise_floor(windows, [(21, 24)], 0.2)
+    assert floor.kept is None and floor.horizon() == pytest.approx(5 / 8), "the plans of all states stand in for them"
 
 
 def test_calibration_counts_what_the_gate_would_execute(export_folder, folder):

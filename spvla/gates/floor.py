@@ -21,23 +21,25 @@ class NoiseFloor:
     """Fractions of the states in which the VLA deviates from a fresh plan's first action, by the export's tolerance.
 
     Args:
-        stale: by the action of age k of a plan made k steps before, (P,); the first is 0.
+        stale: by the action of age k of a plan made k steps before, whatever was executed since, (P,); the first is 0.
         fresh: by a second plan for the same state; None where the VLA was not asked twice.
+        kept: as ``stale``, in states that executing that plan has led to, (P,); None where that was not seen for every age.
     """
 
     stale: tuple[float, ...]
     fresh: float | None = None
+    kept: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         with naming("noise floor"):
-            check_fields(self, at_least={"stale": 0, "fresh": 0})
+            check_fields(self, at_least={"stale": 0, "fresh": 0, "kept": 0})
         if not self.stale:
             raise InputError("noise floor: stale is empty")
 
     def horizon(self, steps: int | None = None) -> float:
         """The fraction of deviating steps if ``steps`` actions of every plan are executed; None: all of them."""
-        kept = self.stale[:steps]
-        return sum(kept) / len(kept)
+        shares = (self.kept or self.stale)[:steps]
+        return sum(shares) / len(shares)
 
     def require(self, risk: float, arms: bool) -> None:
         """Raise :class:`InputError` (code ``below-floor``) for an allowed ``risk`` that no threshold can keep; ``arms`` says
@@ -55,8 +57,11 @@ class NoiseFloor:
 
     def lines(self) -> list[str]:
         """What it says, for people."""
-        ages = ", ".join(f"{100 * share:.1f}" for share in self.stale)
-        out = [f"noise floor: % of states in which a plan of age 0, 1, ... deviates from a fresh one: {ages}"]
+        out = []
+        for shares, where in ((self.stale, "of all states"), (self.kept or (), "of states that executing it has led to")):
+            if shares:
+                ages = ", ".join(f"{100 * share:.1f}" for share in shares)
+                out.append(f"noise floor: a plan of age 0, 1, ... deviates from a fresh one in % {where}: {ages}")
         out.append(f"noise floor: {self.horizon():.1%} if plans are executed whole; that is the least risk of such a policy")
         fresh = "unknown (nobody asked the VLA twice)" if self.fresh is None else f"{self.fresh:.1%}"
         return [*out, f"noise floor: two fresh plans for the same state deviate in: {fresh}"]
@@ -69,4 +74,7 @@ class NoiseFloor:
     def of(cls, provenance: Mapping[str, Any]) -> NoiseFloor | None:
         """What an export's provenance says of it, None if nothing."""
         values = provenance.get("noise_floor")
-        return None if values is None else cls(tuple(values["stale"]), values.get("fresh"))
+        if values is None:
+            return None
+        kept = values.get("kept")
+        return cls(tuple(values["stale"]), values.get("fresh"), None if kept is None else tuple(kept))
