@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.envs import load_tasks, simulator
+from data.envs import load_tasks, simulator, stamp
 from data.envs.base import RenderMode
 from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group
@@ -63,7 +63,7 @@ def closed_loop(
     worker, whatever the number of workers.
 
     Args:
-        suite: the simulator's suite of tasks, for example libero_object.
+        suite: the simulator's suite of tasks, for example libero_object, or a YAML file that describes a Gymnasium environment.
         output: folder for summary.json, episodes.csv.gz, traces and timing.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
@@ -110,6 +110,7 @@ def closed_loop(
         real_time=RealTime(vla_ms, hold, mode) if real_time else None,
         nudge=Nudge(nudge) if nudge else None,
         render=render,
+        environment=stamp(suite),
     )
     loaded = load_export(export) if export else None
     default_risk = None if loaded is None else float(loaded.defaults["risk"])
@@ -123,7 +124,7 @@ def closed_loop(
         with Workers[tuple[Group[Job], ...], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
             facts = pool.facts()
             films = films and facts.needs_images and not real_time
-            fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
+            fixed = {"suite": next(iter(starts)).suite, "seed": seed, "weights": facts.weights, **setting.facts()}
             del fixed["export"]  # cells that use no export are the same with another one
             done = continued(raw, output / "setting.json", fixed)
             done = [e for e in done if e["generator"] == "none" or e["export"] == content]
