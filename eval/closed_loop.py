@@ -19,7 +19,7 @@ from data.parallel import Workers
 from eval.cells import default_cells, parse_cells
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
-from eval.summary import Row, columns_of, summarise, write_traces
+from eval.summary import Row, by_task, columns_of, summarise, write_traces
 from eval.timing import measure_time
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
@@ -64,7 +64,7 @@ def closed_loop(
 
     Args:
         suite: the simulator's suite of tasks, for example libero_object, or a YAML file that describes a Gymnasium environment.
-        output: folder for summary.json, episodes.csv.gz, traces and timing.
+        output: folder for summary.json, episodes.csv.gz, successes by task (tasks.txt), traces and timing.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
         checkpoint: the VLA's folder or hf://owner/name.
@@ -151,5 +151,9 @@ def closed_loop(
         path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
         text = table(rows, columns_of(rows, real_time=real_time, nudge=bool(nudge)))
         write_text(output / "table.txt", text + "\n")
+        tasks_table = by_task(mine)
+        write_text(output / "tasks.txt", table(tasks_table, list(tasks_table[0])) + "\n")
         print(text)
-        print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
+        print(
+            f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, {{table,tasks}}.txt{', films' if films else ''}"
+        )

@@ -478,6 +478,8 @@ def test_collect_distil_and_closed_loop_run_from_the_file_alone(suite, tmp_path)
     teacher, learned = summary["rows"]
     assert summary["suite"] == store.space.name and teacher["successes"] == teacher["episodes"] == 6
     assert learned["pairs"] == 6 and learned["vla_calls_per_episode"] <= teacher["vla_calls_per_episode"]
+    table = [line.split() for line in (tmp_path / "results" / "tasks.txt").read_text().splitlines()]
+    assert sorted(row[2:5] for row in table[1:]) == [["high", "3", "3"], ["low", "3", "3"]]
     changed = suite(REACH, max_steps=50)
     with pytest.raises(InputError):  # results of another environment
         closed_loop(changed, tmp_path / "results", cells=["mlp+learned"], **options)
