@@ -42,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)" || { echo "No venv module: sudo apt-get install python3-venv"; exit 1; }
 	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) torch
-	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,docs,dev]"
+	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) -e ".[train,eval,libero,metaworld,onnx,serve,rerun,docs,dev]"
 	"$(BIN)/pip" install -q --no-deps $(PIP_ARGS) metaworld==3.1.1  # it asks for another MuJoCo than LIBERO, and runs with LIBERO's
 	@touch "$(READY)"
 
@@ -75,12 +75,12 @@ unit: $(READY)
 test: setup lint
 	$(PYTEST) -m "slow or not slow" --durations=10
 
-# The adapter to LeRobot's policies, with LeRobot itself: an environment of its own, Python 3.12.
+# The adapter to LeRobot's policies and the plugin, with LeRobot itself: an environment of its own, Python 3.12.
 test-lerobot:
 	"$(LEROBOT_PYTHON)" -m venv "$(LEROBOT_VENV)"
-	"$(LEROBOT_VENV)/bin/pip" install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset]" pytest hypothesis "jsonargparse[signatures]"
-	"$(LEROBOT_VENV)/bin/pip" install -q --no-deps -e .
-	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py
+	"$(LEROBOT_VENV)/bin/pip" install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset,pusht]" scipy pytest hypothesis "jsonargparse[signatures]"
+	"$(LEROBOT_VENV)/bin/pip" install -q --no-deps -e . -e integrations/lerobot_policy_spvla
+	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py tests/test_lerobot_plugin.py
 
 # Strict: a broken link is an error. Nothing is loaded from the network.
 docs: $(READY)
@@ -90,6 +90,7 @@ lint: $(READY) docs
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
+	MYPYPATH=integrations/lerobot_policy_spvla "$(BIN)/mypy" -p lerobot_policy_spvla
 	"$(BIN)/lint-imports"
 
 clean:

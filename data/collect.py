@@ -34,6 +34,7 @@ from spvla.steps import episode_stats
 from spvla.store import Episode, RolloutWriter, finalize
 from spvla.vlas.registry import VLASource, weights_stamp
 
+MAX_PLAN = 1000  # actions
 ROUND = 4  # episodes of one task that a student plays before the next task's turn
 
 
@@ -56,6 +57,7 @@ class Collecting(Setting):
     weights: str | None = None
     real_time: RealTime | None = None
     label: bool = True
+    plans: bool = False
 
     def check(self) -> None:
         """Raise :class:`InputError` for options that need another option that is missing."""
@@ -68,6 +70,8 @@ class Collecting(Setting):
             apart = {"noise": self.noise, "student": self.student, "images": self.images, "shadow": self.shadow}
             for name in (name for name, value in apart.items() if value):
                 raise InputError(f"{name}: cannot be joined with real_time", field=name)
+        if self.plans and (self.real_time is not None or not self.label):
+            raise InputError("plans: needs the teacher's labels, and time that stands still", field="plans")
         if not self.label:
             if self.export is None:
                 raise InputError("label: applies only to an accelerated policy; give --export too", field="label")
@@ -101,9 +105,11 @@ class Collector:
         self.setting = setting
         self.vla = setting.source.load()
         perturbed = bool(setting.noise) or setting.student is not None
-        labelled = perturbed or (setting.export is not None and setting.label)
+        labelled = perturbed or setting.plans or (setting.export is not None and setting.label)
         self.teacher = setting.source.second(self.vla) if labelled else None
         parts: dict[str, Any] = {"generator": "none"}
+        if setting.plans:
+            parts = {"generator": "plan", "gate": "horizon", "rule": {"steps": MAX_PLAN}, "max_generated_run": MAX_PLAN}
         if setting.export is not None:
             names = ("export", "risk", "generator", "gate", "max_generated_run", "shadow")
             parts = {name: getattr(setting, name) for name in names}
@@ -151,6 +157,7 @@ class Collector:
                     instruction=choose_instruction(asked, job.seed) if asked else task.instruction,
                     images=setting.images,
                     shuffle=setting.shuffle,
+                    plans=setting.plans,
                     real_time=setting.real_time,
                 )
                 result.episode.metadata = self._metadata(job, env, result.episode)
@@ -235,6 +242,7 @@ def collect(
     vla_ms: NonNegativeFloat | None = None,
     mode: Literal["wait", "bridge"] = "bridge",
     label: bool = True,
+    plans: bool = False,
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
@@ -277,6 +285,8 @@ def collect(
         mode: real time: bridge, the generator acts while the VLA thinks, or wait for it where it is asked.
         label: with export, ask the teacher at every step. Otherwise the store has what a robot would know: the VLA's actions
             where it was asked and, with a live gate, how probable that was.
+        plans: for a VLA that plans in chunks: ask for a fresh plan at every visited state, and store it whole. What distill
+            --vla_plan learns from. Where the VLA plans in any case it is asked twice, to see whether it would say the same.
         workers: processes, one thread each. With a live gate all episodes are one deployment, in one process.
         seed: of resets and noise.
     """
@@ -302,6 +312,7 @@ def collect(
         shuffle=shuffle,
         real_time=RealTime(vla_ms, mode=mode) if real_time else None,
         label=label,
+        plans=plans,
         seed=seed,
         environment=stamp(suite),
     )

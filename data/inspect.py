@@ -20,6 +20,7 @@ from spvla.actions import ActionSpace
 from spvla.cli import PositiveInt
 from spvla.errors import InputError
 from spvla.history import Source as Actor
+from spvla.rerun_log import RerunLog
 from spvla.store import Episode, read_episodes
 
 MOST_STEPS = 2_000_000  # examined at once
@@ -35,6 +36,7 @@ def inspect(
     camera: str | None = None,
     output: Path | None = None,
     trajectories: PositiveInt = 3,
+    rerun: str | None = None,
 ) -> None:
     """Print what a rollout store or a data set holds: episodes, lengths, success, labels, action quantiles and histograms.
 
@@ -48,6 +50,7 @@ def inspect(
         camera: image feature in place of the conventions' one.
         output: PNG, PDF or SVG file for a picture of some trajectories with their labels.
         trajectories: how many, spread over the episodes.
+        rerun: show these in Rerun: an .rrd file, spawn, or a viewer's address rerun+http://... (needs rerun-sdk).
     """
     require_one("inspect", data, source, path)
     if output is not None and output.suffix not in (".png", ".pdf", ".svg"):
@@ -56,7 +59,7 @@ def inspect(
         store = RolloutStore(data)
         _describe_store(store)
         space, shown = store.space, []
-        if output is not None:
+        if output is not None or rerun is not None:
             wanted = set(np.linspace(0, len(store.episodes) - 1, trajectories).astype(int).tolist())
             shown = [e for i, e in enumerate(read_episodes(data)) if i in wanted]
     else:
@@ -83,6 +86,11 @@ def inspect(
     if output is not None:
         draw(shown, space, output)
         print(f"written: {output}")
+    if rerun is not None:
+        log = RerunLog(rerun, space)
+        for i, episode in enumerate(shown):
+            log.episode_of(episode, f"episode_{i:03d}")
+        log.close()
 
 
 @dataclass
@@ -136,6 +144,11 @@ def _describe_store(store: RolloutStore) -> None:
     kind = "the teacher's actions" if store.labelled_by_teacher else "the recorded actions (demonstrations, no teacher)"
     print(f"labels    {kind}, {labelled.mean():.1%} of the steps")
     print(f"generated {(a['sources'] == Actor.GENERATOR).mean():.1%} of the steps")
+    if "vla_plans" in a:
+        told = (
+            f"plans of {a['vla_plans'].shape[1]} actions for {(~np.isnan(a['vla_plans']).any((1, 2))).mean():.1%} of the steps"
+        )
+        print(f"plans     {told}; {(a['sources'] == Actor.PLAN).mean():.1%} of the steps were kept from an earlier one")
     groups = Counter((e.metadata.get("suite", "-"), e.metadata.get("task_name", e.instruction)) for e in store.episodes)
     for (suite, task), count in sorted(groups.items()):
         print(f"  {count:5d} episodes  {suite}  {task}")

@@ -1,6 +1,7 @@
 """What a VLA would do at every frame of a data set: ``python -m data relabel``.
 
-The recorded action stays what was executed; the VLA's action, confidence and pooled features become the labels. Lightning
+The recorded action stays what was executed; the VLA's action (of a plan the first, and beside it the whole plan), confidence
+and pooled features become the labels. Lightning
 Fabric starts one process per device on every node; parts are dealt out by their place in the list, images are decoded
 ahead in a worker process, and a batch never crosses a part, so that the result does not depend on how many processes
 there were.
@@ -74,7 +75,7 @@ def label(vla: VLA, frames: Frames, running: int | None = None) -> list[VLAOutpu
 
 
 def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
-    """``episode`` with the VLA's outputs, one per step, as its labels."""
+    """``episode`` with the VLA's outputs, one per step, as its labels; their whole plans, if those are equally long."""
 
     def stack(values: list[Any]) -> Any:
         return None if any(v is None for v in values) else np.stack(values).astype(np.float32)
@@ -82,6 +83,9 @@ def labelled(episode: Episode, outputs: Sequence[VLAOutput]) -> Episode:
     episode.vla_actions = stack([o.actions[0] for o in outputs])
     episode.vla_confidence = stack([o.confidence for o in outputs])
     episode.vla_features = stack([o.features for o in outputs])
+    plans = [o.actions.ravel() if len(o.actions) > 1 else None for o in outputs]
+    episode.vla_plans = stack(plans) if len({len(o.actions) for o in outputs}) == 1 else None
+    episode.vla_again = None
     episode.vla_propensities = None
     return episode
 

@@ -13,7 +13,7 @@ from data.envs.base import Env, Privileged
 from data.envs.perturb import Nudge, RealTime
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.history import Source
+from spvla.history import UNSEEN, Source
 from spvla.observation import Observation
 from spvla.realtime import BridgePolicy, SimulatedCalls
 from spvla.recording import Policy, Record
@@ -109,6 +109,7 @@ def rollout(
     instruction: str | None = None,
     images: bool = False,
     shuffle: bool = False,
+    plans: bool = False,
     max_steps: int | None = None,
     real_time: RealTime | None = None,
     nudge: Nudge | None = None,
@@ -127,6 +128,7 @@ def rollout(
         instruction: what to ask for, and to judge by; None: the task's own. Another one must be the expert's to understand.
         images: keep what the main camera saw at every step, as JPEG; the environment must render.
         shuffle: the objects trade places, see :meth:`data.envs.base.Env.reset`.
+        plans: where the policy's own VLA plans, the teacher makes a second plan for the same state.
         max_steps: step limit; None: the suite's.
         real_time: the world moves on while the policy thinks (not to be joined with noise, driver or images); None: it waits.
             In its mode ``bridge`` the policy is one that never waits, and is told to ask in simulated time.
@@ -138,7 +140,7 @@ def rollout(
         if not isinstance(policy, BridgePolicy):
             raise InputError("real time: bridge needs a policy that never waits", code="unsupported", field="mode")
         bridge = policy
-        bridge.calls = SimulatedCalls(bridge.vla, real_time.steps(bridge.space))
+        bridge.calls = SimulatedCalls(bridge.ledger.counted(bridge.vla), real_time.steps(bridge.space))
     env.reset(init_state, seed, instruction, shuffle)
     policy.reset(instruction)
     if teacher is not None:
@@ -156,11 +158,16 @@ def rollout(
     limit = max_steps or env.task.max_steps
 
     def execute(
-        action: FloatArray, state: FloatArray, output: VLAOutput | None, source: Source, age: int | None = None
+        action: FloatArray,
+        state: FloatArray,
+        output: VLAOutput | None,
+        source: Source,
+        age: int | None = None,
+        again: FloatArray | None = None,
     ) -> bool:
         nonlocal nudged
         coin = policy.last_step.propensity if teacher is None else None  # a teacher labels whatever the coin says
-        record.add(action, state, output, source, age, coin)
+        record.add(action, state, output, source, age, coin, again)
         if isinstance(env, Privileged):
             privileged.append(env.environment_state())
         over = env.step(action)
@@ -200,6 +207,9 @@ def rollout(
         elsewhere = (driver is not None or noise is not None) and not policy.last_step.called_vla
         if teacher is not None and (output is None or elsewhere):  # a plan's later actions are not for where noise led
             output = teacher.predict(observe())
+        again = None
+        if plans and teacher is not None and policy.last_step.called_vla:
+            again = teacher.predict(observe()).actions[0]
         if driver is not None:
             action = driver.drive(observe, action, env.steps)
             policy.executed(action)
@@ -220,7 +230,7 @@ def rollout(
                 policy.waited(now := action if k == delay else held, state)
                 done = execute(now, state, None, Source.HELD)
         else:
-            done = execute(action, state, output, source, policy.last_step.vla_age)
+            done = execute(action, state, output, source, policy.last_step.vla_age, again)
     episode = record.episode(policy.space)
     episode.instruction = instruction
     if images:
@@ -232,11 +242,12 @@ def rollout(
 
 
 def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArray[np.bool_]:
-    """Per step (T,): generated, and off the teacher's label by more than the tolerance (False where unlabelled)."""
+    """Per step (T,): generated or kept from an earlier plan, and off the teacher's label by more than the tolerance (False
+    where unlabelled)."""
     if episode.vla_actions is None or episode.sources is None:
         return np.zeros(len(episode), bool)
     labelled = np.all(np.isfinite(episode.vla_actions), axis=1)
     reference = np.where(labelled[:, None], episode.vla_actions, episode.actions)
     off: NDArray[np.bool_] = space.deviation(space.normalize(episode.actions), space.normalize(reference), tolerance)
-    out: NDArray[np.bool_] = off & labelled & (episode.sources == Source.GENERATOR)
+    out: NDArray[np.bool_] = off & labelled & np.isin(episode.sources, UNSEEN)
     return out

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.files import building, open_array, parse_object, read_json
-from spvla.history import Source
+from spvla.history import UNSEEN, Source
 from spvla.store import read_action_space, read_episode_table
 from spvla.store.columns import read_ages, read_parquet, read_propensities, read_sources, read_steps, read_vectors
 
@@ -31,6 +31,8 @@ FLOAT_FIELDS = {
     "vla_actions": "vla_action",
     "vla_confidence": "vla_confidence",
     "vla_features": "vla_features",
+    "vla_plans": "vla_plan",
+    "vla_again": "vla_again",
 }
 
 
@@ -64,8 +66,9 @@ class RolloutStore:
             (N, S); ``sources`` uint8 (N,); ``start`` int64 (N,), first frame of the frame's episode; ``end``, one past its
             last; ``last_vla`` int64 (N,), the frame of the episode that the VLA had last answered about: the last earlier one
             in which it acted, an older one where its answers come late, -1 before the first; where the store has them
-            ``vla_confidence`` (N, D), ``vla_features`` (N, F), and ``propensities`` float32 (N,), the probability with which a
-            step was to get the teacher's action.
+            ``vla_confidence`` (N, D), ``vla_features`` (N, F), ``vla_plans`` (N, P, D), the teacher's whole plan at each
+            visited state, and ``vla_again`` (N, D), the first action of a second one, both normalised, NaN where there is none;
+            ``propensities`` float32 (N,), the probability with which a step was to get the teacher's action.
 
     Raises:
         InputError: naming file, field, episode and step for a NaN in what was executed, and for damaged files.
@@ -124,7 +127,7 @@ class RolloutStore:
         return bool(self.arrays["labelled"][0])
 
     def unlabelled(self, frames: slice = slice(None)) -> bool:
-        """Whether the generator acted in ``frames`` where the teacher did not say what it would have done."""
+        """Whether somebody acted in ``frames`` without a fresh look where the teacher did not say what it would have done."""
         return bool(self._missing(frames).any())
 
     def propensities(self, frames: slice) -> NDArray[np.float32] | None:
@@ -136,8 +139,8 @@ class RolloutStore:
         return None if (self._missing(frames) & (propensities >= 1)).any() else propensities
 
     def _missing(self, frames: slice) -> NDArray[np.bool_]:
-        generated = self.arrays["sources"][frames] == Source.GENERATOR
-        missing: NDArray[np.bool_] = generated & np.isnan(self.arrays["targets"][frames]).any(1)
+        unseen = np.isin(self.arrays["sources"][frames], UNSEEN)
+        missing: NDArray[np.bool_] = unseen & np.isnan(self.arrays["targets"][frames]).any(1)
         return missing
 
     def _derive(self, cache: Path) -> None:
@@ -175,8 +178,9 @@ class RolloutStore:
                 if column in table.column_names or name == "actions":
                     raw[name] = read_vectors(table, column, str(path))
                     self._require_finite(raw[name], column, first, allow_missing=name.startswith("vla_"))
-            for name in raw.keys() & {"actions", "vla_actions"}:
-                if (width := raw[name].shape[1]) != self.space.dim:
+            for name in raw.keys() & {"actions", "vla_actions", "vla_plans", "vla_again"}:
+                width = raw[name].shape[1]
+                if width % self.space.dim if name == "vla_plans" else width != self.space.dim:
                     raise InputError(f"{path}: {FLOAT_FIELDS[name]} has {width} entries; the action space has {self.space.dim}")
             found = {name: value.shape[1] for name, value in raw.items()}
             widths = widths or found
@@ -206,6 +210,9 @@ class RolloutStore:
                 new["propensities"] = propensities
             new["last_vla"] += np.where(new["last_vla"] >= 0, first, 0)
             new |= {k: raw[k] for k in ("vla_confidence", "vla_features") if k in raw}
+            for name in raw.keys() & {"vla_plans", "vla_again"}:
+                shape = (len(actions), -1, self.space.dim) if name == "vla_plans" else actions.shape
+                new[name] = self.space.normalize(raw[name].reshape(shape))
             for name, value in new.items():
                 part(name, value)[:] = value
             first += table.num_rows

@@ -45,7 +45,8 @@ class Windows:
         stores: stores of compatible action spaces and equal state sizes. Each has a scale of its own; every window is in one.
         history: steps to look back (n).
         horizon: teacher actions ahead (H).
-        confidence, features: gather the VLA's confidence and pooled features too; every store must have them.
+        confidence, features, plans: gather the VLA's confidence, its pooled features and the rest of its plan too; every store
+            must have them.
         space: its scale normalises every action, for example an export's; None: the first store's scale.
 
     Attributes:
@@ -63,6 +64,7 @@ class Windows:
         confidence: bool = False,
         features: bool = False,
         space: ActionSpace | None = None,
+        plans: bool = False,
     ) -> None:
         if not stores:
             raise InputError("windows: no stores given")
@@ -77,10 +79,15 @@ class Windows:
                     code="state-mismatch",
                     field="observation.state",
                 )
-        for flag, name in ((confidence, "vla_confidence"), (features, "vla_features")):
+        for flag, name in ((confidence, "vla_confidence"), (features, "vla_features"), (plans, "vla_plans")):
             for store in stores:
                 if flag and name not in store.arrays:
-                    raise InputError(f"{store.folder}: the model needs {name}, which this store lacks")
+                    raise InputError(
+                        f"{store.folder}: the model needs {name}, which this store lacks", code="missing-feature", field=name
+                    )
+        if plans and len(lengths := {store.arrays["vla_plans"].shape[1] for store in stores}) > 1:
+            told = ", ".join(map(str, sorted(lengths)))
+            raise InputError(f"windows: plans of several lengths: {told} actions", code="plan-mismatch", field="vla_plans")
         if space is None:
             low, high = (np.array([getattr(s.space, name) for s in stores]) for name in ("low", "high"))
             reference = replace(reference, low=tuple(low.min(0).tolist()), high=tuple(high.max(0).tolist()))
@@ -89,6 +96,7 @@ class Windows:
         self._rescaling = [store.space.rescaling(self.space) for store in stores]
         self.history, self.horizon = history, horizon
         self.confidence, self.features = confidence, features
+        self.plan = stores[0].arrays["vla_plans"].shape[1] if plans else 0  # actions of a plan (P)
         self.offsets = np.cumsum([0] + [s.frames for s in stores])
 
     def __len__(self) -> int:
@@ -99,20 +107,29 @@ class Windows:
         """(store index, first global frame, info) of every episode."""
         return [(i, int(self.offsets[i]) + e.start, e) for i, s in enumerate(self.stores) for e in s.episodes]
 
-    def batch(self, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None = None) -> Batch:
+    def batch(
+        self, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None = None, ages: NDArray[np.int64] | None = None
+    ) -> Batch:
         """The windows before global ``frames`` (B,), in that order.
 
         Args:
             frames: global frame indices (over all stores).
             hidden: per window, pretend that the generator made the last this many actions, (B,): the VLA's last output
                 then lies further back. The first step of an episode is always the VLA's.
+            ages: per window, pretend that the VLA last planned so many steps ago, (B,), at most at the episode's start; 0: when
+                it did. What it planned there must be known; otherwise it is as recorded.
         """
         if len(self.stores) == 1:
-            return self._gather(0, frames, hidden)
+            return self._gather(0, frames, hidden, ages)
         which = np.searchsorted(self.offsets, frames, side="right") - 1
         order = np.argsort(which, kind="stable")
         parts = [
-            self._gather(int(i), frames[chosen] - self.offsets[i], None if hidden is None else hidden[chosen])
+            self._gather(
+                int(i),
+                frames[chosen] - self.offsets[i],
+                None if hidden is None else hidden[chosen],
+                None if ages is None else ages[chosen],
+            )
             for i in np.unique(which)
             for chosen in (order[which[order] == i],)
         ]
@@ -126,7 +143,9 @@ class Windows:
         assert targets is not None and valid is not None
         return Batch(Window(**window), targets, valid)  # type: ignore[arg-type]
 
-    def _gather(self, i: int, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None) -> Batch:
+    def _gather(
+        self, i: int, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None, ages: NDArray[np.int64] | None = None
+    ) -> Batch:
         a, rescaling = self.stores[i].arrays, self._rescaling[i]
 
         def in_scale(actions: FloatArray) -> FloatArray:
@@ -144,6 +163,11 @@ class Windows:
             pretend = np.arange(self.history, 0, -1)[None] <= hidden[:, None]
             sources = np.where(pretend, float(Source.GENERATOR), sources).astype(np.float32)
             last = a["last_vla"][frames - hidden]
+        if ages is not None:
+            earlier = np.maximum(frames - ages, start)
+            pretend = (ages > 0) & (frames > start) & ~np.isnan(a["targets"][earlier]).any(1)
+            last = np.where(pretend, earlier, last)
+            sources = np.where(past == last[:, None], 0, sources)
         known = last >= 0
         last = np.where(known, last, start)
         context = np.concatenate([past, frames[:, None]], axis=1)  # (B, n + 1)
@@ -155,6 +179,7 @@ class Windows:
         def last_output(values: FloatArray) -> FloatArray:
             return np.nan_to_num(values) * known[:, None].astype(np.float32)
 
+        plan, left = self._rest_of_plan(i, frames, last, known) if self.plan else (None, None)
         window = Window(
             actions=in_scale(a["actions"][past]) * mask[..., None],
             sources=sources.astype(np.float32),
@@ -165,8 +190,22 @@ class Windows:
             vla_age=np.where(known, frames - last, 0).astype(np.float32),
             vla_confidence=last_output(a["vla_confidence"][last]) if self.confidence else None,
             vla_features=last_output(a["vla_features"][last]) if self.features else None,
+            plan=None if plan is None else in_scale(plan) * (np.arange(self.plan) < left[:, None])[..., None],  # type: ignore[index]
+            plan_left=left,
         )
         return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
+
+    def _rest_of_plan(
+        self, i: int, frames: NDArray[np.int64], last: NDArray[np.int64], known: NDArray[np.bool_]
+    ) -> tuple[FloatArray, FloatArray]:
+        """What the plans made at frames ``last`` (B,) of a store hold for ``frames`` (B,) and later, (B, P, D), in the store's
+        scale, followed by anything; and how many actions that are, (B,), none where there is no plan."""
+        plans = self.stores[i].arrays["vla_plans"]
+        ahead = (frames - last)[:, None] + np.arange(self.plan)  # (B, P)
+        plan = plans[last[:, None], np.minimum(ahead, self.plan - 1)]
+        whole = known & ~np.isnan(plan).any((1, 2))
+        left = np.where(whole, np.maximum(self.plan - (frames - last), 0), 0)
+        return np.nan_to_num(plan), left.astype(np.float32)
 
 
 def frames_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
@@ -205,7 +244,9 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
         batch_size: B.
         seed: of the order and of the hiding.
         hide: share of windows in which the last 1 .. n actions are passed off as the generator's (see
-            :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like.
+            :meth:`Windows.batch`), so that a model trained on a teacher's rollouts knows what an old VLA output looks like. Of
+            windows with plans the last look is passed off as 1 .. max(n, P) steps old, and some of the steps since then, the
+            last ones, as the generator's.
         batches: batches per pass; by default as many as the frames fill.
         weights: share of each store in every batch, on average; None: as many as it has frames.
         passes: how many an earlier run has made.
@@ -254,11 +295,15 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
             counts = [self.batch_size] if len(drawn) == 1 else rng.multinomial(self.batch_size, self.shares)
             parts = [d.take(n) for d, n in zip(drawn, counts, strict=True) if d is not None and n]
             frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            hidden = None
-            if self.hide:
+            hidden = ages = None
+            if self.hide and self.windows.plan:
+                age = rng.integers(1, max(self.windows.history, self.windows.plan) + 1, len(frames))
+                ages = np.where(rng.random(len(frames)) < self.hide, age, 0)
+                hidden = rng.integers(0, np.maximum(ages, 1))
+            elif self.hide:
                 run = rng.integers(1, self.windows.history + 1, len(frames))
                 hidden = np.where(rng.random(len(frames)) < self.hide, run, 0)
-            yield frames, self.windows.batch(frames, hidden)
+            yield frames, self.windows.batch(frames, hidden, ages)
 
 
 class _Drawing:

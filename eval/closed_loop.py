@@ -17,6 +17,7 @@ from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group
 from data.parallel import Workers
 from eval.cells import default_cells, parse_cells
+from eval.lerobot_info import write_eval_info
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
 from eval.summary import Row, by_task, columns_of, summarise, write_traces
@@ -25,6 +26,7 @@ from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import fingerprint, load_export
 from spvla.files import locked, write_text
+from spvla.gates.floor import NoiseFloor
 from spvla.vlas.registry import VLASource
 
 
@@ -52,11 +54,15 @@ def closed_loop(
     nudge: NonNegativeFloat = 0.0,
     render: RenderMode = "full",
     films: bool = True,
+    rerun: bool = False,
     timing_episodes: NonNegativeInt = 5,
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
     """Evaluate cells of generator x gate x pruning in closed loop, paired against the VLA alone.
+
+    The VLA alone executes its plans whole. What is kept of a plan beside that (plan@4, pace, or a gate that decides about
+    plans) counts as made without a fresh look: it deviates where a fresh plan would have begun with another action.
 
     Stopped, it continues where it was when called again with the same output. With another export there, only the cells
     that use it run anew. All episodes of a cell with a live gate are one deployment: its tasks one after another, in one
@@ -64,7 +70,8 @@ def closed_loop(
 
     Args:
         suite: the simulator's suite of tasks, for example libero_object, or a YAML file that describes a Gymnasium environment.
-        output: folder for summary.json, episodes.csv.gz, successes by task (tasks.txt), traces and timing.
+        output: folder for summary.json, episodes.csv.gz, tasks.txt (successes by task), traces, timing, and eval_info.json in
+            LeRobot's form.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
         checkpoint: the VLA's folder or hf://owner/name.
@@ -74,8 +81,9 @@ def closed_loop(
         init_states: the suite's fixed initial states; 30-49 are for evaluation; null for none.
         random_resets: seeded random resets of each task, beside them.
         cells: what to compare with the VLA alone: generator+gate, generator+gate+pruning or vla+pruning; a risk
-            of its own goes last, as in mlp+learned+half_dual@0.05. If omitted: ridge+release where the robot moves in three
-            translations, and the export's default generator under the learned gate.
+            of its own goes last, as in mlp+learned+half_dual@0.05; plan@4 executes four actions of each plan, pace plans again
+            where the plan is slow, reuse repeats an action that hardly changes. If omitted: ridge+release where the robot moves
+            in three translations, and the export's default generator under the learned gate.
         risk: allowed risks at which learned gates are evaluated; the export's default if omitted.
         rules: constants of the hand-set rules, by rule.
         pruning: prunings by name, fields as spvla.pruning.make_pruner takes; fast_fewer and slow_fewer need no entry.
@@ -92,6 +100,7 @@ def closed_loop(
         render: full draws everything for each image; fast draws what stands still once an episode, takes half the time, and
             differs at the edges of what moves.
         films: where the policy sees images, film the first episode of every cell (not in real time).
+        rerun: log the first episode of every cell for Rerun, into OUTPUT/rerun/CELL.rrd (needs rerun-sdk).
         timing_episodes: episodes for the timing after the success cells, the tasks in turn; 0 skips it.
         workers: processes, one thread each.
         seed: of resets.
@@ -128,7 +137,8 @@ def closed_loop(
             del fixed["export"]  # cells that use no export are the same with another one
             done = continued(raw, output / "setting.json", fixed)
             done = [e for e in done if e["generator"] == "none" or e["export"] == content]
-            groups = groups_of(starts, wanted, done, workers, output / "films" if films else None)
+            shown = [output / name if asked else None for name, asked in (("films", films), ("rerun", rerun))]
+            groups = groups_of(starts, wanted, done, workers, *shown)
             total, left = len(wanted) * sum(map(len, starts.values())), sum(len(g.jobs) for part in groups for g in part)
             from tqdm import tqdm
 
@@ -144,10 +154,14 @@ def closed_loop(
         mine = belonging(done, wanted, starts)
         rows = summarise(mine, timing)
         write_csv(
-            output / "episodes.csv.gz", [{k: v for k, v in e.items() if k not in ("trace", "kept", "live")} for e in mine]
+            output / "episodes.csv.gz",
+            [{k: v for k, v in e.items() if k not in ("trace", "kept_tokens", "live")} for e in mine],
         )
         write_traces(output / "traces.json.gz", mine)
+        write_eval_info(output, mine)
         what = {"init_states": init_states, "random_resets": random_resets, "tasks": [t.name for t in starts], **fixed}
+        floor = None if loaded is None else NoiseFloor.of(loaded.provenance)
+        what |= {} if floor is None else {"noise_floor": floor.to_dict()}
         path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
         text = table(rows, columns_of(rows, real_time=real_time, nudge=bool(nudge)))
         write_text(output / "table.txt", text + "\n")

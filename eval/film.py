@@ -16,7 +16,8 @@ from spvla.vlas.base import VLAOutput
 
 Image = NDArray[np.uint8]
 
-COLOURS = {Source.VLA: (76, 120, 168), Source.GENERATOR: (245, 133, 24), Source.HELD: (153, 153, 153)}  # RGB, as in the report
+COLOURS = {Source.VLA: (76, 120, 168), Source.GENERATOR: (245, 133, 24), Source.HELD: (153, 153, 153)}
+COLOURS |= {Source.PLAN: (114, 183, 178)}  # RGB, as in the report
 SIDE, BAR, BORDER = 320, 16, 6  # pixels; even, as H.264 wants it
 STRIP = 8
 

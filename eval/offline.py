@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.floor import noise_floor
 from data.store import RolloutStore
 from data.windows import Windows
 from eval.output import table, write_csv, write_summary
@@ -191,6 +192,7 @@ def offline(
         confidence=any(f.vla_confidence for f in features),
         features=any(f.vla_features for f in features),
         space=loaded.space,
+        plans=any(f.vla_plan for f in features),
     )
     for line in loaded.space.scale_difference(store.space):
         print(f"note: scale of the export against that of {data}: {line}; do both have the same units?")
@@ -200,6 +202,7 @@ def offline(
         raise InputError(f"{data}: no step has a teacher's label")
     output.mkdir(parents=True, exist_ok=True)
     lengths = np.array([e.length for e in store.episodes])
+    floor = noise_floor(windows, [(first, info.length) for _, first, info in windows.episodes], loaded.tolerance)
     errors: list[Row] = []
     rows: list[Row] = []
     curves: list[Row] = []
@@ -213,6 +216,7 @@ def offline(
         if name not in judged.verdicts:
             rows.append(base)
             continue
+        deviates = windows.space.deviation(judged.verdicts[name].actions, judged.targets[:, 0], loaded.tolerance)
         p = judged.verdicts[name].probability
         fpr, tpr, area = roc(p[known], deviates[known])
         names_of = ("false_positive_rate", "true_positive_rate")
@@ -228,6 +232,7 @@ def offline(
         "episodes": len(store.episodes),
         "steps": int(known.sum()),
         "tolerance": loaded.tolerance,
+        **({} if floor is None else {"noise_floor": floor.to_dict()}),
     }
     calibration = {k: c.to_dict() for k, c in loaded.calibration.items()}
     path = write_summary(output, "offline", rows, **facts, errors=errors, roc=curves, coverage=raw, calibration=calibration)
@@ -244,5 +249,5 @@ def offline(
     ]
     text = table(rows, [*columns, "measured_risk_standard_error", "deviating_among_skipped"])
     write_text(output / "table.txt", text + "\n")
-    print(text)
+    print("\n".join([*(floor.lines() if floor is not None else []), text]))
     print(f"written: {path} and, beside it, errors.csv.gz, coverage.csv.gz, roc.csv.gz, table.txt")

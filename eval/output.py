@@ -21,7 +21,7 @@ from spvla.errors import InputError
 from spvla.files import explained, parse_object, read_bytes, read_json, write_text
 
 TEXT = (  # columns that stay text, whatever they look like
-    *("cell", "generator", "gate", "pruning", "mode", "export", "suite", "task_name"),
+    *("cell", "generator", "gate", "pruning", "mode", "verify", "export", "suite", "task_name"),
     *("asked", "instruction", "object", "own_object", "lifted"),
 )
 

@@ -17,14 +17,15 @@ from data.rollout import Rollout, deviations, rollout
 from eval.cells import Cell, cell_pruner
 from eval.film import write_film
 from eval.motion import motion
+from eval.rerun import log_rollout
 from eval.summary import LIVE
 from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.export import Export, fingerprint, load_export
 from spvla.gates import GATES, has_risk
-from spvla.history import Source
+from spvla.history import UNSEEN, Source
 from spvla.recording import Policy
-from spvla.steps import audit_steps, run_lengths
+from spvla.steps import StepInfo, audit_steps, run_lengths
 from spvla.vlas.base import VLA, Viewing, VLAOutput
 from spvla.vlas.conventions import decode_image
 from spvla.vlas.registry import needs_images, weights_stamp
@@ -65,13 +66,14 @@ class Evaluation(Setting):
 
 @dataclass(frozen=True)
 class Job:
-    """One episode of one cell; it is filmed if ``film`` names a folder. ``learned`` is what the cell's live gate had learned
-    when an earlier run was stopped."""
+    """One episode of one cell; ``film`` and ``rerun`` are the folders for its film and its Rerun recording. ``learned`` is what
+    the cell's live gate had learned when an earlier run was stopped."""
 
     cell: Cell
     init_state: int | None
     seed: int
     film: Path | None = None
+    rerun: Path | None = None
     learned: dict[str, Any] | None = None
 
 
@@ -94,9 +96,9 @@ def starts_of(tasks: Sequence[Task], init_states: str | None, random_resets: int
 
 
 def groups_of(
-    starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None
+    starts: Starts, cells: Sequence[Cell], done: Sequence[Row], workers: int, films: Path | None, rerun: Path | None = None
 ) -> list[tuple[Group[Job], ...]]:
-    """What is left to run, in parts for one worker each; the first episode of each cell is filmed into the folder ``films``.
+    """What is left to run, in parts for one worker each. Into ``films`` and ``rerun`` goes each cell's first episode.
 
     All episodes of a cell with a live gate are one part, task after task, so that it does not depend on the workers what the
     gate has learned.
@@ -111,7 +113,8 @@ def groups_of(
         for init, seed in episodes:
             first = task == next(iter(starts)) and (init, seed) == episodes[0]
             missing = [c for c in cells if (c.name, task.index, init, seed) not in have]
-            jobs += [Job(cell, init, seed, films if first else None, learned.get(cell.name)) for cell in missing]
+            shown = (films, rerun) if first else (None, None)
+            jobs += [Job(cell, init, seed, *shown, learned.get(cell.name)) for cell in missing]
         apart = [job for job in jobs if not job.cell.live]
         parts += [(group,) for group in split(task, apart, parts_for(len(apart), workers))]
         for cell, deployment in deployments.items():
@@ -142,9 +145,10 @@ def make_policy(cell: Cell, vla: VLA, export: Export | None, setting: Evaluation
             cell.risk,
             generator=cell.generator,
             gate=None if cell.gate == "none" else cell.gate,
-            rule=setting.rules.get(cell.gate),
+            rule=setting.rules.get(cell.gate) if cell.horizon is None else {"steps": cell.horizon},
             pruning=cell_pruner(cell.pruning, setting.pruning or {}) or "none",
-            max_generated_run=setting.max_generated_run,
+            max_generated_run=setting.max_generated_run if cell.horizon is None else cell.horizon,
+            verify=cell.verify,  # type: ignore[arg-type]
             mode="bridge" if (time := setting.time_of(cell)) is not None and time.mode == "bridge" else "wait",
         )
     except InputError as error:
@@ -160,6 +164,7 @@ class Runner:
         self.vla = setting.source.load()
         export = load_export(setting.export) if setting.export else None
         self.tolerance = export.tolerance if export else 0.2
+        self.sees = needs_images(self.vla) and setting.real_time is None
         self.content = fingerprint(setting.export)
         self.policies = {cell: make_policy(cell, self.vla, export, setting) for cell in cells}
         self.teacher = setting.source.second(self.vla) if setting.label else None
@@ -182,10 +187,12 @@ class Runner:
                     init_state=job.init_state,
                     seed=job.seed,
                     teacher=self.teacher,
-                    images=job.film is not None,
+                    images=job.film is not None or (job.rerun is not None and self.sees),
                     real_time=self.setting.time_of(job.cell),
                     nudge=self.setting.nudge,
                 )
+                if job.rerun is not None:
+                    log_rollout(job.rerun / f"{job.cell.name}.rrd", policy, result, self.tolerance)
                 if job.film is not None:
                     _film(job.film, job.cell, policy, result)
                 task = group.task
@@ -203,13 +210,14 @@ class Runner:
 
     def _measured(self, policy: Policy, result: Rollout) -> dict[str, Any]:
         episode, stats, steps = result.episode, policy.stats(), result.steps
-        generated = np.array([s.source == Source.GENERATOR for s in steps])
+        generated, kept = (np.array([s.source == who for s in steps]) for who in UNSEEN)
         deviating = deviations(episode, policy.space, self.tolerance) if self.teacher else None
         return {
             "success": bool(episode.success),
             "steps": len(steps),
             "vla_calls": int(stats["vla_calls"]),
             "generated": int(generated.sum()),
+            "kept": int(kept.sum()),
             "deviating": None if deviating is None else int(deviating.sum()),
             "held": int(stats["held"]),
             "seconds": len(steps) / policy.space.control_rate,
@@ -220,13 +228,15 @@ class Runner:
             "audits": int(stats["audits"]),
             "audit_steps": audit_steps(steps),
             **{name: stats.get(name) for name in LIVE},
+            "accepted": accepted_counts(steps, policy.space.dim),
             "visual_tokens_mean": stats.get("visual_tokens_mean"),
             "visual_tokens_total": max((s.visual_tokens[1] for s in steps if s.visual_tokens), default=None),
-            "generated_run_lengths": run_lengths(generated).tolist(),
-            "kept": None if policy.pruner is None else kept_counts(result.outputs),
+            "generated_run_lengths": run_lengths(generated | kept).tolist(),
+            "kept_tokens": None if policy.pruner is None else kept_counts(result.outputs),
             "trace": {
                 "actions": np.round(episode.actions, 3).tolist(),
                 "generated": generated.astype(int).tolist(),
+                "kept": kept.astype(int).tolist(),
                 "held": [int(s.source == Source.HELD) for s in steps],
                 "visual_tokens": [s.visual_tokens and s.visual_tokens[0] for s in steps],
                 "probability": [None if s.probability is None else round(s.probability, 3) for s in steps],
@@ -246,6 +256,12 @@ def load_runner(setting: Evaluation, cells: Sequence[Cell]) -> tuple[Any, Facts]
     """For :class:`~data.parallel.Workers`. Raises :class:`InputError` for a cell that cannot be made."""
     runner = Runner(setting, cells)
     return runner.run, Facts(weights_stamp(runner.vla), needs_images(runner.vla))
+
+
+def accepted_counts(steps: Sequence[StepInfo], dim: int) -> list[int] | None:
+    """How often the VLA agreed with 0, 1, ... ``dim`` leading dimensions of a proposal; None if it never verified one."""
+    accepted = [s.accepted for s in steps if s.accepted is not None]
+    return np.bincount(accepted, minlength=dim + 1).tolist() if accepted else None
 
 
 def kept_counts(outputs: Sequence[VLAOutput | None]) -> list[int] | None:

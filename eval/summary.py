@@ -41,15 +41,18 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     rows = []
     for name, found in by_cell.items():
         es = list(found.values())
-        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "risk")}
+        row: Row = {k: es[0].get(k) for k in ("cell", "generator", "gate", "pruning", "mode", "verify", "risk")}
+        row |= {} if es[0].get("horizon") is None else {"horizon": es[0]["horizon"]}
         pairs = [(e, control[key]) for key, e in found.items() if key in control]
         row |= (
             _success(es)
             | _pairs(pairs, es)
             | _resets(es)
             | _calls(es)
+            | _arms(es)
             | _nudges(es)
             | _tokens(es)
+            | _verified(es)
             | _deviations(es)
             | _live(es)
             | motion_means(es)
@@ -77,6 +80,8 @@ def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str
     """What a table of rows shows, as text."""
     extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []
     extra += ["audits_per_episode", "live_risk", "live_risk_bound95"] if any("live_risk" in r for r in rows) else []
+    extra += ["kept", "generated"] if any("kept" in r for r in rows) else []
+    extra += ["verify", "accepted_mean"] if any("accepted_mean" in r for r in rows) else []
     extra += ["nudged", "nudged_successes", "reaction_steps_mean"] if nudge else []
     return [*COLUMNS, *extra]
 
@@ -140,6 +145,21 @@ def _calls(es: Sequence[Row]) -> Row:
     }
 
 
+def _kept(e: Row) -> int:
+    """Steps that an earlier plan made; earlier versions counted tokens under that name, or nothing."""
+    kept = e.get("kept")
+    return kept if isinstance(kept, int) else 0
+
+
+def _arms(es: Sequence[Row]) -> Row:
+    """Of the steps that somebody decided: the fractions that an earlier plan and the generator made; nothing without plans."""
+    kept = sum(map(_kept, es))
+    if not kept and es[0].get("horizon") is None:
+        return {}
+    decided, generated = _total(es, "steps") - _total(es, "held"), _total(es, "generated")
+    return {"kept": kept / decided, "generated": generated / decided, "skipped": (kept + generated) / decided}
+
+
 def _nudges(es: Sequence[Row]) -> Row:
     nudged = [e for e in es if e["nudged"] is not None]
     if not nudged:
@@ -160,10 +180,19 @@ def _tokens(es: Sequence[Row]) -> Row:
         weights = [e["vla_calls"] for e in seeing]
         out["visual_tokens_mean"] = float(np.average([e["visual_tokens_mean"] for e in seeing], weights=weights))
         out["visual_tokens_total"] = seeing[0]["visual_tokens_total"]
-    if counted := [e for e in seeing if e.get("kept") is not None]:
-        kept = np.sum([e["kept"] for e in counted], axis=0)
+    if counted := [e for e in seeing if e.get("kept_tokens") is not None]:
+        kept = np.sum([e["kept_tokens"] for e in counted], axis=0)
         out["kept_share"] = (kept / _total(counted, "vla_calls")).round(3).tolist()
     return out
+
+
+def _verified(es: Sequence[Row]) -> Row:
+    """How often the VLA agreed with 0, 1, ... D leading dimensions of a proposal, and how many on average."""
+    verified = [e["accepted"] for e in es if e.get("accepted") is not None]
+    if not verified:
+        return {}
+    counts = np.sum(verified, axis=0)
+    return {"accepted": counts.tolist(), "accepted_mean": float(np.average(np.arange(len(counts)), weights=counts))}
 
 
 def _deviations(es: Sequence[Row]) -> Row:
@@ -174,7 +203,7 @@ def _deviations(es: Sequence[Row]) -> Row:
     return {
         "deviation_rate": mean,
         "deviation_rate_standard_error": error,
-        "deviating_among_generated": _total(labelled, "deviating") / max(1, _total(es, "generated")),
+        "deviating_among_generated": _total(labelled, "deviating") / max(1, _total(es, "generated") + sum(map(_kept, es))),
     }
 
 

@@ -6,7 +6,8 @@ them alike; ratios are taken within a round. Pruning's overhead is counted in ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -14,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from eval.bandwidth import bytes_read, memory_bandwidth
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
 from spvla.pruning.speed import Constant
-from spvla.vlas.base import VLA, PrunableVLA, ReadsState
-from spvla.vlas.openvla.policy import PRUNING_STAGES
+from spvla.vlas.base import VLA, PrunableVLA, ReadsState, VLAOutput
+from spvla.vlas.openvla.policy import PRUNING_STAGES, OpenVLA
 from spvla.vlas.registry import cameras_of
 
 WARM_UP = 2
-FULL = "none"
+FULL, EAGER, VERIFIED = "none", "none, eager", "none, verified"
 IMAGE_SIZE = 256  # pixels, as LIBERO renders
 
 
@@ -78,6 +80,11 @@ def time_vla(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Time ``repeats`` rounds after two of warm-up; every round has a picture of its own.
 
+    An OpenVLA is timed by transformers' forward pass as well (``eager``), and where it verifies a proposal that is right
+    (``verified``); both unpruned. ``limit_ms`` is what reading the weights from memory takes alone, at the bandwidth that was
+    measured in the same run, and ``limit_ratio`` how many times that the median is; ``same_tokens`` is the fraction of rounds
+    in which all action tokens are the unpruned pass's.
+
     Returns:
         one row per pruning (tokens, totals, ratios to the unpruned pass of the same round), and one per pruning and stage:
         milliseconds at the 50th, 95th and 99th percentile, and the least.
@@ -88,25 +95,33 @@ def time_vla(
     vla.reset(instruction)
     prunings = prunings_of(vla, observations[0], keep_ratios, named)
     policies = {name: _with(vla, pruner) for name, pruner in prunings.items()}
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
-    tokens: dict[str, list[int]] = {name: [] for name in policies}
-    total_tokens: int | None = None
     for policy in policies.values():
         policy.reset(instruction)
+    passes: dict[str, Callable[[Observation], VLAOutput]] = {
+        name: partial(policy.predict, keep_mass=_keep(prunings[name])) for name, policy in policies.items()
+    }
+    if isinstance(vla, OpenVLA):
+        answers = {id(observation): vla.predict(observation).actions[0] for observation in observations}
+        passes |= {EAGER: partial(_eager, vla), VERIFIED: lambda o: vla.verify(o, answers[id(o)])}
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in passes}
+    tokens: dict[str, list[int]] = {name: [] for name in passes}
+    answered: dict[str, list[NDArray[np.int64] | None]] = {name: [] for name in passes}
+    total_tokens: int | None = None
     for i, observation in enumerate(tqdm(observations, desc="timing", unit="round")):
-        order = list(policies)
+        order = list(passes)
         for name in order[i % len(order) :] + order[: i % len(order)]:
-            pruner = prunings[name]
             start = perf_counter()
-            output = policies[name].predict(observation, keep_mass=_keep(pruner))
+            output = passes[name](observation)
             total = 1e3 * (perf_counter() - start)
             if i >= WARM_UP:
                 overhead = sum(output.timings.get(stage, 0.0) for stage in PRUNING_STAGES)
                 given_qk = overhead - output.timings.get(PRUNING_STAGES[0], 0.0)
+                answered[name].append(output.tokens)
                 laps[name].append({**output.timings, "overhead": overhead, "overhead_given_qk": given_qk, "total": total})
                 if output.visual_tokens is not None:
                     tokens[name].append(output.visual_tokens[0])
                     total_tokens = output.visual_tokens[1]
+    bandwidth = memory_bandwidth(vla.model.device) if isinstance(vla, OpenVLA) else 0.0
     stages = [
         {"pruning": name, "stage": stage, **_percentiles([lap[stage] for lap in of])}
         for name, of in laps.items()
@@ -118,8 +133,15 @@ def time_vla(
         if tokens[name]:
             row |= {"visual_tokens_mean": float(np.mean(tokens[name])), "visual_tokens_total": total_tokens}
         row |= {f"total_ms_{k}": v for k, v in _percentiles([lap["total"] for lap in of]).items()}
+        if isinstance(vla, OpenVLA):
+            reads = 1 if name == VERIFIED else vla.action_space.dim
+            row["limit_ms"] = 1e3 * bytes_read(vla, reads) / bandwidth
+            row["limit_ratio"] = row["total_ms_p50"] / row["limit_ms"]
         row |= _against(of, laps[FULL])
-        row["gflop"] = _gflop(policies[name], observations[0], prunings[name])
+        if all(a is not None for a in answered[FULL]):
+            pairs = zip(answered[name], answered[FULL], strict=True)
+            row["same_tokens"] = float(np.mean([np.array_equal(a, b) for a, b in pairs]))  # type: ignore[arg-type]
+        row["gflop"] = _gflop(partial(passes[name], observations[0]))
         rows.append(row)
     return rows, stages
 
@@ -157,10 +179,19 @@ def _against(laps: Sequence[Mapping[str, float]], full: Sequence[Mapping[str, fl
     }
 
 
-def _gflop(vla: VLA, observation: Observation, pruner: Pruner | None) -> float:
+def _eager(vla: OpenVLA, observation: Observation) -> VLAOutput:
+    """The answer by transformers' forward pass."""
+    vla.model.eager, before = True, vla.model.eager
+    try:
+        return vla.predict(observation)
+    finally:
+        vla.model.eager = before
+
+
+def _gflop(run: Callable[[], Any]) -> float:
     """Floating-point operations of one pass in matrix products and attention, 1e9; never a statement about time."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        vla.predict(observation, keep_mass=_keep(pruner))
+        run()
     return counter.get_total_flops() / 1e9

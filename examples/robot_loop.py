@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +256,7 @@ def main(
     seconds: float = 10.0,
     mode: Literal["bridge", "wait"] = "bridge",
     record: str | None = None,
+    rerun: str | None = None,
 ) -> None:
     """Drive the simulated arm.
 
@@ -267,7 +268,9 @@ def main(
         seconds: duration.
         mode: bridge: the robot moves while the VLA thinks; wait: it stands.
         record: folder of a rollout store for the episode.
+        rerun: show it in Rerun while it runs: an .rrd file, spawn, or a viewer's address rerun+http://...
     """
+    from spvla.rerun_log import RerunLog, Viewed
     from spvla.vlas.remote import RemoteVLA
 
     if not 0 < seconds < float("inf"):
@@ -275,10 +278,14 @@ def main(
     vla: Any = ToyVLA() if url is None else RemoteVLA(url)
     when_unavailable = "raise" if mode == "bridge" else "stop"
     policy = spvla.accelerate(vla, export, risk, mode=mode, when_unavailable=when_unavailable, record=record)
+    log = None if rerun is None else RerunLog(rerun, policy.space)
+    seen = policy if log is None else cast(Policy, Viewed(policy, log))
     arm = SimulatedArm()
     with policy:  # a recording keeps an episode that ends early, too
-        report = control_loop(policy, arm, instruction, seconds=seconds)
+        report = control_loop(seen, arm, instruction, seconds=seconds)
         policy.finish(success=bool(np.abs(arm.position[:2]).max() < 0.05))
+    if log is not None:
+        log.close()
     late = [f"{1e3 * np.percentile(report.lateness, q):.1f} ms (p{q:g})" for q in (50, 99, 99.9)]
     print(
         f"{report.ticks} ticks, {report.held} held, {report.overruns} overruns; they begin within {', '.join(late)} of their ",

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from spvla.actions import LIBERO, ActionSpace
 from spvla.assemble import accelerate
 from spvla.errors import InputError
+from spvla.explanation import Explanation, explain
 from spvla.export import Export, load_export, save_export
 from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
@@ -28,6 +29,7 @@ __all__ = [
     "VLA",
     "ActionSpace",
     "BridgePolicy",
+    "Explanation",
     "Export",
     "InputError",
     "Observation",
@@ -38,6 +40,7 @@ __all__ = [
     "VLAUnavailable",
     "__version__",
     "accelerate",
+    "explain",
     "load_export",
     "save_export",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from spvla.cli import run
+from spvla.doctor.command import doctor
 from spvla.info import print_info
 from spvla.serve.command import serve_policy
 
@@ -19,7 +21,8 @@ def main() -> int:
         return 0
     if len(arguments) > 1 and arguments[0] == "info" and not arguments[1].startswith("-"):
         arguments = ["info", "--export", *arguments[1:]]  # the one argument that everybody gives
-    return run({"serve": serve_policy, "info": print_info}, "SP-VLA: a frozen VLA, made faster.", arguments, prog="spvla")
+    commands: dict[str, Callable[..., None]] = {"serve": serve_policy, "info": print_info, "doctor": doctor}
+    return run(commands, "SP-VLA: a frozen VLA, made faster.", arguments, prog="spvla")
 
 
 if __name__ == "__main__":

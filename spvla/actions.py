@@ -165,10 +165,14 @@ class ActionSpace:
         A step deviates if the largest absolute error over the continuous dimensions exceeds ``tolerance`` (normalised
         units) or a gripper is wrong: on the other side of the middle if it is binary, beyond the tolerance if not.
         """
+        return np.asarray(self.deviating(proposed, reference, tolerance).any(-1))
+
+    def deviating(self, proposed: ArrayLike, reference: ArrayLike, tolerance: float) -> NDArray[np.bool_]:
+        """In which dimensions (..., D) actions deviate; arguments as for :meth:`deviation`."""
         proposed, reference = np.asarray(proposed, np.float32), np.asarray(reference, np.float32)
         wrong = np.abs(proposed - reference) > tolerance
         np.copyto(wrong, (proposed >= 0) != (reference >= 0), where=self._two_sided)
-        return np.asarray(wrong.any(-1))
+        return wrong
 
     def admissible(self, action: FloatArray, previous: FloatArray | None) -> bool:
         """Whether a proposed action (D,) may be executed: finite, in bounds and no larger jump than seen in training.

@@ -13,7 +13,8 @@ from spvla.errors import InputError
 from spvla.export import PRUNING, Export, check_risk, load_export
 from spvla.fields import check_values, naming
 from spvla.gates import GATES, has_risk
-from spvla.gates.base import Gate
+from spvla.gates.base import Gate, reads_plan
+from spvla.gates.floor import NoiseFloor
 from spvla.generators import make_baseline
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import Pruner, make_pruner
@@ -37,6 +38,7 @@ def accelerate(
     record: str | Path | None = None,
     when_unavailable: str = "raise",
     mode: Literal["wait", "bridge"] = "wait",
+    verify: Literal["none", "exact", "tolerant"] = "none",
     scheduler: str | None = None,
 ) -> Policy:
     """Put a frozen VLA, a distilled generator and its gate together.
@@ -62,6 +64,9 @@ def accelerate(
             :class:`~spvla.policy.SPVLAPolicy`.
         mode: ``wait`` for the VLA where it is asked, or ``bridge``: never wait, see
             :class:`~spvla.realtime.BridgePolicy`, whose ``tick`` a control loop calls.
+        verify: where the VLA is asked, let it check the generator's proposal in one pass instead of decoding token by token:
+            ``exact``, the VLA's own answer, sooner; ``tolerant``, dimensions within the export's tolerance are accepted. A VLA
+            that cannot verify is refused.
         scheduler: the former name of ``gate``.
     """
     if scheduler is not None:
@@ -86,14 +91,23 @@ def accelerate(
     options: dict[str, Any] = {
         "max_generated_run": defaults.get("max_generated_run", 20) if max_generated_run is None else max_generated_run,
         "when_unavailable": when_unavailable,
+        "verify": verify,
     }
-    made: type[SPVLAPolicy] = SPVLAPolicy
-    if shadow:
-        made, options["tolerance"] = ShadowPolicy, loaded.tolerance if loaded else 0.2
+    if loaded is not None:
+        options["tolerance"] = loaded.tolerance
+    made: type[SPVLAPolicy] = ShadowPolicy if shadow else SPVLAPolicy
+    if gate == "never" and verify == "none":
+        raise InputError(
+            "gate: 'never' needs verify, or nothing would come of the proposals", code="cannot-matter", field="gate"
+        )
     if mode == "bridge":
-        if shadow or when_unavailable != "raise":
-            told = "shadow mode" if shadow else "when_unavailable: the generator acts for a while, then the robot stands"
-            raise InputError(f"accelerate: mode 'bridge' cannot be joined with {told}", field="mode")
+        unfit = {
+            "shadow mode": shadow,
+            "when_unavailable: the generator acts for a while, then the robot stands": when_unavailable != "raise",
+            "verify": verify != "none",
+        }
+        for what in (name for name, given in unfit.items() if given):
+            raise InputError(f"accelerate: mode 'bridge' cannot be joined with {what}", field="mode")
         made = BridgePolicy
         if gate == "live":
             rule = {"executed": False, "agreement": False, **(rule or {})}
@@ -110,6 +124,7 @@ def accelerate(
         if rule:
             raise InputError(f"rule: constants ({', '.join(rule)}) are given, but no gate is in use", field="rule")
     policy = made(vla, part, decider, pruner, **options)
+    policy.ledger.announce = part is not None or pruner is not None
     return policy if record is None else Recorder(policy, record)
 
 
@@ -128,6 +143,8 @@ def make_gate(
                 message = f"the gate {name!r} needs an export that holds a trained one"
                 raise InputError(message, code="needs-export", field="export")
             made = gate.from_export(export, generator, risk, space, **options)
+            if (floor := NoiseFloor.of(export.provenance)) is not None:
+                floor.require(risk, reads_plan(made))
         else:
             made = gate(space, **options)
     return cast(Gate, made)

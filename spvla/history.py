@@ -24,6 +24,10 @@ class Source(IntEnum):
     VLA = 0
     GENERATOR = 1
     HELD = 2  # nobody: the robot held or stopped because the VLA's answer was late or did not come
+    PLAN = 3  # the VLA, some steps ago: the next action of its plan was kept by a gate that could have had it plan again
+
+
+UNSEEN = (Source.GENERATOR, Source.PLAN)  # they act without a fresh look at the scene
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Window:
         vla_features: its pooled features, (B, F), or None.
         credited: 1 where hand-set rules count the step as the generator's, (B, n); None: as ``sources``. They differ in shadow
             mode, where the VLA acts in the place of the generator.
+        plan: the rest of the VLA's last plan, from the action on that is due now, normalised, (B, P, D); zeros beyond its end.
+            None where nobody reads plans.
+        plan_left: how many actions that are, (B,), or None.
     """
 
     actions: FloatArray
@@ -55,6 +62,8 @@ class Window:
     vla_confidence: FloatArray | None = None
     vla_features: FloatArray | None = None
     credited: FloatArray | None = None
+    plan: FloatArray | None = None
+    plan_left: FloatArray | None = None
 
 
 class ActionHistory:
@@ -63,20 +72,22 @@ class ActionHistory:
     Args:
         space: action space of the policy.
         length: steps to remember (n).
+        plans: windows have the rest of the VLA's plan.
     """
 
-    def __init__(self, space: ActionSpace, length: int) -> None:
+    def __init__(self, space: ActionSpace, length: int, plans: bool = False) -> None:
         if length < 1:
             raise InputError(f"history length must be at least 1, got {length}")
         self.space = space
         self.length = length
+        self.plans = plans
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: a new episode starts."""
         n, d = self.length, self.space.dim
         self.steps = 0  # actions executed in this episode
-        self.generated_run = self._run_before = 0  # generated actions since the VLA last acted, now and a step ago
+        self.generated_run = self._run_before = 0  # steps without a fresh look since the last one, now and a step ago
         self.actions = np.zeros((n, d), np.float32)  # environment units
         self.normalized = np.zeros((n, d), np.float32)
         self.sources = np.zeros(n, np.float32)  # 1 where the generator acted
@@ -140,7 +151,7 @@ class ActionHistory:
         self._observed = False
         self.vla_age += self.vla_age > 0
         self._run_before = self.generated_run
-        self.generated_run = 0 if source == Source.VLA else self.generated_run + (source == Source.GENERATOR)
+        self.generated_run = 0 if source == Source.VLA else self.generated_run + (source in UNSEEN)
         if source == Source.VLA:
             # The VLA's own output, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
@@ -188,6 +199,12 @@ class ActionHistory:
         return values
 
     @property
+    def planned(self) -> FloatArray | None:
+        """The action (D,) of the VLA's last plan that is due now, environment units; None if the plan is used up."""
+        plan = None if self.vla_output is None else self.vla_output.actions
+        return plan[self.vla_age] if plan is not None and 0 < self.vla_age < len(plan) else None
+
+    @property
     def last_action(self) -> FloatArray | None:
         """The last executed action (D,), environment units, or None at the start of an episode."""
         return self.actions[-1] if self.steps else None
@@ -206,6 +223,7 @@ class ActionHistory:
         output = self.vla_output
         confidence = None if output is None else output.confidence
         features = None if output is None else output.features
+        plan, left = self._rest_of_plan() if self.plans else (None, None)
         self._window = Window(
             actions=self.normalized[None],
             sources=self.sources[None],
@@ -217,5 +235,16 @@ class ActionHistory:
             vla_confidence=None if confidence is None else confidence[None],
             vla_features=None if features is None else features[None],
             credited=self.credited[None],
+            plan=plan,
+            plan_left=left,
         )
         return self._window
+
+    def _rest_of_plan(self) -> tuple[FloatArray, FloatArray]:
+        """``plan`` (1, P, D) and ``plan_left`` (1,) of a :class:`Window`."""
+        output = self.vla_output
+        rest = np.zeros((0, self.space.dim)) if output is None or self.planned is None else output.actions[self.vla_age :]
+        plan = np.zeros((1, max(1, len(rest)), self.space.dim), np.float32)
+        if len(rest):
+            plan[0] = self.space.normalize(rest)
+        return plan, np.array([len(rest)], np.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Self
 
@@ -19,61 +19,28 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate, LearningGate
+from spvla.gates.base import Decision, Gate, LearningGate, reads_plan
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
+from spvla.judgement import Acted, Judged
+from spvla.ledger import Ledger
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner
 from spvla.pruning.speed import require_translations
 from spvla.steps import StepInfo, episode_stats
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable
+from spvla.vlas.base import VLA, PrunableVLA, VLAOutput, VLAUnavailable, checked, verifying
 
 FIRST_STEPS = 40  # decided steps after which a policy says whether it is where its export was calibrated
 WHEN_UNAVAILABLE = ("raise", "stop", "hold", "generator")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What generator and gate say about a step, before anybody acts.
-
-    Args:
-        decision: the gate's label, or why it was not asked.
-        proposal: the generator's action, (D,), environment units, or None if it was not asked.
-        refused: labelled intuitive, but the proposal is not admissible.
-    """
-
-    decision: Decision
-    proposal: FloatArray | None = None
-    refused: bool = False
-
-    @property
-    def skips(self) -> bool:
-        """The generator may act in the VLA's place."""
-        return self.decision.intuitive and not self.refused
-
-
-@dataclass(frozen=True)
-class Acted:
-    """The action (D,) of a step, environment units, and where it comes from.
-
-    Args:
-        output: the VLA's output if it was asked in this step.
-        planned: the part of an earlier plan that covers this step, or None.
-        keep_mass: attention mass the pruner asked for, or None if the VLA was not asked.
-        unavailable: why the VLA could not be asked, or None.
-    """
-
-    action: FloatArray
-    source: Source
-    output: VLAOutput | None = None
-    planned: VLAOutput | None = None
-    keep_mass: float | None = None
-    unavailable: str | None = None
+VERIFY = ("none", "exact", "tolerant")
 
 
 class SPVLAPolicy:
     """A VLA that is asked only when it has to be.
+
+    A VLA may answer with a plan of several actions. With a gate that reads plans, each step has three arms: keep the plan, let
+    the generator act, or have the VLA look and plan again. With any other gate a plan is executed to its end before it decides.
 
     Args:
         vla: the frozen policy.
@@ -82,11 +49,15 @@ class SPVLAPolicy:
         pruner: what the VLA's pass keeps of its visual tokens; None switches pruning off. The policy asks its speed response
             how much, and acts through ``vla.with_pruner(pruner.selector)``, so ``vla`` itself is left as it is.
         space: the action space with the export's jump limits; by default the VLA's own.
-        max_generated_run: generated actions in a row before the VLA must act.
+        max_generated_run: actions in a row without a fresh look, generated or kept, before the VLA must act.
         when_unavailable: what to do while the VLA raises :class:`~spvla.vlas.base.VLAUnavailable`: ``raise``; ``stop``
             (:meth:`ActionSpace.stop`); ``hold``, repeat the last action, which in a space of deltas or velocities keeps the
             robot moving; ``generator``, follow its proposals up to ``max_generated_run``, then stop. Until the VLA answers
             again it is asked at every step. Before an episode's first action nothing is known to be safe: that raises.
+        verify: where the VLA is asked, show it the generator's proposal, so that it answers sooner if that is right
+            (:class:`~spvla.vlas.base.VerifyingVLA`): ``none``; ``exact``, its answers stay the same; ``tolerant``, a proposed
+            dimension is accepted within ``tolerance``.
+        tolerance: error beyond which an action deviates, normalised units.
     """
 
     waits = True  # for the VLA, in the steps in which it is asked
@@ -101,6 +72,8 @@ class SPVLAPolicy:
         space: ActionSpace | None = None,
         max_generated_run: int = 20,
         when_unavailable: str = "raise",
+        verify: str = "none",
+        tolerance: float = 0.2,
     ) -> None:
         if (generator is None) != (gate is None):
             raise InputError("policy: a generator needs a gate and a gate needs a generator; give both or neither")
@@ -110,15 +83,26 @@ class SPVLAPolicy:
             raise InputError(f"policy: max_generated_run must be at least 1, got {max_generated_run}")
         if when_unavailable not in WHEN_UNAVAILABLE:
             raise InputError(f"policy: when_unavailable {when_unavailable!r} is not one of {', '.join(WHEN_UNAVAILABLE)}")
+        if verify not in VERIFY:
+            raise InputError(f"policy: verify {verify!r} is not one of {', '.join(VERIFY)}", field="verify")
+        if not tolerance > 0:
+            raise InputError(f"policy: tolerance must be positive, got {tolerance}", field="tolerance")
         if pruner is not None:
             if not isinstance(vla, PrunableVLA):
                 raise InputError(f"pruning: {type(vla).__name__} cannot run on fewer visual tokens (it has no with_pruner())")
             require_translations(pruner.speed, vla.action_space)
             vla = vla.with_pruner(pruner.selector)
+        self.verifier = None if verify == "none" else verifying(vla, generator is not None)
+        self.allowed = None if verify != "tolerant" else tolerance  # what a verified proposal may be off by
+        self.tolerance = tolerance
         self.vla = vla
         self.generator = generator
         self.gate = gate
         self._learning = gate if isinstance(gate, LearningGate) else None
+        self._arms = reads_plan(gate)
+        if reads_plan(generator) and not self._arms:
+            told = "policy: the generator reads the VLA's plans, but the gate does not; use the gate that was trained with it"
+            raise InputError(told, code="no-plan", field="gate")
         self.pruner = pruner
         self.space = space or vla.action_space
         if generator is not None and generator.space.rescaling(self.space) is not None:
@@ -130,11 +114,13 @@ class SPVLAPolicy:
         self.max_generated_run = max_generated_run
         self.when_unavailable = when_unavailable
         length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
-        self.history = ActionHistory(self.space, length)
+        self.history = ActionHistory(self.space, length, plans=self._arms)
         self.steps: list[StepInfo] = []
+        self.ledger = Ledger()  # what the VLA was asked, in all episodes
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
-        self._queue: deque[FloatArray] = deque()  # the rest of the VLA's plan
+        self._queue: deque[FloatArray] = deque()  # the rest of a plan that is executed to its end
         self._waiting = False  # the VLA could not be asked in the last step
+        self._prepared: Judged | None = None  # what prepare() has decided about the coming step
         self._decided = self._outside = 0  # steps that the gate decided, and how many were unfamiliar or refused
         self._instruction: str | None = None
 
@@ -148,6 +134,7 @@ class SPVLAPolicy:
         self.history.reset()
         self._queue.clear()
         self._waiting = False
+        self._prepared = None
         self.steps = []
         if self._learning is not None:
             self._learning.begin(instruction)
@@ -182,13 +169,23 @@ class SPVLAPolicy:
         if self._instruction is None:
             raise InputError("policy: call reset(instruction) before the first select_action()")
         self.history.observe(observation.state if isinstance(observation, Observation) else state)
-        judged = self._judge()
+        judged, self._prepared = self._prepared or self._judge(), None
         times = {"scheduling": 1e3 * (perf_counter() - start)}
         acted = self._act(judged, observation, times)
         step = self._account(judged, acted, times)
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
+        self.ledger.took(step, self.waits)
         return acted.action.copy()
+
+    def prepare(self, state: NDArray[np.floating] | None) -> bool:
+        """Decide ahead of :meth:`select_action`, which will be given the same ``state`` (S,), and say whether it will ask the
+        VLA: for whoever asks one VLA for several policies at once."""
+        if self._instruction is None:
+            raise InputError("policy: call reset(instruction) before the first prepare()")
+        self.history.observe(state)
+        self._prepared = self._judge()
+        return self._asks(self._prepared)
 
     def tick(
         self, observation: Observation | Callable[[], Observation], state: NDArray[np.floating] | None = None
@@ -214,6 +211,8 @@ class SPVLAPolicy:
         if self._steps_without_vla() >= self.max_generated_run:
             return Judged(Decision(False, "run limit"), proposal)
         decision = self.gate.decide(window, proposals)[0]
+        if decision.kept and history.planned is not None:
+            return Judged(decision, history.planned)
         refused = decision.refused or (decision.intuitive and not self.space.admissible(proposal, history.last_action))
         self._warn_if_far_from_calibration(decision, refused, proposals[0])
         return Judged(decision, proposal, refused)
@@ -223,28 +222,29 @@ class SPVLAPolicy:
         return self.history.generated_run
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
-        """Act: by the generator, the rest of a plan, or the VLA."""
-        if judged.skips and judged.proposal is not None:
-            if not judged.decision.audit:
-                return Acted(judged.proposal, Source.GENERATOR)
-            answered = self._ask(judged.proposal, observation, times)
-            self._queue.clear()
+        """Act: by the generator, an earlier plan, or the VLA."""
+        proposal = judged.proposal if judged.skips else None
+        source = Source.PLAN if judged.decision.kept else Source.GENERATOR
+        if self._asks(judged):
+            answered = self._ask(judged, observation, times)
+            if proposal is None:
+                return answered
+            self._queue.clear()  # a silent audit
             unanswered = answered.unavailable is not None
-            return answered if unanswered else replace(answered, action=judged.proposal, source=Source.GENERATOR)
-        if self._queue:
+            return answered if unanswered else replace(answered, action=proposal, source=source)
+        if proposal is None:
             plan = self.history.vla_output
             assert plan is not None, "a queue is what is left of a plan"
             action = self._queue.popleft()
             planned = VLAOutput(action[None], confidence=plan.confidence, features=plan.features)
             return Acted(action, Source.VLA, planned=planned)
-        return self._ask(judged.proposal, observation, times)
+        return Acted(proposal, source)
 
-    def _ask(
-        self,
-        proposal: FloatArray | None,
-        observation: Observation | Callable[[], Observation],
-        times: dict[str, float],
-    ) -> Acted:
+    def _asks(self, judged: Judged) -> bool:
+        """Whether the VLA is asked: for an audit, or because nobody else may act."""
+        return judged.decision.audit if judged.skips and judged.proposal is not None else not self._queue
+
+    def _ask(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         """Look at the scene and ask the VLA; where it does not answer, the safe action."""
         history = self.history
         keep_mass = 1.0 if self.pruner is None else self.pruner.speed(history.last_action, history.space)
@@ -253,21 +253,26 @@ class SPVLAPolicy:
         asked = perf_counter()
         times["capture"] = 1e3 * (asked - before)
         try:
-            output = self._check(self.vla.predict(seen, keep_mass=keep_mass))
+            if (verifier := self.verifier) is None or (proposal := judged.proposal) is None:
+                output = self.ledger.ask(lambda: self.vla.predict(seen, keep_mass=keep_mass))
+            else:
+                output = self.ledger.ask(lambda: verifier.verify(seen, proposal, self.allowed, keep_mass))
+            output = checked(output, self.space.dim, self.vla)
         except VLAUnavailable as failure:
-            action, source = self._safe_action(proposal, failure)
+            action, source = self._safe_action(judged, failure)
             times["unavailable"] = 1e3 * (perf_counter() - asked)
             self._waiting = True
             return Acted(action, source, keep_mass=keep_mass, unavailable=str(failure))
         times["vla"] = 1e3 * (perf_counter() - asked)
         times |= {f"vla/{stage}": ms for stage, ms in output.timings.items()}
         self._waiting = False
-        self._queue.extend(output.actions[1:])
+        if not self._arms:
+            self._queue.extend(output.actions[1:])
         return Acted(output.actions[0], Source.VLA, output, keep_mass=keep_mass)
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         """Add the action to the history; return what happened in this step."""
-        propensity = self._propensity(judged, acted)
+        propensity, age = self._propensity(judged, acted), self.history.vla_age
         self.history.act(acted.action, acted.source, acted.output)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
@@ -277,12 +282,15 @@ class SPVLAPolicy:
             intuitive=judged.decision.intuitive,
             reason="refused" if judged.refused else "unavailable" if unavailable else judged.decision.reason,
             probability=judged.decision.probability,
+            threshold=judged.decision.threshold,
             fallback=judged.refused,
             called_vla=acted.output is not None,
             keep_mass=acted.keep_mass,
             visual_tokens=None if acted.output is None else acted.output.visual_tokens,
+            accepted=None if acted.output is None else acted.output.accepted,
             unavailable=acted.unavailable,
             propensity=propensity,
+            plan_age=age if acted.source == Source.PLAN else None,
             milliseconds=times,
         )
 
@@ -294,7 +302,8 @@ class SPVLAPolicy:
         coin = judged.decision.propensity
         if coin is None or judged.proposal is None or acted.unavailable is not None:
             return 1.0
-        return coin if self.space.admissible(judged.proposal, self.history.last_action) else 1.0
+        may = judged.decision.kept or self.space.admissible(judged.proposal, self.history.last_action)
+        return coin if may else 1.0
 
     def _learn(self, judged: Judged, acted: Acted) -> None:
         """Tell a gate that learns how the step ended."""
@@ -355,27 +364,13 @@ class SPVLAPolicy:
                 stacklevel=4,
             )
 
-    def _safe_action(self, proposal: FloatArray | None, error: VLAUnavailable) -> tuple[FloatArray, Source]:
-        last = self.history.last_action
+    def _safe_action(self, judged: Judged, error: VLAUnavailable) -> tuple[FloatArray, Source]:
+        last, proposal, kept = self.history.last_action, judged.proposal, judged.decision.kept
         if self.when_unavailable == "raise" or last is None:
             raise error
         if self.when_unavailable == "hold":
             return last.copy(), Source.HELD
         may_go_on = self.when_unavailable == "generator" and self.history.generated_run < self.max_generated_run
-        if may_go_on and proposal is not None and self.space.admissible(proposal, last):
-            return proposal, Source.GENERATOR
+        if may_go_on and proposal is not None and (kept or self.space.admissible(proposal, last)):
+            return proposal, Source.PLAN if kept else Source.GENERATOR
         return self.space.stop(last), Source.HELD
-
-    def _check(self, output: Any) -> VLAOutput:
-        """The VLA's output with finite float32 actions (T, D), or an :class:`InputError`."""
-        actions = output.actions if isinstance(output, VLAOutput) else None
-        if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
-            found = type(output if actions is None else actions).__name__
-            raise InputError(
-                f"VLA {type(self.vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}"
-            )
-        if actions.ndim != 2 or actions.shape[1] != self.space.dim or not len(actions):
-            raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {self.space.dim})")
-        if not np.isfinite(actions).all():
-            raise InputError("VLA: returned an action with NaN or infinity")
-        return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))

@@ -25,11 +25,12 @@ from spvla.errors import InputError
 from spvla.gates.base import Decision
 from spvla.gates.live import LiveGate
 from spvla.history import Source
+from spvla.judgement import Acted, Judged
 from spvla.observation import Observation
-from spvla.policy import Acted, Judged, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
 from spvla.safety import Worker
 from spvla.steps import StepInfo
-from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable
+from spvla.vlas.base import VLA, VLAOutput, VLAUnavailable, checked
 
 MOST_AUDITS = 2  # that wait for their turn; while so many do, the generator may not act
 REMEMBERED = 20  # calls that the latency is measured over
@@ -185,10 +186,13 @@ class BridgePolicy(SPVLAPolicy):
 
     def __init__(self, *parts: Any, ahead: float = 0.5, calls: Calls | None = None, **options: Any) -> None:
         super().__init__(*parts, **options)
+        if self._arms:
+            told = "policy: a gate that decides about plans waits for them; mode 'bridge' needs one that does not read plans"
+            raise InputError(told, code="unsupported", field="mode")
         if not 0 <= ahead <= 1:
             raise InputError(f"policy: ahead must lie in [0, 1], got {ahead}", field="ahead")
         self.ahead = ahead
-        self.calls: Calls = ThreadedCalls(self.vla) if calls is None else calls
+        self.calls: Calls = ThreadedCalls(self.ledger.counted(self.vla)) if calls is None else calls
         if isinstance(self.gate, LiveGate):
             if self.gate.options.executed:
                 raise InputError("policy: a robot that never waits cannot execute audits; make them silent", field="executed")
@@ -261,6 +265,7 @@ class BridgePolicy(SPVLAPolicy):
         self._step += 1
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
+        self.ledger.took(step, self.waits)
         return acted.action.copy()
 
     def _wait_for_the_first(
@@ -287,7 +292,7 @@ class BridgePolicy(SPVLAPolicy):
         if not self._standing:
             return
         first = next(a.output for a in answers if a.output is not None)
-        self.still = self.space.stop(self._check(first).actions[0])
+        self.still = self.space.stop(checked(first, self.space.dim, self.vla).actions[0])
         for state in self._standing:
             self.history.observe(state)
             self.history.act(self.still, Source.HELD)
@@ -303,7 +308,7 @@ class BridgePolicy(SPVLAPolicy):
                 unavailable = str(_unavailable(answer))
                 self._give_up(call.audit)
                 continue
-            output = self._check(answer.output)
+            output = checked(answer.output, self.space.dim, self.vla)
             self.arrived.append((call.step, output))
             self._latencies.append(age)
             self.latency = int(np.quantile(self._latencies, 0.9, method="higher"))

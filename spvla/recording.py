@@ -33,6 +33,7 @@ class Record:
         states: proprioception before it, (S,), or None.
         outputs: the VLA's output at that step, or None where it was not asked.
         sources: who made the action.
+        again: the first action (D,) of a second plan for the same state, or None.
         ages: of the VLA's last word, as :class:`~spvla.steps.StepInfo` has it.
         propensities: of the VLA's output, likewise.
     """
@@ -41,6 +42,7 @@ class Record:
     states: list[FloatArray | None] = field(default_factory=list)
     outputs: list[VLAOutput | None] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    again: list[FloatArray | None] = field(default_factory=list)
     ages: list[int | None] = field(default_factory=list)
     propensities: list[float | None] = field(default_factory=list)
 
@@ -52,6 +54,7 @@ class Record:
         source: Source,
         age: int | None = None,
         propensity: float | None = None,
+        again: FloatArray | None = None,
     ) -> None:
         """Append a step; arrays are copied."""
         self.actions.append(np.array(action, np.float32))
@@ -60,10 +63,12 @@ class Record:
         self.sources.append(source)
         self.ages.append(age)
         self.propensities.append(propensity)
+        self.again.append(again)
 
     def episode(self, space: ActionSpace) -> Episode:
         """The steps so far as an episode in ``space``, its instruction empty. Where the VLA was not asked its rows are NaN."""
         outputs = self.outputs
+        plans = [None if o is None or len(o.actions) < 2 else o.actions.ravel() for o in outputs]
         return Episode(
             actions=np.asarray(self.actions, np.float32),
             instruction="",
@@ -75,6 +80,8 @@ class Record:
             vla_actions=_rows([None if o is None else o.actions[0] for o in outputs]),
             vla_confidence=_rows([None if o is None else o.confidence for o in outputs]),
             vla_features=_rows([None if o is None else o.features for o in outputs]),
+            vla_plans=_rows(plans),
+            vla_again=_rows(self.again),
         )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from spvla.errors import InputError
 from spvla.history import Source
+from spvla.judgement import Acted, Judged
 from spvla.observation import Observation
-from spvla.policy import Acted, Judged, SPVLAPolicy
+from spvla.policy import SPVLAPolicy
 from spvla.steps import StepInfo
 
 
@@ -19,16 +18,8 @@ class ShadowPolicy(SPVLAPolicy):
     """A policy that never skips a call, and says of each step whether it would have been skipped and how far off it would
     have been. The run limit and the published rules count a step that would have been skipped as generated.
 
-    Args:
-        tolerance: error beyond which a proposal deviates, normalised units.
-        parts: see :class:`SPVLAPolicy`.
+    Arguments are those of :class:`SPVLAPolicy`.
     """
-
-    def __init__(self, *parts: Any, tolerance: float = 0.2, **options: Any) -> None:
-        super().__init__(*parts, **options)
-        if not tolerance > 0:
-            raise InputError(f"policy: tolerance must be positive, got {tolerance}", field="tolerance")
-        self.tolerance = tolerance
 
     def _act(self, judged: Judged, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Acted:
         return super()._act(replace(judged, refused=True), observation, times)

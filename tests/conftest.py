@@ -42,7 +42,7 @@ def write_records(path: Path, records: list[bytes]) -> None:
             stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
 
 
-TOOLS = {"browser": BROWSER is not None, "lerobot": find_spec("lerobot") is not None}
+TOOLS = {"browser": BROWSER is not None, "lerobot": find_spec("lerobot") is not None, "rerun": find_spec("rerun") is not None}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -98,7 +98,7 @@ def test_rows_weigh_tokens_by_calls():
             **counts,
             "visual_tokens_mean": tokens,
             "visual_tokens_total": 256,
-            "kept": [calls, 0],
+            "kept_tokens": [calls, 0],
         }
 
     (row,) = summarise([episode("vla+half", 100.0, 9), episode("vla+half", 200.0, 1)], {})
@@ -168,6 +168,8 @@ def test_official_states_and_seeded_resets_side_by_side(tmp_path):
     closed_loop(**what, init_states="30", random_resets=2, cells=[], max_steps=130)
     (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert (row["episodes"], row["resets"], row["official_successes"], row["reset_successes"]) == (3, 2, 1, 2)
+    info = json.loads((tmp_path / "eval_info.json").read_text())
+    assert info["per_group"]["vla"]["pc_success"] == 100 and info["per_task"][0]["metrics"]["successes"] == [True] * 3
     with gzip.open(tmp_path / "episodes.csv.gz", "rt") as stream:
         episodes = list(csv.DictReader(stream))
     assert sorted(e["init_state"] for e in episodes) == ["", "", "30"] and len({e["seed"] for e in episodes}) == 3

@@ -15,6 +15,7 @@ from spvla.pruning import TokenSelector
 from spvla.vlas.conventions import CONVENTIONS, Conventions, center_crop, jpeg_round_trip
 from spvla.vlas.openvla import OpenVLA, from_pretrained
 from spvla.vlas.openvla.config import OpenVLAConfig
+from spvla.vlas.openvla.decoder import EagerReading, Reading
 from spvla.vlas.openvla.images import pixel_values
 from spvla.vlas.openvla.model import PROMPT, OpenVLAModel
 from spvla.vlas.openvla.weights import save_pretrained, unused_in_checkpoint
@@ -290,14 +291,19 @@ def test_queries_and_keys_are_those_of_the_whole_block():
 
 
 @pytest.mark.parametrize("positions", ["packed", "original"])
-def test_exactly_k_tokens_reach_the_decoder_in_order(positions):
+@pytest.mark.parametrize("reader", [Reading, EagerReading])
+def test_exactly_k_tokens_reach_the_decoder_in_order(reader, positions, monkeypatch):
     model = tiny_model(selector=TokenSelector(measure="ratio", contours=False, positions=positions))
+    model.model.eager = reader is EagerReading
     model.reset("pick up the red mug")
     calls = []
-    model.model.language_model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((kwargs["inputs_embeds"].shape[1], kwargs["position_ids"])),
-        with_kwargs=True,
-    )
+    read = reader.read
+
+    def spy(self, embeds, ids, mask=None):
+        calls.append((embeds.shape[1], ids))
+        return read(self, embeds, ids, mask)
+
+    monkeypatch.setattr(reader, "read", spy)
     text = len(model.model.tokenize("pick up the red mug"))
     for ratio, k in ((0.25, 4), (0.5, 8), (0.9, 15)):
         calls.clear()
@@ -508,6 +514,16 @@ def test_a_tokenizer_of_another_vocabulary_and_an_odd_index_are_refused(checkpoi
     tokenizer.save(str(checkpoint / "tokenizer.json"))
     with pytest.raises(InputError, match=r"tokenizer\.json: has token id 328, but config\.json's vocabulary has 328"):
         from_pretrained(checkpoint)
+
+
+def test_a_tokenizer_at_which_the_library_panics_is_refused(checkpoint):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    values = json.loads(tokenizer.to_str())
+    values["model"]["continuing_subword_prefix"] = "##longer than a token"
+    (checkpoint / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(InputError) as error:
+        from_pretrained(checkpoint)
+    assert error.value.code == "tokenizer" and error.value.field == str(checkpoint / "tokenizer.json")
 
 
 def test_pickles_and_missing_files_are_refused(checkpoint):

@@ -58,7 +58,11 @@ def test_latency_tells_stages_tokens_and_ratios(checkpoint, tmp_path):
     assert {row.get("generator") for row in summary["rows"]} == {None, "mlp", "transformer", "ridge"}
     assert summary["device"] == "cpu" and summary["dtype"] == "float32" and "sdpa" in summary["attention"]
     rows = {row["pruning"]: row for row in summary["rows"] if "pruning" in row}
-    assert {name: row["visual_tokens_mean"] for name, row in rows.items()} == {"none": 64, "keep 0.5": 32, "few": 9}
+    tokens = {"none": 64, "keep 0.5": 32, "few": 9, "none, eager": 64, "none, verified": 64}
+    assert {name: row["visual_tokens_mean"] for name, row in rows.items()} == tokens
+    assert {rows[name]["same_tokens"] for name in ("none", "none, eager", "none, verified")} == {1.0}
+    language = rows["none"]["limit_ms"] - rows["none, verified"]["limit_ms"]  # six more readings of the language model
+    assert 0 < language < rows["none"]["limit_ms"] and rows["none"]["limit_ratio"] > 0
     assert rows["none"]["prefill_ratio"] == 1 and rows["none"]["overhead_share"] == 0 < rows["few"]["overhead_share"]
     assert rows["few"]["gflop"] < rows["keep 0.5"]["gflop"] < rows["none"]["gflop"]
     stages = {(s["pruning"], s["stage"]) for s in summary["stages"]}

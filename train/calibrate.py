@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.floor import noise_floor
 from data.windows import blocks_of
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.export import Export
 from spvla.gates.calibration import Calibration, calibrate, quantile_grid, worst_of
 from spvla.gates.classifier import ActionTypeClassifier, judge
+from spvla.gates.floor import NoiseFloor
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
-from spvla.history import Source
+from spvla.history import UNSEEN, Source
 from train.datamodules import RolloutData, teacher_changes
 
 Judged = tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float32] | None]  # an episode's thresholds, deviations, coins
@@ -78,17 +80,18 @@ def judge_episode(
     tolerance: float,
     limits: ActionSpace,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Per step of an episode: the lowest threshold at which the generator acts (infinite where the VLA acts at any, and where
-    nobody acted), and whether the generator's proposal is known to deviate, (T,) each."""
+    """Per step of an episode: the lowest threshold at which the gate's candidate is executed, the generator's proposal or the
+    plan's next action (infinite where the VLA acts at any, and where nobody acted), and whether it is known to deviate."""
     batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
     proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
-    threshold = judge(gate, limits, batch.window, proposals).lowest_threshold
+    verdicts = judge(gate, limits, batch.window, proposals)
+    threshold = verdicts.lowest_threshold
     known = batch.valid[:, 0] > 0
     at = int(np.searchsorted(data.windows.offsets, first, side="right")) - 1
     start = first - int(data.windows.offsets[at])
-    generated = data.windows.stores[at].arrays["sources"][start : start + length] == Source.GENERATOR
-    threshold[~known & ~generated] = np.inf
-    return threshold, data.space.deviation(proposals, batch.targets[:, 0], tolerance) & known
+    unseen = np.isin(data.windows.stores[at].arrays["sources"][start : start + length], UNSEEN)
+    threshold[~known & ~unseen] = np.inf
+    return threshold, data.space.deviation(verdicts.actions, batch.targets[:, 0], tolerance) & known
 
 
 def calibration_error(data: RolloutData, generator: ActionGenerator) -> float:
@@ -121,7 +124,9 @@ def calibrated_export(
         defaults: those of the export; a ``generator`` of None is chosen by the calibration episodes.
     """
     limits = data.space.with_max_jump(max_jump(data))
-    export = Export(limits, tolerance, learned, {}, {}, {**defaults, "generator": "none"}, provenance(data))
+    floor = noise_floor(data.windows, data.split.calibration, tolerance)
+    facts = provenance(data) | ({} if floor is None else {"noise_floor": floor.to_dict()})
+    export = Export(limits, tolerance, learned, {}, {}, {**defaults, "generator": "none"}, facts)
     generators = {name: export.generator(name, data.space) for name in dict.fromkeys([*learned, *gates, "last"])}
     errors = {name: calibration_error(data, generator) for name, generator in generators.items()}
     curves = {
@@ -185,9 +190,13 @@ def provenance(data: RolloutData) -> dict[str, Any]:
 
 def print_evidence(export: Export, risks: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3)) -> None:
     """The calibrated coverage of every gate at some risks, as a table; why the default is the default, and notes."""
+    if floor := NoiseFloor.of(export.provenance):
+        print("\n".join(floor.lines()))
+    kept = " or kept from a plan" if any(gate.arms for gate in export.gates.values()) else ""
     errors, chosen, risk = export.provenance["calibration_error"], export.defaults["generator"], export.defaults["risk"]
     print(
-        "share of steps that are generated, by allowed risk (calibration episodes; unfamiliar and refused steps are the VLA's)"
+        f"share of steps that are generated{kept}, by allowed risk (calibration episodes; unfamiliar and refused steps are the "
+        "VLA's)"
     )
     print("  " + f"{'generator':12s}" + "".join(f"{risk:>8g}" for risk in risks) + f"{'error':>8}")
     for name, curve in export.calibration.items():

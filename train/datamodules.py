@@ -64,6 +64,7 @@ def feature_config(
         vla_output=vla_output,
         vla_confidence=windows.confidence,
         vla_features=features,
+        vla_plan=windows.plan,
     )
 
 
@@ -130,7 +131,7 @@ class RolloutData(L.LightningDataModule):
     Args:
         data: rollout stores.
         history, state_dims, state_lags, vla_output: see :func:`feature_config`.
-        vla_confidence, vla_features: use them as inputs; the stores must have them.
+        vla_confidence, vla_features, vla_plan: use them as inputs; the stores must have them.
         horizon: teacher actions ahead (H).
         batch_size: windows per step.
         hide: fraction of training windows with their last actions marked as the generator's.
@@ -150,6 +151,7 @@ class RolloutData(L.LightningDataModule):
         vla_output: bool = True,
         vla_confidence: bool = False,
         vla_features: bool = False,
+        vla_plan: bool = False,
         horizon: int = 4,
         batch_size: int = 1024,
         hide: float = 0.5,
@@ -162,7 +164,7 @@ class RolloutData(L.LightningDataModule):
         super().__init__()
         stores = [RolloutStore(path) for path in [*data, *calibration_data]]
         scale = None if space is None else ActionSpace.from_dict(space)
-        self.windows = Windows(stores, history, horizon, vla_confidence, vla_features, scale)
+        self.windows = Windows(stores, history, horizon, vla_confidence, vla_features, scale, vla_plan)
         self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.residual = residual_spread(self.windows, self.split)

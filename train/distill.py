@@ -108,6 +108,7 @@ def distill(
     state_dims: list[int] | None = None,
     vla_confidence: bool = False,
     vla_features: bool = False,
+    vla_plan: bool = False,
     horizon: int = 4,
     mlp: dict[str, Any] = {"width": 256, "depth": 3},  # noqa: B006
     transformer: dict[str, Any] = {"width": 64, "depth": 2, "heads": 4, "batch_size": 256},  # noqa: B006
@@ -141,6 +142,8 @@ def distill(
         state_dims: entries of proprioception to use; all if omitted.
         vla_confidence: use the VLA's confidence as an input.
         vla_features: use the VLA's pooled features as an input.
+        vla_plan: use the rest of the VLA's plan as an input, and let the gate decide at every step between keeping the plan,
+            the generator, and planning again; the stores must have whole plans (data collect --plans true, or relabel).
         horizon: teacher actions ahead that generators learn to predict.
         mlp: width, depth, dropout, learning_rate, ... of the MLP (see train.modules.GeneratorModule), and its own
             batch_size.
@@ -177,6 +180,7 @@ def distill(
                 **{"data": data, "calibration_data": calibration_data},
                 **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
                 **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide},
+                **({"vla_plan": True} if vla_plan else {}),
                 **{"seed": seed, "weights": weights},
                 "calibration_fraction": calibration_fraction,
             },

@@ -225,7 +225,8 @@ class ClassifierModule(_Module):
         return classifier.eval()
 
     def label(self, frames: np.ndarray, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposals (B, D), whether they deviate (B,), and whether that is known (B,)."""
+        """Proposals (B, D), whether they deviate, and whether that is known, in the shape of the classifier's answer: (B,), or
+        with arms (2, B), the second row about what the VLA's plans have next."""
         window = to_numpy(batch.window)
         proposals = np.zeros((len(frames), self.space.dim), np.float32)
         for k, judge in enumerate(self.judges):
@@ -235,6 +236,10 @@ class ClassifierModule(_Module):
         targets = torch.as_tensor(batch.targets)[:, 0].cpu().numpy()
         deviates = self.space.deviation(proposals, targets, self.tolerance)
         known = torch.as_tensor(batch.valid)[:, 0]
+        if self.network.arms:
+            kept = self.space.deviation(window.plan[:, 0], targets, self.tolerance)
+            left = torch.as_tensor(batch.window.plan_left)
+            deviates, known = np.stack([deviates, kept]), torch.stack([known, known * (left > 0)])
         return torch.from_numpy(proposals).to(self.device), torch.from_numpy(deviates).to(self.device), known
 
     def training_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from spvla.errors import InputError
 from spvla.pruning.selector import TokenSelector
+from spvla.vlas.openvla.decoding import greedy
 from spvla.vlas.openvla.images import pixel_values
 from spvla.vlas.openvla.load import DTYPES, from_pretrained
 from spvla.vlas.openvla.model import OpenVLAModel
@@ -142,7 +143,8 @@ class RecoverModule(L.LightningModule):
         visual = model.projector(kept).split(counts)
         embeds, mask, ids = model.sequences(visual, texts, keep, features.shape[1], self.selector.positions)
         if given is None:
-            return model.generate(embeds, mask, ids)[:2]
+            decoded = greedy(model, embeds, mask, ids)
+            return decoded.tokens, decoded.scores
         llm, dims = model.language_model, model.action_space.dim
         hidden = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False).last_hidden_state
         return given, llm.lm_head(hidden[:, -dims:]).float()

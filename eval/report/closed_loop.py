@@ -16,9 +16,10 @@ from eval.output import main_image, read_csv
 from eval.report.figures import COLOURS, HEIGHT, Film, Picture, Section, Table, legend, percent, picture
 from eval.report.live import deployments
 from spvla.files import parse_json
+from spvla.gates.floor import NoiseFloor
 
 MARKERS = "osD^vP"
-VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR = "#4c78a8", "#f58518", "#999999"
+VLA_COLOUR, GENERATOR_COLOUR, HELD_COLOUR, PLAN_COLOUR = "#4c78a8", "#f58518", "#999999", "#72b7b2"
 TRACES = 4
 
 
@@ -37,6 +38,8 @@ def scheduling_name(row: dict[str, Any]) -> str:
 
 def pair_name(row: dict[str, Any]) -> str:
     """Generator and gate of a cell, without its pruning and its risk."""
+    if row.get("horizon") is not None:
+        return f"horizon {row['horizon']}"
     return "VLA alone" if row["generator"] == "none" else f"{row['generator']} + {row['gate']}"
 
 
@@ -129,6 +132,8 @@ def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Tabl
         "speedup": number("policy_speedup", ".3g"),
         "policy s/episode": number("policy_seconds_per_episode", ".3g"),
         "skipped %": lambda r: percent(r["skipped"]),
+        "kept %": lambda r: percent(r["kept"]) if "kept" in r else "–",
+        "generated %": lambda r: percent(r["generated"]) if "kept" in r else "–",
         "deviating %": lambda r: percent(r.get("deviation_rate")),
         "steps": number("steps_per_episode", ".1f"),
         "run": number("generated_run_length_mean", ".1f"),
@@ -151,6 +156,8 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     title, *sentences = setting_of(summary)
     raw = folder / "episodes.csv.gz"
     episodes = read_csv(raw) if raw.exists() else []
+    if (floor := NoiseFloor.of(summary)) is not None:
+        sentences += [f"{line}." for line in floor.lines()]
     out = Section(title, sentences, tables=cells_tables(rows, best))
     if best is not None:
         out.best_cell, out.headline = cell_name(rows[best]), headline(rows[best])
@@ -242,11 +249,11 @@ def run_lengths(episodes: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any
         for name, values in shown.items():
             counts = np.bincount(values, minlength=top + 1)[1:]
             axis.plot(range(1, top + 1), 100 * counts / counts.sum(), ".-", color=colours[name], lw=1, label=name)
-        axis.set(xlabel="generated steps in a row", ylabel="% of runs")
+        axis.set(xlabel="steps in a row without a fresh look", ylabel="% of runs")
         legend(f)
 
     pooled = ", with any pruning" if len({r["pruning"] for r in rows if names[r["cell"]] in shown}) > 1 else ""
-    return [picture(draw, f"How long the generator acts before the VLA takes over{pooled}.")]
+    return [picture(draw, f"How long the policy goes on before the VLA looks again{pooled}.")]
 
 
 def kept_tokens(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[Picture]]]:
@@ -288,6 +295,7 @@ def who_acted(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> tuple[st
     for t in mine:
         actions, generated = np.array(t["trace"]["actions"]), np.array(t["trace"]["generated"], bool)
         colours = np.where(generated, GENERATOR_COLOUR, VLA_COLOUR)
+        colours[np.array(t["trace"].get("kept", []), bool).nonzero()] = PLAN_COLOUR
         colours[np.array(t["trace"].get("held", []), bool).nonzero()] = HELD_COLOUR  # in real time only
         p = np.array([np.nan if v is None else v for v in t["trace"]["probability"]])
 
@@ -308,7 +316,8 @@ def who_acted(traces: Sequence[dict[str, Any]], row: dict[str, Any]) -> tuple[st
         start = "seeded reset" if t["init_state"] is None else f"initial state {t['init_state']}"
         caption = (
             f"{t['task_name'].replace('_', ' ')}, {start}: {outcome}. Blue: the VLA acted; orange: "
-            f"the generator{'; grey: nobody, while the VLA computed' if HELD_COLOUR in colours else ''}. "
+            f"the generator{'; green: an earlier plan' if PLAN_COLOUR in colours else ''}"
+            f"{'; grey: nobody, while the VLA computed' if HELD_COLOUR in colours else ''}. "
         )
         pictures.append(picture(draw, caption + "Line in the bar: probability of deviating (0 to 1).", 9, 2.3))
     return f"Who acted: {cell_name(row)}", pictures

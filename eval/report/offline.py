@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.figures import COLOURS, Picture, Section, Table, legend, percent, picture
+from spvla.gates.floor import NoiseFloor
 
 MAX_DEVIATING_AMONG_SKIPPED = 0.05  # up to which a risk is recommended
 
@@ -46,7 +47,9 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
     ]
     title = f"Offline: {summary['episodes']} held-out episodes"
     advice = risk_advice(summary["rows"], summary["episodes"])
-    return Section(title, tables=[Table(header.split("|"), body)], advice=advice, pictures=pictures)
+    floor = NoiseFloor.of(summary)
+    sentences = [f"{line}." for line in floor.lines()] if floor is not None else []
+    return Section(title, sentences, tables=[Table(header.split("|"), body)], advice=advice, pictures=pictures)
 
 
 def lines(rows: Sequence[dict[str, Any]], x: str, y: str, xlabel: str, ylabel: str, caption: str) -> Picture:

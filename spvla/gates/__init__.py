@@ -16,6 +16,10 @@ GATES = Registry(
         "live": "spvla.gates.live:LiveGate",
         "release": "spvla.gates.rules:ReleaseRule",
         "paper": "spvla.gates.rules:PaperRule",
+        "horizon": "spvla.gates.plans:HorizonGate",
+        "pace": "spvla.gates.plans:PaceGate",
+        "reuse": "spvla.gates.plans:ReuseGate",
+        "never": "spvla.gates.rules:Never",
     },
 )
 

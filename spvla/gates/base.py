@@ -28,6 +28,7 @@ class Decision:
         audit: the VLA is asked even so, and the gate hears its answer: a silent audit, of which only the answer counts.
         threshold: the largest probability at which the gate labels a step intuitive now, or None for rules.
         propensity: probability with which the VLA is asked in this step, where a coin decided; None: no coin did.
+        kept: what may act, and what the probability is about, is the next action of the VLA's plan, not the generator's.
     """
 
     intuitive: bool
@@ -37,11 +38,13 @@ class Decision:
     audit: bool = False
     threshold: float | None = None
     propensity: float | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each; the last two are one for all."""
+    """A gate's labels of B steps; the fields are those of :class:`Decision`, (B,) each; ``threshold`` and ``propensity`` are
+    one for all."""
 
     intuitive: NDArray[np.bool_]
     reason: NDArray[np.str_]
@@ -50,6 +53,7 @@ class Decisions:
     audit: NDArray[np.bool_] | None = None
     threshold: float | None = None
     propensity: float | None = None
+    kept: NDArray[np.bool_] | None = None
 
     def __getitem__(self, step: int) -> Decision:
         """The label of one step."""
@@ -61,6 +65,7 @@ class Decisions:
             self.audit is not None and bool(self.audit[step]),
             self.threshold,
             self.propensity,
+            self.kept is not None and bool(self.kept[step]),
         )
 
 
@@ -79,6 +84,12 @@ class Gate(Protocol):
             window: B histories of at least ``history_length`` steps, arrays.
             proposals: what the generator would do next, normalised (B, D).
         """
+
+
+def reads_plan(part: object) -> bool:
+    """Whether a gate or a generator reads the rest of the VLA's plan (its attribute ``reads_plan``): the policy then asks the
+    gate at every step, where it otherwise executes a plan to its end."""
+    return bool(getattr(part, "reads_plan", False))
 
 
 @runtime_checkable

@@ -1,9 +1,9 @@
 """From an allowed risk to a classifier's threshold: conformal risk control (Angelopoulos et al., arXiv 2208.02814).
 
-Risk is the expected share of an episode's steps that are generated *and* deviate from the teacher. It never falls as the
-threshold rises, so for n exchangeable calibration episodes with mean loss R(threshold), the largest threshold with
-(n R + 1) / (n + 1) <= risk keeps the expected risk of a new episode below it. Where a coin decided which generated steps were
-labelled, :mod:`spvla.gates.audited` has what takes the place of R and 1.
+Risk is the expected share of an episode's steps that are generated (or kept from an earlier plan) *and* deviate from the
+teacher. It never falls as the threshold rises, so for n exchangeable calibration episodes with mean loss R(threshold), the
+largest threshold with (n R + 1) / (n + 1) <= risk keeps the expected risk of a new episode below it. Where a coin decided
+which generated steps were labelled, :mod:`spvla.gates.audited` has what takes the place of R and 1.
 """
 
 from __future__ import annotations

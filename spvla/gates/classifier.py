@@ -49,52 +49,77 @@ class ClassifierConfig:
 
 class ActionTypeClassifier(nn.Module):
     """Probability that a proposed action deviates from the VLA's. It sees the proposal itself, its change against the
-    last executed action and against the VLA's own last action, beside the history's features."""
+    last executed action and against the VLA's own last action, beside the history's features.
+
+    Where plans are among the features it has two *arms*, the generator's proposal and the next action of the VLA's plan. It is
+    told which one it judges, and how far that is from the other.
+    """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
         self.features = HistoryFeatures(config.features)
-        size = self.features.size + 3 * config.features.action_dim
+        self.arms = config.features.vla_plan > 0
+        size = self.features.size + 3 * config.features.action_dim + (config.features.action_dim + 1 if self.arms else 0)
         self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
-        """A window of tensors and normalised proposals (B, D) to logits (B,): positive means deliberative."""
+        """A window of tensors and the generator's normalised proposals (B, D) to logits (B,): positive means deliberative. With
+        arms (2, B): of the proposals, and of what the plans have next."""
         last, vla = torch.as_tensor(window.actions[:, -1]), torch.as_tensor(window.vla_action)
-        x = torch.cat([self.features(window), proposal, proposal - last, proposal - vla], dim=1)
-        return self.net(x)[:, 0]
+        x = self.features(window)
+        if not self.arms:
+            return self.net(torch.cat([x, proposal, proposal - last, proposal - vla], dim=1))[:, 0]
+        planned = next_planned(window, proposal)
+        rows = []
+        for arm, (action, other) in enumerate(((proposal, planned), (planned, proposal))):
+            told = torch.full_like(action[:, :1], float(arm))
+            rows.append(torch.cat([x, action, action - last, action - vla, action - other, told], dim=1))
+        return self.net(torch.cat(rows))[:, 0].view(2, -1)
 
     def probability(self, window: Window, proposal: Tensor) -> Tensor:
-        """Estimated probability that each proposal deviates, (B,); arguments as for :meth:`forward`."""
+        """Estimated probability that each proposal deviates; arguments and shape as for :meth:`forward`."""
         return torch.sigmoid(self(window, proposal))
+
+
+def next_planned(window: Window, otherwise: Tensor) -> Tensor:
+    """What the VLA's plans have next, normalised (B, D); ``otherwise`` (B, D) where a plan is used up."""
+    plan, left = torch.as_tensor(window.plan), torch.as_tensor(window.plan_left)
+    return torch.where(left[:, None] > 0, plan[:, 0], otherwise)
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """All that decides whether the generator acts in B steps, but for the threshold.
+    """All that decides who acts in B steps, but for the threshold. Of two arms it is about the one that is less likely to
+    deviate: the gate's *candidate*, else the generator's proposal.
 
     Args:
-        probability: the classifier's probability that the proposal deviates, (B,).
+        probability: the classifier's probability that the candidate deviates, (B,).
         familiar: the state lies within reach of what training saw, (B,).
-        admissible: the proposal is finite, in bounds and no larger jump than the limits allow, (B,).
+        admissible: the proposal is finite, in bounds and no larger jump than the limits allow, (B,); a plan's action is the
+            VLA's own.
         started: the VLA has acted in this episode, (B,).
+        kept: the candidate is the plan's next action, (B,).
+        actions: the candidates, normalised (B, D).
     """
 
     probability: NDArray[np.float64]
     familiar: NDArray[np.bool_]
     admissible: NDArray[np.bool_]
     started: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    actions: FloatArray
 
     def intuitive(self, threshold: float) -> NDArray[np.bool_]:
         """Steps that are labelled intuitive, (B,). NaN is no probability that a threshold allows."""
         return self.started & self.familiar & (self.probability <= threshold)
 
     def refused(self, threshold: float) -> NDArray[np.bool_]:
-        """Intuitive steps whose proposal is not admissible, so that the VLA acts, (B,)."""
+        """Intuitive steps whose candidate is not admissible, so that the VLA acts, (B,)."""
         return self.intuitive(threshold) & ~self.admissible
 
     def generated(self, threshold: float) -> NDArray[np.bool_]:
-        """Steps in which the generator acts, (B,)."""
+        """Steps in which the candidate is executed, (B,)."""
         return self.intuitive(threshold) & self.admissible
 
     @classmethod
@@ -104,7 +129,7 @@ class Verdicts:
 
     @property
     def lowest_threshold(self) -> NDArray[np.float64]:
-        """The lowest threshold at which the generator acts, (B,): infinite where the VLA acts at any."""
+        """The lowest threshold at which the candidate is executed, (B,): infinite where the VLA acts at any."""
         return np.where(self.started & self.familiar & self.admissible, self.probability, np.inf)
 
 
@@ -116,15 +141,25 @@ def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window,
         classifier: the gate.
         limits: the action space with the bounds and jumps that the generator's proposals are held to.
         window: B histories, arrays.
-        proposals: the actions proposed after them, normalised (B, D).
+        proposals: the generator's actions after them, normalised (B, D).
     """
     probability = classifier.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
     previous = limits.denormalize(window.actions[:, -1])
+    admissible = limits.all_admissible(limits.denormalize(proposals), previous)
+    kept, actions = np.zeros(len(proposals), bool), proposals
+    if classifier.arms:
+        assert window.plan is not None and window.plan_left is not None, "the classifier has read them"
+        generated, planned = probability
+        kept = (window.plan_left > 0) & (planned <= np.where(admissible, generated, np.inf))
+        actions = np.where(kept[:, None], window.plan[:, 0], proposals)
+        probability = np.where(kept, planned, generated)
     return Verdicts(
         probability,
         familiar=classifier.features.familiar(window.states[:, -1]),
-        admissible=limits.all_admissible(limits.denormalize(proposals), previous),
+        admissible=admissible | kept,
         started=window.vla_age > 0,
+        kept=kept,
+        actions=actions,
     )
 
 
@@ -155,6 +190,11 @@ class LearnedGate:
         """Steps of history the classifier reads."""
         return self.classifier.config.features.history
 
+    @property
+    def reads_plan(self) -> bool:
+        """Whether it decides between the plan's next action and the generator's, too."""
+        return self.classifier.arms
+
     @classmethod
     def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
         """The gate of ``generator`` at an allowed ``risk``. A generator without a gate is refused."""
@@ -173,4 +213,5 @@ class LearnedGate:
             verdicts.probability,
             refused=verdicts.refused(self.threshold),
             threshold=self.threshold,
+            kept=verdicts.kept,
         )

@@ -11,9 +11,10 @@ and the threshold moves by
 beyond all of them. So L is a fraction of the calibration steps: at L = 0.8 the generator may act on what were the 80 % most
 certain ones; found deviations lower it by eta/p, 0.1 by default. At L <= 0 nothing is generated.
 
-**Promise.** Let l = 1 on steps that are generated (or audited) and deviate, else 0. Given everything before the coin, h has the
-mean l: the coin is independent of the answer. The lower clip never acts: at L <= 0 the VLA is called on every step, h = 0 and L
-rises; at L > 0 one step leads no lower than L - eta/p. So L_{T+1} <= L_1 + eta (a T - sum h), and L_{T+1} >= -eta/p, hence
+**Promise.** Let l = 1 on steps that are generated (or kept from an earlier plan, or audited) and deviate, else 0. Given
+everything before the coin, h has the mean l: the coin is independent of the answer. The lower clip never acts: at L <= 0 the
+VLA is called on every step, h = 0 and L rises; at L > 0 one step leads no lower than L - eta/p. So L_{T+1} <= L_1 + eta (a T -
+sum h), and L_{T+1} >= -eta/p, hence
 
     E[(1/T) sum l]  <=  a + (L_1 + eta/p) / (eta T).
 
@@ -44,7 +45,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.files import read_json, write_text
-from spvla.gates.base import Decisions, Gate
+from spvla.gates.base import Decisions, Gate, reads_plan
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.meter import DriftAlarm, losses_bound
 from spvla.history import Window
@@ -184,6 +185,11 @@ class LiveGate:
         """Steps of history that the inner gate reads."""
         return self.gate.history_length
 
+    @property
+    def reads_plan(self) -> bool:
+        """Whether the inner gate decides about the VLA's plans, too: audits then judge what it would have executed."""
+        return reads_plan(self.gate)
+
     def begin(self, instruction: str) -> None:
         """Start an episode. The thresholds stay what they are."""
         self.state = self.states.setdefault(instruction if self.options.per_task else "", LiveState(self.start))
@@ -215,7 +221,7 @@ class LiveGate:
                 self._audited = True
                 intuitive, reason, audit = (NO if self.options.executed else YES), AUDIT, YES
         limit = self._probability_at(threshold)
-        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity)
+        return Decisions(intuitive, reason, inner.probability, inner.refused, audit, limit, propensity, inner.kept)
 
     def _disagree(self) -> bool:
         """Whether the VLA's last answer was off its proposal: found out when it matters, and once."""
@@ -231,7 +237,8 @@ class LiveGate:
         """Take in a step's end.
 
         Args:
-            proposal: the generator's action (D,), environment units; None where none was made.
+            proposal: what the inner gate judged, the generator's action (D,) or the plan's, environment units; None where
+                there was none.
             answer: the VLA's action (D,) at this step; None if it was not asked, or has not answered yet: see :meth:`settle`.
         """
         state, estimate = self.state, 0.0

@@ -122,3 +122,15 @@ class ReleaseRule:
                 "not planar": ~np.all(planar, axis=1),
             }
         )
+
+
+@dataclass(frozen=True)
+class Never:
+    """No step is intuitive: the VLA is asked at every one, and proposals serve to be verified."""
+
+    space: ActionSpace
+    history_length: int = 1
+
+    def decide(self, window: Window, proposals: FloatArray) -> Decisions:
+        """Label every step deliberative."""
+        return Decisions(np.zeros(len(proposals), bool), np.full(len(proposals), "never"))

@@ -22,6 +22,7 @@ BASELINES = {
     "ridge": "spvla.generators.ridge:ridge",
     "ridge_paper": "spvla.generators.ridge:ridge_paper",
     "last": "spvla.generators.ridge:LastActionGenerator",
+    "plan": "spvla.generators.plan:PlanGenerator",
 }
 LEARNED = {
     "mlp": "spvla.generators.learned:MLPGenerator",

@@ -20,7 +20,7 @@ from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.history import Window
 
-LARGEST = {"action_dim": 1000, "history": 1000, "vla_features": 2**16}
+LARGEST = {"action_dim": 1000, "history": 1000, "vla_features": 2**16, "vla_plan": 1000}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class FeatureConfig:
         vla_output: use the VLA's last action, its age and how far the state has moved since.
         vla_confidence: use the VLA's confidence in it, too (the VLA must report one).
         vla_features: size of the VLA's pooled features to use (0: none).
+        vla_plan: actions of a VLA's plan, whose rest is an input; 0: it is none, or the VLA does not plan ahead.
         state_size: how many values the whole state had in training; None in exports of earlier versions, which did not keep it.
         state_names: what they were called, where that is known.
     """
@@ -49,12 +50,17 @@ class FeatureConfig:
     vla_output: bool = True
     vla_confidence: bool = False
     vla_features: int = 0
+    vla_plan: int = 0
     state_size: int | None = None
     state_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         with naming("features"):
-            check_fields(self, at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0}, at_most=LARGEST)
+            check_fields(
+                self,
+                at_least={"action_dim": 1, "history": 1, "state_dims": 0, "vla_features": 0, "vla_plan": 0},
+                at_most=LARGEST,
+            )
         if not len(self.state_dims) == len(self.state_q01) == len(self.state_q99):
             raise InputError("features: state_dims, state_q01 and state_q99 differ in length")
         if self.state_size is not None and max(self.state_dims, default=-1) >= self.state_size:
@@ -76,9 +82,12 @@ def feature_names(config: FeatureConfig) -> list[str]:
     if config.vla_confidence:
         names += [f"vla_confidence[{d}]" for d in range(config.action_dim)]
     names += [f"vla_features[{f}]" for f in range(config.vla_features)]
+    if config.vla_plan:
+        names += [f"plan[t+{i}][{d}]" for i in PLAN_AHEAD for d in range(config.action_dim)] + ["plan_left"]
     return names
 
 
+PLAN_AHEAD = (0, 1, 3)  # steps from now whose planned actions are inputs: speed, and gripper events ahead
 MOTION_GAIN = 5.0  # state differences over a few steps span a fraction of the range: bring them to order one
 AGE_SCALE = 10.0  # steps
 MAX_AGE = 50.0  # steps
@@ -129,6 +138,7 @@ class HistoryFeatures(nn.Module):
         self.token_size = config.action_dim + 2 + len(self.state_dims)  # action, source, exists, state
         self.global_size = (config.action_dim + 1 + len(self.state_dims)) if config.vla_output else 0
         self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
+        self.global_size += len(PLAN_AHEAD) * config.action_dim + 1 if config.vla_plan else 0
 
     def _states(self, states: Any) -> Any:
         size, trained = states.shape[-1], self.config.state_size
@@ -171,7 +181,14 @@ class HistoryFeatures(nn.Module):
                         f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
                     )
                 parts.append(_cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
-        return parts
+        return parts + (self._plan(w) if self.config.vla_plan else [])
+
+    def _plan(self, w: Window) -> list[Any]:
+        """What is planned for now and soon, zeros beyond the plan's end, and how much of it is left, as a fraction."""
+        if w.plan is None or w.plan_left is None:
+            raise InputError("features: the model reads plans, which this window does not have", code="no-plan")
+        ahead = [w.plan[:, i] if i < w.plan.shape[1] else w.vla_action * 0 for i in PLAN_AHEAD]
+        return [*ahead, w.plan_left[:, None] / self.config.vla_plan]
 
     def forward(self, w: Window) -> Tensor:
         latest = self._latest  # read once: sessions in other threads share this module

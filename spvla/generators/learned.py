@@ -231,6 +231,11 @@ class BoundGenerator:
         """Steps of history this generator reads."""
         return self.network.history_length
 
+    @property
+    def reads_plan(self) -> bool:
+        """Whether the rest of the VLA's plan is an input."""
+        return self.network.config.features.vla_plan > 0
+
     @torch.inference_mode()
     def propose(self, window: Window) -> FloatArray:
         """The network's H actions after B windows, within the space's bounds: normalised (B, H, D). NaN stays NaN, for the

@@ -125,7 +125,7 @@ class PolicyServer(ModelServer):
         assert isinstance(policy, SPVLAPolicy), "a server records nothing"
         policy.vla = InTurn(policy.vla, self._turn)
         if isinstance(policy, BridgePolicy):
-            policy.calls = ThreadedCalls(policy.vla)
+            policy.calls = ThreadedCalls(policy.ledger.counted(policy.vla))
         return _Session(policy, vla)
 
     def get_action_spec(self) -> dict[str, specs.DimSpec]:

@@ -20,6 +20,8 @@ VECTOR_COLUMNS = {  # Episode field -> feature name of the store
     "vla_actions": "vla_action",
     "vla_confidence": "vla_confidence",
     "vla_features": "vla_features",
+    "vla_plans": "vla_plan",
+    "vla_again": "vla_again",
 }
 
 
@@ -37,6 +39,10 @@ class Episode:
             teacher was not asked.
         vla_confidence: its confidence, (T, D), or None.
         vla_features: its pooled features, (T, F), or None.
+        vla_plans: its whole plan of P actions at each visited state, made there and then, (T, P D), the first action's entries
+            first, or None for one that answers with a single action; NaN rows where it was not asked.
+        vla_again: the first action of a second plan for the same state, (T, D), or None; NaN rows where there is none. It tells
+            how far two answers to the same question differ.
         vla_ages: control steps from the state that the VLA had last answered about to each step, int64 (T,), 0 before its first
             answer; None where it answers in the step in which it is asked, so that ``sources`` say it.
         vla_propensities: probability with which each step was to get the teacher's action, given everything before it, float32
@@ -56,6 +62,8 @@ class Episode:
     vla_actions: FloatArray | None = None
     vla_confidence: FloatArray | None = None
     vla_features: FloatArray | None = None
+    vla_plans: FloatArray | None = None
+    vla_again: FloatArray | None = None
     vla_ages: NDArray[np.int64] | None = None
     vla_propensities: NDArray[np.float32] | None = None
     environment_states: FloatArray | None = None
@@ -83,10 +91,13 @@ class Episode:
             bad = ~(np.isfinite(value) | (np.isnan(value) if allow_gaps else False)).all(1)
             if bad.any():
                 raise InputError(f"{what}: {name} contains NaN or infinity at step {int(bad.argmax())}")
-        for name in ("actions", "vla_actions"):
+        for name in ("actions", "vla_actions", "vla_again"):
             value = getattr(self, name)
             if value is not None and value.shape[1] != space.dim:
                 raise InputError(f"{what}: {name} have {value.shape[1]} dimensions; the action space has {space.dim}")
+        if self.vla_plans is not None and self.vla_plans.shape[1] % space.dim:
+            told = f"{what}: vla_plans have {self.vla_plans.shape[1]} entries, no multiple of the action space's {space.dim}"
+            raise InputError(told, code="damaged", field="vla_plan")
         if self.timestamps.shape != (steps,) or not np.isfinite(self.timestamps).all():
             raise InputError(f"{what}: timestamps, shape {self.timestamps.shape}: expected {steps} finite values")
         if self.sources is not None:

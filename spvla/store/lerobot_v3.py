@@ -306,7 +306,9 @@ def _readme(space: ActionSpace, contents: _Contents) -> str:
         "---\nconfigs:\n- config_name: default\n  data_files: data/*/*.parquet\ntags:\n- LeRobot\n- robotics\n---\n\n"
         f"{README_TITLE}{space.name}\n\n{len(contents.rows)} episodes, {contents.frames} frames at {space.control_rate:g} Hz, "
         f"in LeRobotDataset {CODEBASE_VERSION} form.\n\nExtra features: `vla_action` (the teacher's action at the visited "
-        "state), `vla_confidence`, `vla_features`, `action.source` (0: the VLA acted, 1: the generator did, 2: nobody, the "
-        "robot held or stopped), `vla_age` (steps since the state that the VLA last answered about, where it answers late), "
+        "state), `vla_confidence`, `vla_features`, `vla_plan` (the VLA's whole plan at the state, action after action), "
+        "`vla_again` (the first action of a second plan), `action.source` (0: the VLA acted, 1: the generator did, 2: nobody, "
+        "the robot held or stopped, 3: an earlier plan of the VLA was kept), `vla_age` (steps since the state that the VLA "
+        "last answered about, where it answers late), "
         "`vla_propensity` (probability with which the step was to get the VLA's action, where a coin decided on some).\n"
     )

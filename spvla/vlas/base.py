@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
+from spvla.errors import InputError
 from spvla.observation import Observation
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class VLAOutput:
         features: pooled hidden state, float32 (F,).
         visual_tokens: (kept, total) visual tokens that reached the language model.
         kept_tokens: which ones, ascending, int64 (K,).
+        accepted: where a proposal was verified: its leading dimensions that the VLA agreed with.
         timings: milliseconds by stage.
     """
 
@@ -36,7 +38,21 @@ class VLAOutput:
     features: FloatArray | None = None
     visual_tokens: tuple[int, int] | None = None
     kept_tokens: NDArray[np.int64] | None = None
+    accepted: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+
+def checked(output: Any, dim: int, vla: object) -> VLAOutput:
+    """What ``vla`` answered, with finite float32 actions (T, ``dim``), or an :class:`InputError`."""
+    actions = output.actions if isinstance(output, VLAOutput) else None
+    if not isinstance(output, VLAOutput) or not isinstance(actions, np.ndarray):
+        found = type(output if actions is None else actions).__name__
+        raise InputError(f"VLA {type(vla).__name__}: predict() must return a VLAOutput with an array of actions, got {found}")
+    if actions.ndim != 2 or actions.shape[1] != dim or not len(actions):
+        raise InputError(f"VLA: returned actions of shape {actions.shape}, expected (T, {dim})")
+    if not np.isfinite(actions).all():
+        raise InputError("VLA: returned an action with NaN or infinity")
+    return output if actions.dtype == np.float32 else replace(output, actions=actions.astype(np.float32))
 
 
 class VLAUnavailable(RuntimeError):
@@ -68,6 +84,39 @@ class PrunableVLA(VLA, Protocol):
 
     def with_pruner(self, selector: TokenSelector | None) -> VLA:
         """This policy with another selector (None: without one): the weights are shared, the episode is its own."""
+
+
+@runtime_checkable
+class VerifyingVLA(VLA, Protocol):
+    """A VLA that answers sooner where it is shown a proposal that is right."""
+
+    def verify(
+        self, observation: Observation, proposal: FloatArray, tolerance: float | None = None, keep_mass: float = 1.0
+    ) -> VLAOutput:
+        """Act on ``observation``, given what a generator proposes.
+
+        Args:
+            observation, keep_mass: as for :meth:`predict`.
+            proposal: (D,), environment units.
+            tolerance: None: the output is :meth:`predict`'s. Else a proposed dimension is accepted if the VLA's own value
+                deviates by no more than this, normalised units.
+
+        Returns:
+            the VLA's action, with ``accepted``.
+        """
+
+
+def verifying(vla: VLA, proposals: bool) -> VerifyingVLA:
+    """``vla`` as one that verifies. Raises :class:`InputError` (code ``cannot-verify``) if it cannot, or if there are no
+    ``proposals``."""
+    why = None
+    if not isinstance(vla, VerifyingVLA):
+        why = f"{type(vla).__name__} cannot verify proposals (it has no verify())"
+    elif not proposals:
+        why = "there is no generator whose proposals could be verified"
+    if why is not None:
+        raise InputError(f"verify: {why}", code="cannot-verify", field="verify")
+    return cast(VerifyingVLA, vla)
 
 
 @runtime_checkable

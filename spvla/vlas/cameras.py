@@ -52,6 +52,12 @@ def camera_of(feature: str) -> str | None:
     return NAMES.get(told)
 
 
+def recorded_camera(name: str, cameras: int) -> str:
+    """What one of so many recorded ``cameras`` is called in observations: ours where its name says so or it is the only one,
+    else its own name."""
+    return camera_of(name) or (MAIN if cameras == 1 else name)
+
+
 def match_cameras(features: Mapping[str, Any], who: str, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
     """Which of the robot's cameras each image feature is. A single feature whose name says nothing is the main image.
 

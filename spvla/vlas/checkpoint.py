@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,18 @@ def _quantised(where: Path, how: str) -> InputError:
     )
 
 
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Make an :class:`InputError` about ``what`` of whatever the tokenizers package raises: plain ``Exception``, and where its
+    Rust code panics a ``BaseException`` of a class that cannot be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: not a valid tokenizer ({error})", code="tokenizer", field=what) from None
+        raise
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """``tokenizer.json``, read as it is: nothing rebuilds its normaliser, nothing truncates a long prompt."""
     from tokenizers import Tokenizer
@@ -93,10 +106,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     file = inside(folder, "tokenizer.json")
     if not file.exists():
         raise InputError(f"{file}: missing (only the fast tokenizer format is read)")
-    try:
+    with tokenizer_errors(str(file)):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise InputError(f"{file}: not a valid tokenizer ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

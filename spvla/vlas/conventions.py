@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -144,17 +145,21 @@ def center_crop(image: UInt8Array, area: float) -> UInt8Array:
 
     In float32 and on pixels in 0..1, as TensorFlow does it: where a value lies at the edge of two grey levels, that decides.
     """
-
-    def axis(size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-        side = np.sqrt(np.float32(area))
-        first = (1 - side) / 2 * np.float32(size - 1)
-        at = (first + np.arange(size, dtype=np.float32) * side).astype(np.float32)  # where each output pixel samples
-        low = np.floor(at).astype(np.intp)
-        return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
-
     x = image.astype(np.float32) / np.float32(255)
-    low, high, w = axis(image.shape[0])
-    x = x[low] + (x[high] - x[low]) * w[:, None, None]
-    low, high, w = axis(image.shape[1])
-    x = x[:, low] + (x[:, high] - x[:, low]) * w[None, :, None]
+    for axis in (0, 1):
+        low, high, w = _samples(image.shape[axis], area)
+        x, beyond = np.take(x, low, axis), np.take(x, high, axis)
+        beyond -= x
+        beyond *= w.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        x += beyond
     return (x * np.float32(255.5)).astype(np.uint8)  # TensorFlow's float-to-uint8 conversion truncates so
+
+
+@lru_cache
+def _samples(size: int, area: float) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Where each of ``size`` pixels along an axis samples: the pixel before it, the one after, and how far behind the first."""
+    side = np.sqrt(np.float32(area))
+    first = (1 - side) / 2 * np.float32(size - 1)
+    at = (first + np.arange(size, dtype=np.float32) * side).astype(np.float32)
+    low = np.floor(at).astype(np.intp)
+    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)

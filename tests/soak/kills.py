@@ -99,11 +99,17 @@ def wait(process: int, seconds: float) -> int | None:
 
 
 def kill(process: int) -> None:
-    """End a process and all of its group."""
+    """End a process and all of its group. On a busy machine its workers, which are forked here and so hold its locks, too, end
+    a little later than itself."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(process, 0)
+    end = time.monotonic() + LONGEST
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(process, 0)  # raises once nobody of the group is left
+            time.sleep(0.001)
 
 
 def undisturbed(command: Command, inputs: Path, output: Path, log: Path) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from spvla.actions import FloatArray
 from spvla.vlas.conventions import UInt8Array
 from spvla.vlas.openvla.config import OpenVLAConfig
 
@@ -34,6 +36,14 @@ def standardized(views: Sequence[UInt8Array], config: OpenVLAConfig) -> Tensor:
     for i, (vit, view) in enumerate(zip(config.encoders, views, strict=True)):
         mean = config.image_means[i] if config.image_means else vit.mean
         std = config.image_stds[i] if config.image_stds else vit.std
-        x = torch.from_numpy(view).permute(2, 0, 1).float() / 255  # (3, S, S)
-        out.append((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
-    return torch.cat(out)  # (3 x encoders, S, S)
+        levels = _levels(tuple(mean), tuple(std))
+        out.append(np.stack([np.take(levels[c], view[..., c]) for c in range(3)]))
+    return torch.from_numpy(np.concatenate(out))  # (3 x encoders, S, S)
+
+
+@lru_cache
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> FloatArray:
+    """What each of the 256 levels of each channel becomes, (3, 256)."""
+    x = torch.arange(256).float() / 255
+    levels: FloatArray = ((x - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).numpy()
+    return levels

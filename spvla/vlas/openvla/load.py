@@ -107,6 +107,7 @@ def load(
     adapter: str | None = None,
     merge_adapter: bool = False,
     control_rate: float | None = None,
+    eager: bool = False,
 ) -> OpenVLA:
     """The policy ``openvla``: :func:`from_pretrained` with options as a configuration file writes them.
 
@@ -120,6 +121,7 @@ def load(
         adapter: PEFT LoRA folder or hf://owner/name.
         merge_adapter: add the adapter into the weights.
         control_rate: control steps per second (Hz); None: the conventions' own, or 5.
+        eager: let transformers' own forward pass of the language model read: the reference, which is slower.
 
     Raises:
         InputError: as :func:`from_pretrained`; no checkpoint; an unknown device, type or convention.
@@ -127,7 +129,7 @@ def load(
     if checkpoint is None:
         raise InputError("policy 'openvla' needs a checkpoint: a folder or hf://owner/name")
     place, as_type = placement(device, dtype)
-    return from_pretrained(
+    policy = from_pretrained(
         checkpoint,
         device=place,
         dtype=as_type,
@@ -138,6 +140,8 @@ def load(
         merge_adapter=merge_adapter,
         control_rate=control_rate,
     )
+    policy.model.eager = eager
+    return policy
 
 
 def placement(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:

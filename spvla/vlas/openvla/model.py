@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from spvla.actions import ActionSpace, ActionTokenizer
 from spvla.errors import InputError
 from spvla.fields import naming
 from spvla.pruning.attention import attention_received
+from spvla.vlas.checkpoint import tokenizer_errors
 from spvla.vlas.conventions import Conventions, conventions_by_name
 from spvla.vlas.openvla.config import SPACE_TOKEN, OpenVLAConfig, llama_config
+from spvla.vlas.openvla.decoder import Decoder, EagerReading, Reading
 from spvla.vlas.openvla.statistics import ActionStatistics
 from spvla.vlas.vision import Modulation, VisionTransformer
 
@@ -93,6 +95,9 @@ class OpenVLAModel(nn.Module):
         unnorm_key: data set whose statistics give actions their unit; see :meth:`use_statistics`.
         conventions: a name (``libero``), :class:`~spvla.vlas.conventions.Conventions`, or None for none.
         control_rate: control steps per second (Hz); None: the conventions' own, or 5.
+
+    Attributes:
+        eager: let transformers' own forward pass of the language model read: the reference, which is slower.
     """
 
     def __init__(
@@ -120,6 +125,8 @@ class OpenVLAModel(nn.Module):
         self.projector = Projector(self.vision_backbone.width, text.hidden_size, config.use_fused_vision_backbone)
         with naming("config.json: text_config"):
             self.language_model = LlamaForCausalLM(text)
+        self.eager = False
+        self._decoder: Decoder | None = None
         self.statistics: ActionStatistics | None = None
         self._space: ActionSpace | None = None
         if unnorm_key is not None or len(config.norm_stats) == 1:
@@ -167,7 +174,8 @@ class OpenVLAModel(nn.Module):
             raise InputError("this model has no tokenizer: pass OpenVLAModel(config, tokenizer=...)")
         if not isinstance(instruction, str) or not instruction.strip():
             raise InputError("instruction: expected a sentence, but it is empty")
-        ids: list[int] = self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
+        with tokenizer_errors("tokenizer.json"):
+            ids: list[int] = self.tokenizer.encode(PROMPT.format(instruction=instruction.lower())).ids
         if not ids or ids[0] != self.bos:
             ids = [self.bos, *ids]
         if self.config.append_space_token and ids[-1] != SPACE_TOKEN:
@@ -181,6 +189,13 @@ class OpenVLAModel(nn.Module):
                 f"beside {visual} visual and {others} action tokens"
             )
         return ids
+
+    def actions(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Actions (..., D) in environment units that tokens (..., D) stand for."""
+        space, statistics = self.action_space, self.statistics
+        assert statistics is not None
+        values = statistics.denormalize(self.action_tokenizer.decode(tokens))
+        return self.conventions.to_environment(values, space.gripper)
 
     def action_tokens(self, actions: NDArray[np.float32]) -> NDArray[np.int64]:
         """Tokens (..., D) that stand for actions (..., D) in environment units: what training wants to be predicted."""
@@ -234,11 +249,10 @@ class OpenVLAModel(nn.Module):
         """
         if positions not in ("packed", "original"):
             raise InputError(f"positions {positions!r} is not one of packed, original", field="positions")
-        embed = self.language_model.get_input_embeddings()
         rows, ids = [], []
         for tokens, text, kept in zip(visual, texts, keep, strict=True):
             assert len(tokens) == len(kept), f"{len(tokens)} visual tokens for {len(kept)} positions"
-            rows.append(joined(embed(torch.as_tensor(text, device=self.device)), tokens))  # (K + T, H)
+            rows.append(joined(self.embed(torch.as_tensor(text, device=self.device)), tokens))  # (K + T, H)
             first = torch.arange(len(rows[-1]), device=self.device)
             if positions == "original":  # <s>, the kept ones, and the text after all of them
                 rest = torch.arange(total + 1, total + len(text), device=self.device)
@@ -252,36 +266,33 @@ class OpenVLAModel(nn.Module):
         embeds = torch.stack([F.pad(row, (0, 0, pad, 0)) for row, pad in zip(rows, pads, strict=True)])
         return embeds, mask, torch.stack([F.pad(row, (pad, 0)) for row, pad in zip(ids, pads, strict=True)])
 
-    def read(self, embeds: Tensor, mask: Tensor | None, ids: Tensor, cache: Any) -> Tensor:
-        """The last hidden state (B, H) after reading ``embeds`` (B, L, H) beyond ``cache``."""
-        out = self.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
-        )
-        last: Tensor = out.last_hidden_state[:, -1]
-        return last
-
-    def generate(
-        self, embeds: Tensor, mask: Tensor | None, ids: Tensor, after_prefill: Callable[[], None] = lambda: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy action tokens (B, D), and the scores (B, D, V) and hidden states (B, D, H) that they were read from.
+    def begin(self, rows: int, capacity: int) -> Reading | EagerReading:
+        """A language model that has read nothing yet.
 
         Args:
-            embeds, mask, ids: from :meth:`sequences`. The last action token is only read, never fed back.
-            after_prefill: called when the prompt has been read.
+            rows: sequences that are read side by side (B).
+            capacity: tokens of each that will be read at most.
         """
-        from transformers import DynamicCache
+        llama = self.language_model.model
+        if self.slow is not None:
+            return EagerReading(llama)
+        if self._decoder is None or not self._decoder.is_of(llama):
+            self._decoder = Decoder(llama)
+        return self._decoder.begin(rows, capacity, self.projector.fc1.weight)
 
-        cache = DynamicCache(config=self.language_model.config)
-        tokens, scores, states = [], [], [self.read(embeds, mask, ids, cache)]
-        seen = cache.get_seq_length()
-        assert seen == embeds.shape[1], f"{seen} tokens reached the decoder, not {embeds.shape[1]}"
-        after_prefill()
-        while True:
-            scores.append(self.language_model.lm_head(states[-1]).float())  # (B, V)
-            tokens.append(scores[-1].argmax(-1))  # (B,)
-            if len(tokens) == self.action_space.dim:
-                return torch.stack(tokens, 1), torch.stack(scores, 1), torch.stack(states, 1)
-            mask = None if mask is None else F.pad(mask, (0, 1), value=1)  # (B, L + 1)
-            ids = ids[:, -1:] + 1  # (B, 1)
-            embed = self.language_model.get_input_embeddings()(tokens[-1][:, None])  # (B, 1, H)
-            states.append(self.read(embed, mask, ids, cache))
+    @property
+    def slow(self) -> str | None:
+        """Why the language model reads by transformers' forward pass; None: by :mod:`~spvla.vlas.openvla.decoder`'s."""
+        if self.eager:
+            return "eager"
+        return "in training" if self.training else Decoder.refusal(self.language_model.model)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (..., H) of token ids (...)."""
+        embeddings: Tensor = self.language_model.get_input_embeddings()(tokens)
+        return embeddings
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Scores of the next token, float32 (..., V), after hidden states (..., H)."""
+        scores: Tensor = self.language_model.lm_head(states).float()
+        return scores
