@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.envs import load_tasks
+from data.envs import load_tasks, stamp
 from data.envs.base import Env, Instructable, Privileged, Task
 from data.envs.perturb import RealTime
 from data.images import UPRIGHT
@@ -251,7 +251,7 @@ def collect(
     Call it again with the same options to continue after an interruption, or with others to extend the store.
 
     Args:
-        suite: the simulator's suite of tasks, for example libero_object.
+        suite: the simulator's suite of tasks, for example libero_object, or a YAML file that describes a Gymnasium environment.
         output: rollout store to make or extend.
         vla: teacher: expert (scripted, sees poses), nano_vla, openvla, lerobot, remote, an entry point of spvla.vlas, or
             package.module:factory.
@@ -314,6 +314,7 @@ def collect(
         label=label,
         plans=plans,
         seed=seed,
+        environment=stamp(suite),
     )
     setting.check()
     chosen = load_tasks(suite, tasks, max_steps)

@@ -48,16 +48,23 @@ def episode_seed(seed: int | str, task: Task, init_state: int | None, repetition
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What determines an episode besides task, initial state and seed. Commands add fields of their own."""
+    """What determines an episode besides task, initial state and seed. Commands add fields of their own.
+
+    ``environment`` is the stamp of a simulator that a user's file describes, see :func:`data.envs.stamp`.
+    """
 
     source: VLASource
     export: str | None
     max_generated_run: int | None
     max_steps: int | None = None
+    environment: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Every field by the name of its option; those of the VLA's source too, except the suite."""
+        """Every field by the name of its option; those of the VLA's source too, except the suite. ``environment`` only where
+        there is one."""
         values = asdict(self)
+        if values["environment"] is None:
+            del values["environment"]
         source = values.pop("source")
         options = source["options"] or None
         return {"vla": source["name"], "checkpoint": source["checkpoint"], "vla_options": options, **values}

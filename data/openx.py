@@ -22,7 +22,7 @@ from data.conversions import CONVERSIONS, apply, require_form
 from data.parts import Problem
 from spvla.actions import KINDS, ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.files import read_bytes
+from spvla.files import read_yaml
 from spvla.store import Episode
 
 TABLE = Path(__file__).parents[1] / "configs" / "openx" / "datasets.yaml"
@@ -216,7 +216,7 @@ def require_rate(rate: Any, where: str) -> float:
 
 def load_table(path: Path = TABLE) -> dict[str, Conventions]:
     """All entries of a table of conventions, by name."""
-    return {name: Conventions.read(entry, f"{path}: {name}") for name, entry in _read_yaml(path).items()}
+    return {name: Conventions.read(entry, f"{path}: {name}") for name, entry in read_yaml(path).items()}
 
 
 def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
@@ -226,7 +226,7 @@ def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
         InputError: there are none; the message says what to write.
     """
     if wanted is not None and Path(wanted).suffix in (".yaml", ".yml"):
-        return Conventions.read(_read_yaml(Path(wanted)), str(wanted))
+        return Conventions.read(read_yaml(Path(wanted)), str(wanted))
     key = str(wanted or name)
     table = _known(TABLE) if TABLE.is_file() else {}
     if key not in table:
@@ -239,19 +239,7 @@ def find_conventions(wanted: str | Path | None, name: str) -> Conventions:
 
 @functools.cache
 def _known(table: Path) -> dict[str, Any]:
-    return _read_yaml(table)  # takes a tenth of a second
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(read_bytes(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping")
-    return values
+    return read_yaml(table)  # takes a tenth of a second
 
 
 # ------------------------------------------------------------------------------------------------------------- an episode

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.envs import load_tasks, simulator
+from data.envs import load_tasks, simulator, stamp
 from data.envs.base import RenderMode
 from data.envs.perturb import Nudge, RealTime
 from data.jobs import Group
@@ -20,7 +20,7 @@ from eval.cells import default_cells, parse_cells
 from eval.lerobot_info import write_eval_info
 from eval.output import append, continued, table, write_csv, write_summary
 from eval.run import Evaluation, Facts, Job, belonging, groups_of, in_turn, load_runner, starts_of
-from eval.summary import Row, columns_of, summarise, write_traces
+from eval.summary import Row, by_task, columns_of, summarise, write_traces
 from eval.timing import measure_time
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
@@ -69,8 +69,9 @@ def closed_loop(
     worker, whatever the number of workers.
 
     Args:
-        suite: the simulator's suite of tasks, for example libero_object.
-        output: folder for summary.json, episodes.csv.gz, traces, timing, and eval_info.json in LeRobot's form.
+        suite: the simulator's suite of tasks, for example libero_object, or a YAML file that describes a Gymnasium environment.
+        output: folder for summary.json, episodes.csv.gz, tasks.txt (successes by task), traces, timing, and eval_info.json in
+            LeRobot's form.
         vla: the VLA: nano_vla, openvla, lerobot, remote, expert (scripted, sees poses), an entry point of spvla.vlas, or
             package.module:factory.
         checkpoint: the VLA's folder or hf://owner/name.
@@ -118,6 +119,7 @@ def closed_loop(
         real_time=RealTime(vla_ms, hold, mode) if real_time else None,
         nudge=Nudge(nudge) if nudge else None,
         render=render,
+        environment=stamp(suite),
     )
     loaded = load_export(export) if export else None
     default_risk = None if loaded is None else float(loaded.defaults["risk"])
@@ -131,7 +133,7 @@ def closed_loop(
         with Workers[tuple[Group[Job], ...], Row, Facts](partial(load_runner, setting, wanted), workers) as pool:
             facts = pool.facts()
             films = films and facts.needs_images and not real_time
-            fixed = {"suite": suite, "seed": seed, "weights": facts.weights, **setting.facts()}
+            fixed = {"suite": next(iter(starts)).suite, "seed": seed, "weights": facts.weights, **setting.facts()}
             del fixed["export"]  # cells that use no export are the same with another one
             done = continued(raw, output / "setting.json", fixed)
             done = [e for e in done if e["generator"] == "none" or e["export"] == content]
@@ -163,5 +165,9 @@ def closed_loop(
         path = write_summary(output, "closed_loop", rows, export=content, **what, timing_episodes=timing_episodes, **beside)
         text = table(rows, columns_of(rows, real_time=real_time, nudge=bool(nudge)))
         write_text(output / "table.txt", text + "\n")
+        tasks_table = by_task(mine)
+        write_text(output / "tasks.txt", table(tasks_table, list(tasks_table[0])) + "\n")
         print(text)
-        print(f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, table.txt{', films' if films else ''}")
+        print(
+            f"written: {path} and, beside it, episodes.csv.gz, traces.json.gz, {{table,tasks}}.txt{', films' if films else ''}"
+        )

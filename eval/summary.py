@@ -65,6 +65,17 @@ def summarise(episodes: Sequence[Row], timing: Mapping[str, Mapping[str, float]]
     return rows
 
 
+def by_task(episodes: Sequence[Row]) -> list[Row]:
+    """One row per task: its episodes per cell, and each cell's successes among them; the task with the fewest goes first."""
+    rows: list[Row] = []
+    for suite, task, name in dict.fromkeys((e["suite"], e["task"], e["task_name"]) for e in episodes):
+        mine = [e for e in episodes if (e["suite"], e["task"]) == (suite, task)]
+        cells = {cell: [e for e in mine if e["cell"] == cell] for cell in dict.fromkeys(e["cell"] for e in mine)}
+        successes = {cell: _total(es, "success") for cell, es in cells.items()}
+        rows.append({"suite": suite, "task": task, "name": name, "episodes": max(map(len, cells.values())), **successes})
+    return sorted(rows, key=lambda row: min(v for k, v in row.items() if k not in ("suite", "task", "name", "episodes")))
+
+
 def columns_of(rows: Sequence[Row], *, real_time: bool, nudge: bool) -> list[str]:
     """What a table of rows shows, as text."""
     extra = ["mode", "seconds_per_episode", "seconds_ratio", "held_per_episode"] if real_time else []

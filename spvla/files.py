@@ -121,6 +121,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_bytes(path), str(path))
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Errors as for :func:`read_bytes`, and for what is no mapping (code ``not-yaml``)."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(read_bytes(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        told = f"{path}: not a readable YAML file ({' '.join(str(error).split())})"
+        raise InputError(told, code="not-yaml", field=str(path)) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping", code="not-yaml", field=str(path))
+    return values
+
+
 def inside(folder: Path, path: str | Path) -> Path:
     """``path``, seen from ``folder``, as one that may be read: links and ``..`` do not lead out of the folder.
 

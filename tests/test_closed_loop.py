@@ -15,7 +15,7 @@ from eval.cells import Cell, cell_pruner, parse_cells
 from eval.closed_loop import closed_loop
 from eval.film import bar, draw
 from eval.run import Evaluation, kept_counts, make_policy
-from eval.summary import summarise
+from eval.summary import by_task, summarise
 from spvla import InputError, load_export
 from spvla.export import save_export
 from spvla.history import Source
@@ -108,6 +108,17 @@ def test_rows_weigh_tokens_by_calls():
     assert waiting["skipped"] == 0.6, "of the steps that somebody decided"
     times = {cell: {"policy_seconds_per_episode": s} for cell, s in {"vla": 3.0, "vla+half": 2.0}.items()}
     assert [r["policy_speedup"] for r in summarise([episode(c, 1.0, 1) for c in times], times)] == [1, 1.5]
+
+
+def test_the_worst_task_goes_first():
+    rows = [
+        {"suite": "s", "task": task, "task_name": f"t{task}", "cell": cell, "success": success}
+        for task, cell, successes in ((0, "vla", [1, 1, 1]), (0, "a", [1, 0, 1]), (1, "vla", [1, 0]), (1, "a", [0, 0]))
+        for success in successes
+    ]
+    first, second = by_task(rows)
+    assert first == {"suite": "s", "task": 1, "name": "t1", "episodes": 2, "vla": 1, "a": 0}
+    assert second == {"suite": "s", "task": 0, "name": "t0", "episodes": 3, "vla": 3, "a": 2}
 
 
 def test_kept_tokens_are_counted():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from data.collect import choose_instruction
 from data.envs import load_tasks
 from data.envs.base import Annotator, Instructable, Perturbable, Privileged
 from data.envs.libero.env import LiberoEnv
-from data.envs.libero.expert import Expert, scene_instructions
-from data.envs.libero.goals import parse_goal, predicates
+from data.envs.libero.expert import Expert, expert_action, scene_instructions
+from data.envs.libero.goals import parse_goal, parse_goals, predicates
 from data.envs.libero.scene import LiberoObservation, PrivilegedState, project
 from data.envs.libero.simulator import Libero
 from data.envs.libero.tasks import LiberoTask
@@ -217,6 +218,26 @@ def test_expert_recovers_from_a_drop(env: LiberoEnv) -> None:
             action[6], dropped = -1.0, dropped + 1
         env.step(action)
     assert dropped == 12 and env.success
+
+
+def test_the_expert_does_one_thing_after_the_other() -> None:
+    """Two things into the basket: whichever lies in it already is left there."""
+    task = load_tasks("libero_10", [0])[0]
+    with LiberoEnv(task) as env:
+        goals = parse_goals(task.instruction, env.scene)
+        assert [(g.item, g.inside) for g in goals] == [("alphabet_soup_1", True), ("tomato_sauce_1", True)]
+        with pytest.raises(InputError):
+            parse_goal(task.instruction, env.scene)
+        actions = rollout(env, task.instruction, 0)
+        assert env.success and len(actions) < 250
+        env.reset(0)
+        state = env.privileged()
+        np.testing.assert_array_equal(expert_action(state, *goals), expert_action(state, goals[0]))
+        basket, _ = state.region(goals[0].place)
+        done = replace(
+            state, positions=np.where(np.array(state.scene.names)[:, None] == goals[0].item, basket, state.positions)
+        )
+        np.testing.assert_array_equal(expert_action(done, *goals), expert_action(done, goals[1]))
 
 
 def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:

@@ -1,7 +1,7 @@
 """Simulators by the names of their suites: ``libero_object`` belongs to the simulator ``libero``.
 
 Another one is a module with a :class:`~data.envs.base.Simulator`, and its name: in :data:`SIMULATORS`, or as an entry point
-of the group ``spvla.envs``.
+of the group ``spvla.envs``. A suite that is a YAML file describes a Gymnasium environment, see :mod:`data.envs.gym`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.envs.base import Env, RenderMode, Simulator, SplitPart, Task
+from data.envs.base import Described, Env, RenderMode, Simulator, SplitPart, Task
 from spvla.errors import InputError
 from spvla.observation import MAIN
 from spvla.registry import Registry
@@ -19,23 +19,31 @@ from spvla.vlas.base import VLA
 SIMULATORS = Registry(
     "simulator",
     "spvla.envs",
-    {"libero": "data.envs.libero.simulator:Libero", "metaworld": "data.envs.metaworld:MetaWorld"},
+    {
+        "libero": "data.envs.libero.simulator:Libero",
+        "metaworld": "data.envs.metaworld:MetaWorld",
+        "gym": "data.envs.gym.simulator:Gym",
+    },
 )
 
 
 @functools.cache
 def simulator(suite: str) -> Simulator:
-    """The simulator that a suite belongs to: the one of that name, or whose name and ``_`` the suite begins with.
+    """The simulator that a suite belongs to: the one of that name, or whose name and ``_`` the suite begins with. A suite may
+    also be the YAML file that describes it.
 
     Raises:
-        InputError: there is none (code ``unknown-suite``), or its package is not installed.
+        InputError: there is none (code ``unknown-suite``), its file cannot be used, or its package is not installed.
     """
+    if suite.endswith((".yaml", ".yml")):
+        described: Simulator = SIMULATORS.get("gym")(suite)
+        return described
     known = SIMULATORS.names()
     name = max((n for n in known if suite == n or suite.startswith(f"{n}_")), key=len, default=None)
     if name is None:
         listing = ", ".join(sorted(known))
         raise InputError(
-            f"suite {suite!r} belongs to no known simulator; its name must begin with one of: {listing}. "
+            f"suite {suite!r} belongs to no known simulator; its name must begin with one of: {listing}; or it is a YAML file. "
             "A name of your own is known once its package is installed",
             code="unknown-suite",
             field="suite",
@@ -87,6 +95,12 @@ def load_tasks(suite: str, tasks: Sequence[int | str] | None = None, max_steps: 
 def make_env(task: Task, *, render: RenderMode | None = None, cameras: Sequence[str] = (MAIN,)) -> Env:
     """See :meth:`data.envs.base.Simulator.make`."""
     return simulator(task.suite).make(task, render=render, cameras=cameras)
+
+
+def stamp(suite: str) -> str | None:
+    """See :class:`~data.envs.base.Described`; None for a simulator that does not change."""
+    made = simulator(suite)
+    return made.stamp if isinstance(made, Described) else None
 
 
 def expert(checkpoint: str | None = None, *, suite: str | None = None) -> VLA:

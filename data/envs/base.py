@@ -181,6 +181,18 @@ class Annotator(Protocol):
         and where the object is in the images (T, 2) and in the world (T, 3)."""
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A simulator that a user's file describes.
+
+    Attributes:
+        stamp: a short hash of what the file says; what came of another one is not continued.
+    """
+
+    @property
+    def stamp(self) -> str: ...
+
+
 class Simulator(Protocol):
     """A family of suites.
 

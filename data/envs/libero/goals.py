@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from data.envs.libero.scene import Scene
 from spvla.errors import InputError
 
+PUSHED = ("plate",)  # what is moved over the table, since no hand gets hold of it
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -19,9 +21,21 @@ class Goal:
 
 
 def parse_goal(instruction: str, scene: Scene) -> Goal:
-    """The goal that an instruction means in a scene.
+    """The one goal that an instruction means in a scene, see :func:`parse_goals`.
 
-    The task's own instruction means the task's own goal; any other must name an object and a place of the scene, as
+    Raises:
+        InputError: as :func:`parse_goals`, and for several goals.
+    """
+    goals = parse_goals(instruction, scene)
+    if len(goals) > 1:
+        raise InputError(f"{instruction!r} asks for {len(goals)} objects, not for a single one")
+    return goals[0]
+
+
+def parse_goals(instruction: str, scene: Scene) -> tuple[Goal, ...]:
+    """The goals that an instruction means in a scene, all of which are to hold.
+
+    The task's own instruction means the task's own goals; any other must name an object and a place of the scene, as
     in "pick up the milk and place it in the basket".
 
     Raises:
@@ -29,20 +43,26 @@ def parse_goal(instruction: str, scene: Scene) -> Goal:
     """
     text = " ".join(instruction.lower().split())
     if text == " ".join(scene.instruction.lower().split()):
-        if len(scene.goal) == 1 and len(scene.goal[0]) == 3:
-            predicate, item, place = scene.goal[0]
-            # Not into drawers (they would have to be opened) and not onto the bare table (that is pushing).
-            supports = scene.movable if predicate == "in" else scene.names
-            if predicate in ("in", "on") and item in scene.movable and scene.body_of(place) in supports:
-                return Goal(item, place, predicate == "in")
-        raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not a single pick-and-place")
+        return tuple(_own_goal(predicate, instruction, scene) for predicate in scene.goal)
     match = re.fullmatch(r"(?:pick up|pick|grab) (?:the )?(.+?) and (?:place|put) it (in|on|into|onto) (?:the )?(.+)", text)
     if match is None:
         raise InputError(f"the expert cannot do {instruction!r}: it only understands 'pick up the X and place it in the Y'")
     item, preposition, place = match[1], match[2], match[3]
     found = Goal(_named(item, scene, instruction), _named(place, scene, instruction), preposition.startswith("in"))
     insides = [name for name, region in scene.regions.items() if region.parent == found.place and "contain" in name]
-    return Goal(found.item, insides[0], True) if found.inside and insides else found
+    return (Goal(found.item, insides[0], True) if found.inside and insides else found,)
+
+
+def _own_goal(predicate: tuple[str, ...], instruction: str, scene: Scene) -> Goal:
+    """One of the task's own goals: not into drawers, which would have to be opened, nor several things on one spot."""
+    relation, item, place = predicate if len(predicate) == 3 else (predicate[0], "", "")
+    body = scene.body_of(place) if place else None
+    into = relation == "in" and body in scene.movable
+    onto = relation == "on" and (body in scene.names or (body is None and object_words(item) not in PUSHED))
+    alone = relation == "in" or [other[-1] for other in scene.goal].count(place) == 1
+    if item in scene.movable and alone and (into or onto):
+        return Goal(item, place, into)
+    raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not pick-and-place alone")
 
 
 def predicates(goal: Goal) -> tuple[tuple[str, ...], ...]:
