@@ -14,8 +14,8 @@ from data.parallel import chunks
 from spvla.errors import InputError
 from spvla.export import fingerprint
 from spvla.observation import MAIN
-from spvla.vlas.base import VLA
-from spvla.vlas.registry import VLASource, cameras_of
+from spvla.vlas.base import VLA, cameras_of
+from spvla.vlas.registry import VLASource
 
 J = TypeVar("J")
 

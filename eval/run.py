@@ -26,9 +26,9 @@ from spvla.gates import GATES, has_risk
 from spvla.history import UNSEEN, Source
 from spvla.recording import Policy
 from spvla.steps import StepInfo, audit_steps, run_lengths
-from spvla.vlas.base import VLA, Viewing, VLAOutput
+from spvla.vlas.base import VLA, Viewing, VLAOutput, needs_images
 from spvla.vlas.conventions import decode_image
-from spvla.vlas.registry import needs_images, weights_stamp
+from spvla.vlas.registry import weights_stamp
 
 
 @dataclass(frozen=True, kw_only=True)

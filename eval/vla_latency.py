@@ -20,9 +20,8 @@ from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.pruning.pruner import Pruner, make_pruner
 from spvla.pruning.speed import Constant
-from spvla.vlas.base import VLA, PrunableVLA, ReadsState, VLAOutput
+from spvla.vlas.base import VLA, PrunableVLA, ReadsState, VLAOutput, cameras_of
 from spvla.vlas.openvla.policy import PRUNING_STAGES, OpenVLA
-from spvla.vlas.registry import cameras_of
 
 WARM_UP = 2
 FULL, EAGER, VERIFIED = "none", "none, eager", "none, verified"

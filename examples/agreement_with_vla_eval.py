@@ -33,8 +33,8 @@ from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.files import write_text
 from spvla.observation import Observation
-from spvla.vlas.base import VLAOutput
-from spvla.vlas.registry import cameras_of, load_vla
+from spvla.vlas.base import VLAOutput, cameras_of
+from spvla.vlas.registry import load_vla
 
 
 class LiberoFrom(LIBEROBenchmark):

@@ -18,8 +18,7 @@ from spvla.policy import SPVLAPolicy
 from spvla.realtime import BridgePolicy
 from spvla.recording import Policy, Recorder
 from spvla.shadow import ShadowPolicy
-from spvla.vlas.base import PrunableVLA, ReadsState, Timed
-from spvla.vlas.registry import cameras_of
+from spvla.vlas.base import PrunableVLA, ReadsState, Timed, cameras_of
 
 State = Literal["active", "limited", "refused", "off", "unknown"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
-from spvla.observation import Observation
+from spvla.observation import MAIN, Observation
 
 if TYPE_CHECKING:
     from spvla.pruning.selector import TokenSelector
@@ -178,3 +178,15 @@ class ReadsState(Protocol):
     @property
     def state_dim(self) -> int | None:
         """Values of ``observation.state`` that it needs; None: it reads none."""
+
+
+def needs_images(vla: VLA) -> bool:
+    """Whether a VLA looks at images. One that declares ``needs_images = False`` runs without rendering."""
+    return vla.needs_images if isinstance(vla, SaysIfImages) else True
+
+
+def cameras_of(vla: VLA) -> tuple[str, ...]:
+    """The cameras that a VLA looks through: those it declares as ``cameras``, else the main one; none if it sees nothing."""
+    if not needs_images(vla):
+        return ()
+    return tuple(vla.cameras) if isinstance(vla, NamesCameras) else (MAIN,)

@@ -16,9 +16,8 @@ from typing import Any
 
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.observation import MAIN
 from spvla.registry import Registry
-from spvla.vlas.base import VLA, NamesCameras, PrunableVLA, SaysIfImages, Weighted
+from spvla.vlas.base import VLA, PrunableVLA, Weighted
 
 BUILT_IN = {
     "openvla": "spvla.vlas.openvla:load",
@@ -118,15 +117,3 @@ def weights_stamp(vla: VLA) -> str | None:
         values = tensor.flatten()[:: max(1, tensor.numel() // 16)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def needs_images(vla: VLA) -> bool:
-    """Whether a VLA looks at images. One that declares ``needs_images = False`` runs without rendering."""
-    return vla.needs_images if isinstance(vla, SaysIfImages) else True
-
-
-def cameras_of(vla: VLA) -> tuple[str, ...]:
-    """The cameras that a VLA looks through: those it declares as ``cameras``, else the main one; none if it sees nothing."""
-    if not needs_images(vla):
-        return ()
-    return tuple(vla.cameras) if isinstance(vla, NamesCameras) else (MAIN,)
