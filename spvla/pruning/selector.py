@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, isqrt
 from typing import Literal, Protocol
 
@@ -124,7 +125,7 @@ class TokenSelector:
     def __post_init__(self) -> None:
         with naming("pruning"):
             check_fields(self, at_least={"budget": 1})
-        SCORERS.get(self.score)
+        _ = self._scorer  # an unknown name is refused at once
         fraction, budget = self.contour_fraction, self.budget
         if fraction is not None and not 0 < fraction < 1:
             raise InputError(f"pruning: contour_fraction must lie between 0 and 1, got {fraction}", field="contour_fraction")
@@ -148,8 +149,12 @@ class TokenSelector:
 
     def scores(self, queries: Tensor, keys: Tensor, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """What the :class:`Scorer` says: (B, N)."""
-        score: Scorer = SCORERS.get(self.score)
-        return score(queries, keys, images)
+        return self._scorer(queries, keys, images)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        scorer: Scorer = SCORERS.get(self.score)
+        return scorer
 
     def contour_mask(self, image: NDArray[np.uint8], tokens: int) -> NDArray[np.bool_] | None:
         """Patches on contours, bool (N,), or None if contours do not count.
