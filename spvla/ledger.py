@@ -80,7 +80,10 @@ class Ledger:
         self.milliseconds: deque[float] = deque(maxlen=REMEMBERED)
         self.reasons: Counter[str] = Counter()
         self.announce = False
-        self._own: deque[float] = deque(maxlen=REMEMBERED)  # milliseconds of steps, without those of the VLA
+        self._own: deque[float] = deque(
+            maxlen=REMEMBERED
+        )  # milliseconds of steps, without those of the VLA and its observation
+        self._captures: deque[float] = deque(maxlen=REMEMBERED)  # milliseconds of capturing what the VLA is shown
         self._asked: deque[bool] = deque(maxlen=REMEMBERED)
         self._waits = True
         self._lock = Lock()  # a bridge asks in a thread
@@ -120,8 +123,10 @@ class Ledger:
         self.generated += step.source in UNSEEN
         self.reasons[step.reason] += 1
         self._waits = waits
-        self._own.append(ms.get("total", 0.0) - (ms.get("vla", 0.0) if waits else 0.0))
+        self._own.append(ms.get("total", 0.0) - (ms.get("vla", 0.0) + ms.get("capture", 0.0) if waits else 0.0))
         self._asked.append(step.called_vla)
+        if waits and step.called_vla:
+            self._captures.append(ms.get("capture", 0.0))
         if self.announce and self.steps == FIRST:
             self._announce(step)
 
@@ -138,7 +143,7 @@ class Ledger:
         """
         if not self.milliseconds or not self._own:
             return None
-        call = float(np.median(self.milliseconds))
+        call = float(np.median(self.milliseconds)) + (float(np.median(self._captures)) if self._captures else 0.0)
         own = float(np.median(self._own))
         return Gain(call / max(1, self.plan), own + (call * float(np.mean(self._asked)) if self._waits else 0.0))
 
