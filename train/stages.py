@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from data.parallel import run_groups
 from spvla.errors import InputError
-from spvla.files import writing
+from spvla.files import write_bytes
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators import make_baseline
 from spvla.generators.base import ActionGenerator
@@ -125,8 +125,8 @@ class Plan:
             batch = options.pop("batch_size", None)
             spans = [span for span in data.split.train if self.fold[span[0]] != stage.without]
             network = fit_generator(data, spans, options, self.steps, str(stage), batch, position)
-        with writing(self.path(stage)) as temporary:
-            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, temporary)
+        # Not save_file: its own temporary file would be left over if this process is killed meanwhile.
+        write_bytes(self.path(stage), save({k: v.contiguous() for k, v in network.state_dict().items()}))
 
     def generator(self, name: str, without: int | None = None) -> LearnedGenerator:
         """A generator as its stage left it."""
