@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from spvla.gates.base import Gate
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.live import LiveGate
 from spvla.generators.features import FeatureConfig
@@ -91,6 +92,11 @@ def explain(policy: Policy, observation: Observation | None = None) -> Explanati
     return Explanation({part.name: part for part in parts}, inner.ledger.calls, inner.ledger.steps)
 
 
+def deciding_gate(policy: SPVLAPolicy) -> Gate | None:
+    """The gate that scores proposals: of a live one, the gate inside."""
+    return policy.gate.gate if isinstance(policy.gate, LiveGate) else policy.gate
+
+
 def name_of(part: object) -> str:
     """What a generator or gate is called."""
     return part.network.config.kind if isinstance(part, BoundGenerator) else type(part).__name__
@@ -114,10 +120,9 @@ def _generator(policy: SPVLAPolicy) -> Part:
 
 
 def _gate(policy: SPVLAPolicy) -> Part:
-    gate, ledger = policy.gate, policy.ledger
+    gate, inner, ledger = policy.gate, deciding_gate(policy), policy.ledger
     if gate is None:
         return Part("gate", "off", "there is nothing to decide without a generator")
-    inner = gate.gate if isinstance(gate, LiveGate) else gate
     told = name_of(inner)
     if isinstance(inner, LearnedGate) and not isinstance(gate, LiveGate):
         if inner.threshold < 0:
@@ -174,7 +179,7 @@ def _dtype(policy: SPVLAPolicy) -> Part:
 
 def features_of(policy: SPVLAPolicy) -> list[FeatureConfig]:
     """What the trained parts of a policy read."""
-    gate = policy.gate.gate if isinstance(policy.gate, LiveGate) else policy.gate
+    gate = deciding_gate(policy)
     found = [policy.generator.network.config.features] if isinstance(policy.generator, BoundGenerator) else []
     return found + ([gate.classifier.config.features] if isinstance(gate, LearnedGate) else [])
 

@@ -66,6 +66,14 @@ class Window:
     plan_left: FloatArray | None = None
 
 
+def rest_of_plan(window: Window, who: str) -> tuple[FloatArray, FloatArray]:
+    """``plan`` and ``plan_left`` of a window. Raises :class:`InputError` (code ``no-plan``) that names ``who`` reads them, a
+    gate or a generator, if it has none."""
+    if window.plan is None or window.plan_left is None:
+        raise InputError(f"{who}: there are no plans in this window", code="no-plan", field=who.split()[0])
+    return window.plan, window.plan_left
+
+
 class ActionHistory:
     """The last ``length`` steps of an episode, kept in place (no allocation a step).
 

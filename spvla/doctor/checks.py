@@ -14,7 +14,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.doctor.findings import Finding, Report, Sample
 from spvla.doctor.images import orientation
 from spvla.errors import InputError
-from spvla.explanation import features_of
+from spvla.explanation import deciding_gate, features_of
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.live import LiveGate
@@ -216,7 +216,7 @@ def _calibration(
     policy: SPVLAPolicy, samples: Sequence[Sample], replays: Sequence[Replay], curve: Calibration | None, risk: float | None
 ) -> Finding:
     """These observations are like those that the gate was calibrated on."""
-    gate = policy.gate.gate if isinstance(policy.gate, LiveGate) else policy.gate
+    gate = deciding_gate(policy)
     if not isinstance(gate, LearnedGate):
         return Finding("calibration", "ok", "nothing is calibrated: there is no trained gate")
     steps = [step for r in replays for step in r.steps]

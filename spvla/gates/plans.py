@@ -13,17 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spvla.actions import ActionSpace, FloatArray
-from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
-from spvla.history import Window
+from spvla.history import Window, rest_of_plan
 
 
 def _keep(window: Window, wanted: NDArray[np.bool_], used_up: str, unwanted: str) -> Decisions:
     """Keep the plans of B windows where that is ``wanted`` (B,) and something is left."""
-    if window.plan is None or window.plan_left is None:
-        raise InputError("gate: there are no plans in this window", code="no-plan", field="gate")
-    left = window.plan_left > 0
+    left = rest_of_plan(window, "gate")[1] > 0
     kept = np.asarray(left & wanted)
     return Decisions(kept, np.where(kept, "plan", np.where(left, unwanted, used_up)), kept=kept)
 
@@ -74,9 +71,7 @@ class PaceGate:
 
     def decide(self, window: Window, proposals: FloatArray) -> Decisions:
         """Keep fast plans; the proposals do not matter."""
-        if window.plan is None:
-            raise InputError("gate 'pace': there are no plans in this window", code="no-plan", field="gate")
-        planned, last = window.plan[:, 0], window.actions[:, -1]
+        planned, last = rest_of_plan(window, "gate 'pace'")[0][:, 0], window.actions[:, -1]
         moving = np.isin(np.arange(self.space.dim), self.space.moving)
         motion = np.abs(np.where(moving, planned, planned - last))
         fast = motion[:, list(self.space.translation or self.space.continuous)].max(1, initial=0.0) >= self.speed

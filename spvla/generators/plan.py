@@ -8,8 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from spvla.actions import ActionSpace, FloatArray
-from spvla.errors import InputError
-from spvla.history import Window
+from spvla.history import Window, rest_of_plan
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,5 @@ class PlanGenerator:
 
     def propose(self, window: Window) -> FloatArray:
         """What the plans of B windows have next, (B, 1, D), normalised; NaN, which is refused, where a plan is used up."""
-        if window.plan is None or window.plan_left is None:
-            raise InputError("generator 'plan': there are no plans in this window", code="no-plan", field="generator")
-        return np.where(window.plan_left[:, None, None] > 0, window.plan[:, :1], np.float32(np.nan))
+        plan, left = rest_of_plan(window, "generator 'plan'")
+        return np.where(left[:, None, None] > 0, plan[:, :1], np.float32(np.nan))
