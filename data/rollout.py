@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -149,96 +150,139 @@ def rollout(
         noise.start(policy.space, seed)
     if driver is not None:
         driver.start(instruction, seed)
-    frames: list[bytes] = []
-    record = Record()
-    outputs: list[VLAOutput | None] = []
-    privileged: list[FloatArray] = []
-    done = False
-    nudged: int | None = None
-    limit = max_steps or env.task.max_steps
+    loop = _Loop(
+        env, policy, seed, noise, teacher, driver, images, plans, max_steps or env.task.max_steps, real_time, bridge, nudge
+    )
+    while not loop.over:
+        loop.step()
+    return loop.finished(instruction)
 
-    def execute(
+
+class _Loop:
+    """A running episode: environment, policy and teacher are reset; what happens is kept step by step."""
+
+    def __init__(
+        self,
+        env: Env,
+        policy: Policy,
+        seed: int,
+        noise: ActionNoise | None,
+        teacher: VLA | None,
+        driver: Driver | None,
+        images: bool,
+        plans: bool,
+        limit: int,
+        real_time: RealTime | None,
+        bridge: BridgePolicy | None,
+        nudge: Nudge | None,
+    ) -> None:
+        self.env, self.policy, self.seed, self.noise, self.teacher, self.driver = env, policy, seed, noise, teacher, driver
+        self.images, self.plans, self.limit = images, plans, limit
+        self.real_time, self.bridge, self.nudge = real_time, bridge, nudge
+        self.record = Record()
+        self.outputs: list[VLAOutput | None] = []
+        self.frames: list[bytes] = []
+        self.privileged: list[FloatArray] = []
+        self.done = False
+        self.nudged: int | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.done or self.env.steps >= self.limit
+
+    def step(self) -> None:
+        """One decision of the policy, and the control step that it takes; more than one where the world moves on meanwhile."""
+        env, policy = self.env, self.policy
+        state = env.state()
+        observe = functools.cache(env.observe)
+        action = self._bridged(observe, state) if self.bridge else self._selected(observe, state)
+        output, again = self._labels(observe)
+        if self.driver is not None:
+            action = self.driver.drive(observe, action, env.steps)
+            policy.executed(action)
+        if self.noise is not None:
+            action = self.noise(action)
+            policy.executed(action)
+        if self.images:
+            self.frames.append(encode_jpeg(observe().require_image()))
+        delay = self.real_time.delay(policy.last_step, policy.space) if self.real_time and self.bridge is None else 0
+        if delay:
+            self._late(action, state, output, delay)
+        else:
+            self._execute(action, state, output, policy.last_step.source, policy.last_step.vla_age, again)
+
+    def _selected(self, observe: Callable[[], Observation], state: FloatArray) -> FloatArray:
+        action = self.policy.select_action(observe, state=state)
+        self.outputs.append(self.policy.last_output)
+        return action
+
+    def _bridged(self, observe: Callable[[], Observation], state: FloatArray) -> FloatArray:
+        """The next action of a policy that never waits. Before its VLA's first answer the robot stands, its gripper as that
+        answer will command it."""
+        bridge = self.bridge
+        assert bridge is not None and isinstance(bridge.calls, SimulatedCalls), "set by rollout"
+        action = bridge.tick(observe, state)
+        self.outputs.append(None if action is None else bridge.last_output)
+        for step, answer in bridge.arrived:
+            self.outputs[step] = answer
+        if action is not None:
+            return action
+        if bridge.calls.coming is None:
+            raise InputError("real time: the VLA could not be asked in simulated time", field="vla")
+        return bridge.space.stop(bridge.calls.coming.actions[0])
+
+    def _labels(self, observe: Callable[[], Observation]) -> tuple[VLAOutput | None, FloatArray | None]:
+        """What the VLA would do now, said by itself or by the teacher, and the first action of a second plan."""
+        output, called = self.outputs[-1], self.policy.last_step.called_vla
+        if self.teacher is None:
+            return output, None
+        elsewhere = (self.driver is not None or self.noise is not None) and not called
+        if output is None or elsewhere:  # a plan's later actions are not for where noise led
+            output = self.teacher.predict(observe())
+        again = self.teacher.predict(observe()).actions[0] if self.plans and called else None
+        return output, again
+
+    def _late(self, action: FloatArray, state: FloatArray, output: VLAOutput | None, delay: int) -> None:
+        """The answer comes ``delay`` control steps late: until then the robot holds."""
+        assert self.real_time is not None
+        policy = self.policy
+        held = self.real_time.held(action, self.record.actions[-1] if self.record.actions else None, policy.space)
+        policy.executed(held)
+        self._execute(held, state, output, policy.last_step.source)
+        for k in range(1, delay + 1):
+            if self.over:
+                return
+            state = self.env.state()
+            policy.waited(now := action if k == delay else held, state)
+            self._execute(now, state, None, Source.HELD)
+
+    def _execute(
+        self,
         action: FloatArray,
         state: FloatArray,
         output: VLAOutput | None,
         source: Source,
         age: int | None = None,
         again: FloatArray | None = None,
-    ) -> bool:
-        nonlocal nudged
-        coin = policy.last_step.propensity if teacher is None else None  # a teacher labels whatever the coin says
-        record.add(action, state, output, source, age, coin, again)
-        if isinstance(env, Privileged):
-            privileged.append(env.environment_state())
-        over = env.step(action)
-        if nudge is not None and not over and nudge.apply(env, seed):
-            nudged = env.steps
-        return over
+    ) -> None:
+        coin = self.policy.last_step.propensity if self.teacher is None else None  # a teacher labels whatever the coin says
+        self.record.add(action, state, output, source, age, coin, again)
+        if isinstance(self.env, Privileged):
+            self.privileged.append(self.env.environment_state())
+        self.done = self.env.step(action)
+        if self.nudge is not None and not self.done and self.nudge.apply(self.env, self.seed):
+            self.nudged = self.env.steps
 
-    def act(bridge: BridgePolicy, observe: Callable[[], Observation], state: FloatArray) -> FloatArray:
-        """The next action of a policy that never waits. Before its VLA's first answer the robot stands, its gripper as that
-        answer will command it."""
-        action = bridge.tick(observe, state)
-        outputs.append(None if action is None else bridge.last_output)
-        for step, answer in bridge.arrived:
-            outputs[step] = answer
-        if action is not None:
-            return action
-        assert isinstance(bridge.calls, SimulatedCalls), "set above"
-        if bridge.calls.coming is None:
-            raise InputError("real time: the VLA could not be asked in simulated time", field="vla")
-        return bridge.space.stop(bridge.calls.coming.actions[0])
-
-    while not done and env.steps < limit:
-        state = env.state()
-        seen: list[Observation] = []
-
-        def observe(seen: list[Observation] = seen) -> Observation:
-            if not seen:
-                seen.append(env.observe())
-            return seen[0]
-
-        if bridge is not None:
-            action = act(bridge, observe, state)
-        else:
-            action = policy.select_action(observe, state=state)
-            outputs.append(policy.last_output)
-        output, source = outputs[-1], policy.last_step.source
-        elsewhere = (driver is not None or noise is not None) and not policy.last_step.called_vla
-        if teacher is not None and (output is None or elsewhere):  # a plan's later actions are not for where noise led
-            output = teacher.predict(observe())
-        again = None
-        if plans and teacher is not None and policy.last_step.called_vla:
-            again = teacher.predict(observe()).actions[0]
-        if driver is not None:
-            action = driver.drive(observe, action, env.steps)
-            policy.executed(action)
-        if noise is not None:
-            action = noise(action)
-            policy.executed(action)
-        if images:
-            frames.append(encode_jpeg(observe().require_image()))
-        delay = real_time.delay(policy.last_step, policy.space) if real_time and bridge is None else 0
-        if real_time and delay:
-            held = real_time.held(action, record.actions[-1] if record.actions else None, policy.space)
-            policy.executed(held)
-            done = execute(held, state, output, source)
-            for k in range(1, delay + 1):
-                if done or env.steps >= limit:
-                    break
-                state = env.state()
-                policy.waited(now := action if k == delay else held, state)
-                done = execute(now, state, None, Source.HELD)
-        else:
-            done = execute(action, state, output, source, policy.last_step.vla_age, again)
-    episode = record.episode(policy.space)
-    episode.instruction = instruction
-    if images:
-        episode.images = {env.camera: frames}
-    if privileged:
-        episode.environment_states = np.asarray(privileged, np.float32)
-    episode.success = bool(env.success)
-    return Rollout(episode, list(policy.steps), outputs, nudged)
+    def finished(self, instruction: str) -> Rollout:
+        """The episode as recorded."""
+        episode = self.record.episode(self.policy.space)
+        episode.instruction = instruction
+        if self.images:
+            episode.images = {self.env.camera: self.frames}
+        if self.privileged:
+            episode.environment_states = np.asarray(self.privileged, np.float32)
+        episode.success = bool(self.env.success)
+        return Rollout(episode, list(self.policy.steps), self.outputs, self.nudged)
 
 
 def deviations(episode: Episode, space: ActionSpace, tolerance: float) -> NDArray[np.bool_]:
