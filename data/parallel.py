@@ -6,6 +6,8 @@ A simulator wants all jobs of a scene together: that is a *group*. Workers are s
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +32,17 @@ def chunks(items: Sequence[G], count: int) -> list[list[G]]:
     return [list(items[a:b]) for a, b in pairwise(bounds)]
 
 
+def _end_with_parent() -> None:
+    """Ends this process when its parent is killed: nobody is there to read what it would compute for minutes."""
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _serve(load: Callable[[], tuple[Callable[[Any], Iterator[Any]], Any]], connection: Connection) -> None:
-    """A worker process: loads, then works off one group after another until none is left."""
+    """A worker process: loads, then works off one group after another until none is left, or its parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import torch
 

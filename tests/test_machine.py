@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import multiprocessing
 import os
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +170,34 @@ def test_a_worker_process_reports_the_machines_fault_as_such() -> None:
     with pytest.raises(InputError) as fault:
         list(run_groups(_full_in_a_worker, ["one"], 1))
     assert fault.value.code == "cannot-write"
+
+
+def _never_done(path: Path) -> Iterator[None]:
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        print("running", file=held, flush=True)
+        time.sleep(600)
+    yield None
+
+
+def _waits_for(path: Path) -> None:
+    list(run_groups(_never_done, [path], 1))
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_command_end_too(tmp_path: Path) -> None:
+    note = tmp_path / "worker"
+    command = multiprocessing.get_context("spawn").Process(target=_waits_for, args=(note,))
+    command.start()
+    while not (note.exists() and note.read_text()):
+        assert command.is_alive()
+        time.sleep(0.05)
+    command.kill()
+    for _ in range(600):  # the kernel lets go of the lock when its holder ends
+        try:
+            with note.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+    pytest.fail("the worker still runs")
