@@ -1,6 +1,6 @@
 # Everything sets itself up on a fresh Debian/Ubuntu machine with Python 3.11 or newer.
 #   make demo          the whole system on the packaged small VLA, from pixels: a paired evaluation, its films and a report
-#   make distill-demo  record that VLA, distil a generator and its gate from it, evaluate them
+#   make distill-demo  record a VLA, distil a generator and its gate from it, evaluate them (SIMULATOR=metaworld: fifty tasks, quick)
 #   make check         lint, types, documentation and the unit tests, in two minutes
 #   make test          the same and everything slow
 #   make docs          the documentation as a site in site/
@@ -51,15 +51,19 @@ demo: setup
 	"$(BIN)/python" -m eval latency --config configs/eval/latency_nano.yaml --output "$(RUNS)/demo/results/latency"
 	"$(BIN)/python" -m eval report --results "$(RUNS)/demo/results" --output "$(RUNS)/demo/report.html" --title "SP-VLA from pixels"
 
-DISTILL = "$(BIN)/python" -m train distill --config configs/distill/distill_demo.yaml
-distill-demo: D = $(RUNS)/distill_demo
+# libero: the small VLA from pixels. metaworld: the scripted experts of fifty tasks in a VLA's place, quick.
+SIMULATOR ?= libero
+distill-demo: D = $(RUNS)/distill_demo/$(SIMULATOR)
+distill-demo: C = configs/distill_demo/$(SIMULATOR)
+distill-demo: DISTILL = "$(BIN)/python" -m train distill --config "$C/distill.yaml"
 distill-demo: setup
-	"$(BIN)/python" -m data collect --config configs/data/distill_demo_train.yaml --output "$D/rollouts"
-	"$(BIN)/python" -m data collect --config configs/data/distill_demo_calibration.yaml --output "$D/rollouts"
+	@test -d "$C" || { echo "SIMULATOR is libero or metaworld, got $(SIMULATOR)"; exit 2; }
+	"$(BIN)/python" -m data collect --config "$C/train.yaml" --output "$D/rollouts"
+	"$(BIN)/python" -m data collect --config "$C/calibration.yaml" --output "$D/rollouts"
 	$(DISTILL) --data "$D/rollouts" --output "$D/first_export"
-	"$(BIN)/python" -m data collect --config configs/data/distill_demo_on_policy.yaml --export "$D/first_export" --output "$D/on_policy"
+	"$(BIN)/python" -m data collect --config "$C/on_policy.yaml" --export "$D/first_export" --output "$D/on_policy"
 	$(DISTILL) --data "$D/rollouts" "$D/on_policy" --output "$D/export"
-	"$(BIN)/python" -m eval closed_loop --config configs/eval/distill_demo.yaml --export "$D/export" --output "$D/results/closed_loop"
+	"$(BIN)/python" -m eval closed_loop --config "$C/evaluate.yaml" --export "$D/export" --output "$D/results/closed_loop"
 	"$(BIN)/python" -m eval report --results "$D/results" --output "$D/report.html" --title "A generator of your own"
 
 # A line for each test as it ends, on as many processes as WORKERS.

@@ -28,7 +28,7 @@ from tests.test_export import make_export
 pytestmark = pytest.mark.slow  # needs a simulator, a server, a training or the clock
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
+CONFIGS = sorted([*(ROOT / "configs" / "eval").glob("*.yaml"), *(ROOT / "configs" / "distill_demo").glob("*/evaluate.yaml")])
 
 
 def setting(**changes) -> Evaluation:
