@@ -3,7 +3,7 @@
 Asking a VLA takes several control steps. :class:`BridgePolicy` asks ahead and lets the generator act meanwhile. When the answer
 comes it is *context*, the VLA's last word about the state that it saw, with its age: generator and gate take it in like any
 other, and decide anew. It is executed itself only if the robot has stood still since that state, or, of a plan, from the step
-on that is due now. Where neither may act the robot stands still, and that is counted.
+on that is due now: in turn, or where the gate keeps it. Where neither may act the robot stands still, and that is counted.
 """
 
 from __future__ import annotations
@@ -186,9 +186,6 @@ class BridgePolicy(SPVLAPolicy):
 
     def __init__(self, *parts: Any, ahead: float = 0.5, calls: Calls | None = None, **options: Any) -> None:
         super().__init__(*parts, **options)
-        if self._arms:
-            told = "policy: a gate that decides about plans waits for them; mode 'bridge' needs one that does not read plans"
-            raise InputError(told, code="unsupported", field="mode")
         if not 0 <= ahead <= 1:
             raise InputError(f"policy: ahead must lie in [0, 1], got {ahead}", field="ahead")
         self.ahead = ahead
@@ -317,7 +314,8 @@ class BridgePolicy(SPVLAPolicy):
             self.history.answer(output, call.state, max(1, age))
             still = age == 0 or (self._still_since is not None and self._still_since <= call.step)
             self._fresh = output if still else None
-            self._queue = deque(output.actions[1 if still else age :])
+            if not self._arms:  # else a plan is in the history, and the gate decides about each of its actions
+                self._queue = deque(output.actions[1 if still else age :])
         if self.latency >= self.max_generated_run and not self._told:
             self._told = True
             warnings.warn(
@@ -384,6 +382,8 @@ class BridgePolicy(SPVLAPolicy):
             return Acted(action if last is None else self.space.toward(action, last), Source.VLA, output=self._fresh)
         assert last is not None, "the first action is the VLA's"
         if judged.skips and judged.proposal is not None:
+            if judged.decision.kept:
+                return Acted(self.space.toward(judged.proposal, last), Source.PLAN)
             return Acted(judged.proposal, Source.GENERATOR)
         if self._queue:
             action = self.space.toward(self._queue.popleft(), last)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import spvla
+from data.store import RolloutStore
+from data.windows import Windows
 from eval.cells import Cell, parse_cells
 from eval.summary import summarise
 from spvla.actions import LIBERO
@@ -19,8 +21,9 @@ from spvla.gates.live import LiveGate, LiveOptions
 from spvla.gates.plans import HorizonGate
 from spvla.generators.plan import PlanGenerator
 from spvla.history import ActionHistory, Source
+from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
-from spvla.realtime import BridgePolicy
+from spvla.realtime import BridgePolicy, SimulatedCalls
 from spvla.recording import Recorder
 from spvla.store import read_episodes
 from spvla.vlas.base import VLAUnavailable
@@ -101,7 +104,8 @@ class ArmsGate:
     def decide(self, window, proposals):
         v = judge(self.classifier, LIBERO, window, proposals)
         reason = np.repeat("classifier", len(proposals))
-        return Decisions(v.intuitive(self.threshold), reason, v.probability, v.refused(self.threshold), kept=v.kept)
+        opens, refused = v.intuitive(self.threshold), v.refused(self.threshold)
+        return Decisions(opens, reason, v.probability, refused, kept=v.kept, threshold=self.threshold)
 
 
 class Still:
@@ -214,10 +218,65 @@ def test_a_window_has_the_rest_of_the_plan():
     assert ActionHistory(LIBERO, 3).plans is False
 
 
-def test_a_robot_that_never_waits_refuses_gates_that_decide_about_plans():
-    with pytest.raises(InputError) as caught:
-        BridgePolicy(DriftingVLA(), PlanGenerator(LIBERO), HorizonGate(LIBERO, 4))
-    assert caught.value.code == "unsupported"
+def never_waiting(gate, latency, drift=0.0, steps=40):
+    """A policy that never waits, its VLA, and its actions."""
+    vla = DriftingVLA(drift)
+    policy = BridgePolicy(vla, Still(), gate, calls=SimulatedCalls(vla, latency), space=LIBERO)
+    policy.reset("go")
+    actions = []
+    for vla.now in range(steps):
+        seen = np.full(3, vla.now, np.float32)
+        actions.append(policy.tick(lambda seen=seen: Observation(None, seen), seen))
+    return policy, vla, actions
+
+
+def test_a_plan_that_comes_while_the_robot_stands_begins_at_its_start():
+    policy, vla, actions = never_waiting(HorizonGate(LIBERO, PLAN - 2), 3)
+    kept = [t for t, s in enumerate(policy.steps) if s.source == Source.PLAN]
+    assert len(kept) > 10 and vla.asked[:3] == [0, 9, 18]
+    for t in kept:
+        begun = t - policy.steps[t].plan_age
+        assert policy.steps[begun].source == Source.VLA and policy.steps[begun - 1].source == Source.HELD
+        np.testing.assert_allclose(actions[t], plan(begun - 3, 0.0)[t - begun], atol=1e-6)
+
+
+def test_a_plan_that_comes_while_an_older_one_is_kept_goes_on_where_it_is_due():
+    gate = ArmsGate([1.0] * 30, [0.0, 0.0, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06, *[1.0] * 22], 0.1)
+    policy, vla, actions = never_waiting(gate, 2, drift=0.01)
+    steps = policy.steps
+    ages = [s.plan_age for s in steps if s.called_vla and s.source == Source.PLAN]
+    assert ages and min(ages) >= 2  # the next is asked for where half of the threshold is reached, not before
+    assert all(s.source == Source.PLAN for s in steps[3:])
+    for t in range(12, 40):
+        age = steps[t].plan_age
+        assert 2 <= age < PLAN and t - age in vla.asked
+        np.testing.assert_allclose(actions[t], plan(t - age, 0.01)[age], atol=1e-6)
+
+
+def test_what_training_reads_of_late_plans_is_what_the_policy_saw(tmp_path):
+    seen = []
+
+    class Noted(ArmsGate):
+        def decide(self, window, proposals):
+            seen.append((window.plan[0].copy(), int(window.plan_left[0]), window.vla_age[0]))
+            return super().decide(window, proposals)
+
+    vla = DriftingVLA(0.01)
+    gate = Noted([1.0] * 30, [0.0, 0.0, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06, *[1.0] * 22], 0.1)
+    policy = Recorder(BridgePolicy(vla, Still(), gate, calls=SimulatedCalls(vla, 2), space=LIBERO), tmp_path / "store")
+    policy.reset("go")
+    for vla.now in range(40):
+        state = np.full(3, vla.now, np.float32)
+        policy.tick(lambda state=state: Observation(None, state), state)
+    policy.finish(success=True)
+    policy.close()
+    windows = Windows([RolloutStore(tmp_path / "store")], history=1, plans=True)
+    decided = [i for i, s in enumerate(policy.steps) if s.reason == "classifier"]
+    assert len(decided) == len(seen) > 25
+    read = windows.batch(np.array(decided)).window
+    for i, (rest, left, age) in enumerate(seen):
+        assert (read.plan_left[i], read.vla_age[i]) == (left, age)
+        np.testing.assert_allclose(read.plan[i, :left], rest[:left], atol=1e-6)
 
 
 def test_a_generator_that_reads_plans_needs_a_gate_that_does():

@@ -266,12 +266,6 @@ def test_arms_plan_again_below_the_stale_floor_and_a_policy_without_them_is_refu
     spvla.accelerate(vla, tmp_path / "e", risk=0.63)
 
 
-def test_a_robot_that_never_waits_refuses_an_export_with_arms(export_folder):
-    with pytest.raises(InputError) as caught:
-        spvla.accelerate(DriftingVLA(), export_folder, risk=0.9, mode="bridge")
-    assert caught.value.code == "unsupported"
-
-
 def test_stores_without_plans_cannot_train_arms(store_folder, tmp_path):
     with pytest.raises(InputError) as caught:
         distill([store_folder], tmp_path / "e", vla_plan=True)
