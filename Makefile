@@ -11,7 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 LEROBOT_VENV ?= .venv-lerobot
-LEROBOT_PYTHON ?= python3.12
+LEROBOT_PYTHON ?= $(shell for p in python3.12 $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python 2>/dev/null); do \
+	$$p -c '' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
 RUNS ?= runs
 SUDO ?=
@@ -81,10 +82,11 @@ test: setup lint
 
 # The adapter to LeRobot's policies and the plugin, with LeRobot itself: an environment of its own, Python 3.12.
 test-lerobot:
+	@test -n "$(LEROBOT_PYTHON)" || { echo "LeRobot needs Python 3.12: make test-lerobot LEROBOT_PYTHON=/path/to/python3.12"; exit 1; }
 	"$(LEROBOT_PYTHON)" -m venv "$(LEROBOT_VENV)"
-	"$(LEROBOT_VENV)/bin/pip" install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset,pusht]" scipy pytest hypothesis "jsonargparse[signatures]"
+	"$(LEROBOT_VENV)/bin/pip" install -q -c constraints-lerobot.txt $(PIP_ARGS) "lerobot[dataset,pusht,smolvla]" scipy pytest hypothesis "jsonargparse[signatures]"
 	"$(LEROBOT_VENV)/bin/pip" install -q --no-deps -e . -e integrations/lerobot_policy_spvla
-	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py tests/test_lerobot_plugin.py
+	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py tests/test_lerobot_plugin.py tests/test_lerobot_smolvla.py
 
 # Strict: a broken link is an error. Nothing is loaded from the network.
 docs: $(READY)

@@ -291,5 +291,8 @@ def test_lerobot_says_what_does_not_fit(act):
             vla.predict(bad)
     with pytest.raises(InputError, match="maps none of"):
         load_vla("lerobot", str(act), {"cameras": {"observation.images.side": "image"}})
-    with pytest.raises(InputError, match="not a LeRobot policy"):
-        load_vla("lerobot", str(act.parent / "nothing"))
+    (act.parent / "empty").mkdir()
+    for folder, code in (("nothing", "no-such-folder"), ("empty", "not-a-policy")):
+        with pytest.raises(InputError) as caught:
+            load_vla("lerobot", str(act.parent / folder))
+        assert caught.value.code == code

@@ -80,7 +80,9 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "act", save_export(pusht_export(), folder / "export")
 
 
-def evaluate(monkeypatch, output: Path, *options: str, episodes: int = 2, batch: int = 1) -> tuple[dict, np.ndarray]:
+def evaluate(
+    monkeypatch, output: Path, *options: str, episodes: int = 2, batch: int = 1, env: list[str] = ENV
+) -> tuple[dict, np.ndarray]:
     """lerobot-eval: the eval_info.json that it leaves, and what each episode's environment was told, (N, STEPS, 2)."""
     import gymnasium
     from lerobot.scripts.lerobot_eval import main
@@ -94,7 +96,7 @@ def evaluate(monkeypatch, output: Path, *options: str, episodes: int = 2, batch:
 
     with monkeypatch.context() as patch:
         patch.setattr(gymnasium.vector.SyncVectorEnv, "step", noted)
-        words = ["lerobot-eval", *options, *ENV, f"--eval.n_episodes={episodes}", f"--eval.batch_size={batch}"]
+        words = ["lerobot-eval", *options, *env, f"--eval.n_episodes={episodes}", f"--eval.batch_size={batch}"]
         patch.setattr(sys, "argv", [*words, f"--output_dir={output}", "--seed=3", "--eval.use_async_envs=false"])
         main()
     actions = np.array(told).reshape(-1, STEPS, batch, 2).swapaxes(1, 2).reshape(-1, STEPS, 2)[:episodes]

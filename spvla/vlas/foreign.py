@@ -247,7 +247,8 @@ def load_lerobot(
     try:
         config = PreTrainedConfig.from_pretrained(checkpoint)
     except Exception as error:  # the hub, draccus and json raise types of their own
-        raise InputError(f"checkpoint {checkpoint!r}: not a LeRobot policy ({str(error).splitlines()[0]})") from None
+        told = f"checkpoint {checkpoint!r}: not a LeRobot policy ({str(error).splitlines()[0]})"
+        raise InputError(told, code="not-a-policy", field="checkpoint") from None
     config.pretrained_path = checkpoint
     if device is not None:
         config.device = device
