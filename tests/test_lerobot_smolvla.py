@@ -44,10 +44,9 @@ def tiny_vlm(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, extra_special_tokens=special, **names)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     vision = {**sizes, "num_hidden_layers": 1, "image_size": 64, "patch_size": 16}
-    text = {**sizes, "model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 32}
-    SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=3, pad_token_id=0).save_pretrained(
-        folder
-    )
+    text = {**sizes, "model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
+    text |= {"vocab_size": 32, "pad_token_id": 0}
+    SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=3).save_pretrained(folder)
     SmolVLMProcessor(SmolVLMImageProcessor(), tokenizer, SmolVLMVideoProcessor(), image_seq_len=4).save_pretrained(folder)
     return folder
 
