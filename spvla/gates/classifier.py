@@ -170,8 +170,7 @@ def judge(
         without_torch: see :meth:`ActionTypeClassifier.estimate`.
     """
     probability = classifier.estimate(window, proposals, without_torch)
-    previous = limits.denormalize(window.actions[:, -1])
-    admissible = limits.all_admissible(limits.denormalize(proposals), previous)
+    admissible = _admissible(limits, proposals, window.actions[:, -1])
     kept, actions = np.zeros(len(proposals), bool), proposals
     if classifier.arms:
         assert window.plan is not None and window.plan_left is not None, "the classifier has read them"
@@ -187,6 +186,13 @@ def judge(
         kept=kept,
         actions=actions,
     )
+
+
+def _admissible(limits: ActionSpace, proposals: FloatArray, last: FloatArray) -> NDArray[np.bool_]:
+    """Whether proposals after the ``last`` actions, both normalised (B, D), are admissible, (B,)."""
+    if len(proposals) == 1:  # on a robot: numpy is faster on one vector than on a batch of one
+        return np.array([limits.admissible(limits.denormalize(proposals[0]), limits.denormalize(last[0]))])
+    return limits.all_admissible(limits.denormalize(proposals), limits.denormalize(last))
 
 
 @dataclass(frozen=True)

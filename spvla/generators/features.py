@@ -138,6 +138,8 @@ class HistoryFeatures(nn.Module):
         self._offsets, self._scales = np.tile(self.offset, (1, 1 + pasts)), np.tile(self.scale, (1, 1 + pasts))
         self.register_buffer("state_offset", torch.from_numpy(self._offsets), persistent=False)
         self.register_buffer("state_scale", torch.from_numpy(self._scales), persistent=False)
+        reported = {"vla_confidence": config.vla_confidence * config.action_dim, "vla_features": config.vla_features}
+        self._reported = [(name, size) for name, size in reported.items() if size]  # what the VLA has to say of itself
         self._places: dict[int, NDArray[np.int64]] = {}  # by the size of a state
         self._latest: tuple[Window, FloatArray] | None = None
         self.token_size = config.action_dim + 2 + len(self.state_dims)  # action, source, exists, state
@@ -173,8 +175,8 @@ class HistoryFeatures(nn.Module):
         """The state now, (B, entries), and how far it is from those at the lags and from the one that the VLA saw last,
         (B, pasts entries). All in one go: on a robot the number of operations counts, not their size."""
         n, (rows, _, size) = self.config.history, w.states.shape
-        self._require_state(size)
         if (places := self._places.get(size)) is None:
+            self._require_state(size)
             steps = [n, *(n - lag for lag in self.config.state_lags), *([n + 1] if self.config.vla_output else [])]
             places = self._places[size] = np.array([size * t + d for t in steps for d in self.state_dims], np.int64)
         states = self._crop(w.states, n + 1).reshape(rows, -1)
@@ -204,17 +206,15 @@ class HistoryFeatures(nn.Module):
             age = w.vla_age[:, None]
             capped = age.clip(0.0, MAX_AGE) if isinstance(age, Tensor) else np.minimum(age, MAX_AGE)
             parts += [w.vla_action, capped / AGE_SCALE, moved]
-        confidence = self.config.action_dim if self.config.vla_confidence else 0
-        for size, name in ((confidence, "vla_confidence"), (self.config.vla_features, "vla_features")):
-            if size:
-                value = getattr(w, name)
-                if value is None and not (w.vla_age == 0).all():
-                    raise InputError(f"features: the model needs {name}, which this VLA or data set does not provide")
-                if value is not None and value.shape[1] != size:
-                    raise InputError(
-                        f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
-                    )
-                parts.append(cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
+        for name, size in self._reported:
+            value = getattr(w, name)
+            if value is None and not (w.vla_age == 0).all():
+                raise InputError(f"features: the model needs {name}, which this VLA or data set does not provide")
+            if value is not None and value.shape[1] != size:
+                raise InputError(
+                    f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
+                )
+            parts.append(cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
         return parts + (self._plan(w) if self.config.vla_plan else [])
 
     def _plan(self, w: Window) -> list[Any]:
