@@ -88,8 +88,8 @@ class ActionTypeClassifier(nn.Module):
             return self._of_arms(expit(self.net.arrays(inputs))).astype(np.float64)
 
     def _told(self, window: Window) -> list[Any]:
-        """What a proposal is compared with: the last action and the VLA's own last, (B, D); with arms also the rest of its plan,
-        (B, P, D), and how much that is, (B,)."""
+        """What a proposal is compared with: the last action and the VLA's own last, (B, D); with arms also the rest of its
+        plan, (B, P, D), and how much that is, (B,)."""
         return [window.actions[:, -1], window.vla_action, *((window.plan, window.plan_left) if self.arms else ())]
 
     def _inputs(self, features: Any, proposal: Any, last: Any, vla: Any, plan: Any = None, left: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Networks without torch, as a robot runs them: a few rows at every control step, where torch's own overhead is most of the time.
+"""Networks without torch, as a robot runs them: a few rows at every step, where torch's own overhead is most of the time.
 
 The torch modules are the reference, and their parameters are the weights: the arrays here are views of them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from scipy.special import ndtr
 from torch import nn
 

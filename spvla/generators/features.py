@@ -132,7 +132,8 @@ class HistoryFeatures(nn.Module):
         self.state_dims = list(config.state_dims)
         self.least_state = max(self.state_dims, default=-1) + 1  # values of the state that are needed
         self.size = len(feature_names(config))
-        self.now = slice(config.history * (config.action_dim + 2), config.history * (config.action_dim + 2) + len(self.state_dims))
+        executed = config.history * (config.action_dim + 2)  # actions, sources and masks
+        self.now = slice(executed, executed + len(self.state_dims))  # columns of the state now
         pasts = len(config.state_lags) + config.vla_output  # earlier states that the one now is compared with
         self._again = np.tile(np.arange(len(self.state_dims)), pasts)
         self._offsets, self._scales = np.tile(self.offset, (1, 1 + pasts)), np.tile(self.scale, (1, 1 + pasts))

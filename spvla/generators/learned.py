@@ -125,8 +125,8 @@ class MLP(nn.Sequential):
 class LearnedGenerator(nn.Module):
     """A small network that continues the motion; :meth:`bind` makes it a robot's generator.
 
-    A kind of network is a subclass with :meth:`outputs`, which calls :meth:`start_from_last_action` with its last layer. A class
-    that also defines :meth:`arrays` runs without torch on a robot; its subclasses do not, unless they define it too.
+    A kind of network is a subclass with :meth:`outputs`, which calls :meth:`start_from_last_action` with its last layer. A
+    class that also defines :meth:`arrays` runs without torch on a robot; its subclasses do not, unless they define it too.
     """
 
     config_class: ClassVar[type[GeneratorConfig]] = GeneratorConfig

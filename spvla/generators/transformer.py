@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -106,7 +109,8 @@ class ArrayTransformer:
     def __init__(self, network: TransformerGenerator) -> None:
         self.features, self.position = network.features, network.position.detach().numpy()
         self.embed, self.embed_now, self.head = views(network.embed), views(network.embed_now), views(network.head)
-        self.blocks = [ArrayBlock(block, last=block is network.blocks[-1]) for block in network.blocks]
+        blocks = cast(Sequence[CausalBlock], network.blocks)
+        self.blocks = [ArrayBlock(block, last=i == len(blocks) - 1) for i, block in enumerate(blocks)]
         self.norm = ArrayNorm(network.norm)
 
     def __call__(self, window: Window, changes: FloatArray | None) -> FloatArray:
