@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +34,12 @@ from spvla.recording import Policy
 from spvla.vlas.base import Timed, VLAOutput
 from spvla.vlas.registry import load_vla
 
-K = TypeVar("K")
 WARM_UP = 200
 GATES = ("learned", "live")  # timed on the same steps; the first is what the others are compared with
 PATHS = ("arrays", "torch")
 POLLUTION = 40 * 2**20  # bytes written between two steps, as a simulator or a camera's pictures would
 POLLUTED_STEPS = 500
+TURN = 100  # steps
 
 
 class _FreeVLA:
@@ -185,16 +185,22 @@ def _through_torch(policy: Policy) -> None:
             object.__setattr__(part, "without_torch", False)
 
 
-def _take_turns(policies: Mapping[K, Policy], states: FloatArray, pollution: int = 0) -> dict[K, NDArray[np.float64]]:
-    """Milliseconds of each step (T,) beside the VLA, of policies that take each step one after the other, in changing order;
-    before each step so many bytes are written, which displace what the caches held."""
+def _take_turns(
+    policies: Mapping[tuple[str, str], Policy], states: FloatArray, pollution: int = 0
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Milliseconds of each step (T,) beside the VLA, of policies by gate and path. The paths take turns of :data:`TURN` steps,
+    so that the caches are those of one path, and the gates single steps. Before each step so many bytes are written, which
+    displace what the caches held."""
     for policy in policies.values():
         policy.reset("latency")
     block = np.zeros(pollution, np.uint8)
-    for i, observation in enumerate([Observation(state=s) for s in states]):
-        for policy in list(policies.values())[:: 1 if i % 2 else -1]:
-            block += 1
-            policy.select_action(observation)
+    observations = [Observation(state=s) for s in states]
+    for turn, start in enumerate(range(0, len(observations), TURN)):
+        for path in PATHS[:: 1 if turn % 2 else -1]:
+            for i, observation in enumerate(observations[start : start + TURN]):
+                for gate in GATES[:: 1 if i % 2 else -1]:
+                    block += 1
+                    policies[gate, path].select_action(observation)
     spent = {k: [s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in p.steps] for k, p in policies.items()}
     return {k: np.array(ms[WARM_UP:]) for k, ms in spent.items()}
 
