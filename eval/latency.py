@@ -1,14 +1,16 @@
 """What a step costs beside the VLA, and what the VLA's own pass costs: ``python -m eval latency``.
 
 For an export, histories are filled with smooth random motion; every stage is timed on the same histories in one process,
-warm-up excluded. A VLA's stages are :mod:`eval.vla_latency`'s.
+warm-up excluded: networks as arrays, as robots run them, and through torch, as before there were arrays and as networks of
+one's own run. A VLA's stages are :mod:`eval.vla_latency`'s.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +26,9 @@ from spvla.assemble import accelerate
 from spvla.cli import NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.export import Export, load_export
+from spvla.gates.classifier import LearnedGate
+from spvla.gates.live import LiveGate
+from spvla.generators.learned import BoundGenerator
 from spvla.observation import Observation
 from spvla.recording import Policy
 from spvla.vlas.base import Timed, VLAOutput
@@ -31,6 +36,10 @@ from spvla.vlas.registry import load_vla
 
 WARM_UP = 200
 GATES = ("learned", "live")  # timed on the same steps; the first is what the others are compared with
+PATHS = ("arrays", "torch")
+POLLUTION = 40 * 2**20  # bytes written between two steps, as a simulator or a camera's pictures would
+POLLUTED_STEPS = 500
+TURN = 100  # steps
 
 
 class _FreeVLA:
@@ -90,8 +99,8 @@ def latency(
     Args:
         output: folder for summary.json.
         export: exported folder: proposal, gate and bookkeeping of its generators are timed, under the learned gate and under
-            the live one in turns; ``more_ms_p50`` is the median of what the live one costs more on steps on which both ask the
-            VLA or neither does.
+            the live one, on arrays and through torch, in turns; ``polluted``: after 40 MB were written between the steps;
+            ``more_ms_p50`` is the median of what the live one costs more on steps on which both ask the VLA or neither does.
         generators: which; by default the exported ones and those with a gate.
         steps: control steps measured per generator, after 200 steps of warm-up.
         vla: a VLA such as openvla: its stages are timed, without pruning and with each one below.
@@ -123,8 +132,8 @@ def latency(
         beside = _time_export(load_export(export), generators, steps, seed)
         rows += beside
         facts |= {"steps": steps, "warm_up": WARM_UP}
-        columns = ["generator", "gate", "generated", *(f"step_ms_p{q}" for q in (50, 95, 99)), "proposal_ms_p50"]
-        print(table(beside, [*columns, "gate_ms_p50", "bookkeeping_ms_p50", "more_ms_p50"]))
+        columns = ["generator", "gate", "path", "generated", *(f"step_ms_p{q}" for q in (50, 99)), "polluted_ms_p50"]
+        print(table(beside, [*columns, "of_torch", "polluted_of_torch", "proposal_ms_p50", "gate_ms_p50", "more_ms_p50"]))
     output.mkdir(parents=True, exist_ok=True)
     facts |= {"threads": threads, "seed": seed, "platform": platform.platform()}
     facts |= {"cores": os.cpu_count(), "load_average_before": load}
@@ -134,7 +143,7 @@ def latency(
 
 
 def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed: int) -> list[dict[str, Any]]:
-    """Two rows per generator, under the learned gate and under the live one: proposal, gate and bookkeeping."""
+    """Four rows per generator, under both gates and on both paths: proposal, gate and bookkeeping."""
     if steps < 10:
         raise InputError(f"steps: at least 10 are needed, got {steps}")
     names = generators or list(dict.fromkeys([*loaded.generators, *loaded.gates]))
@@ -145,29 +154,53 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         confidence = np.full(loaded.space.dim, 0.5, np.float32) if features and features.vla_confidence else None
         pooled = np.zeros(features.vla_features, np.float32) if features and features.vla_features else None
         policies = {}
-        for gate in GATES:
+        for gate, path in product(GATES, PATHS):
             free = _FreeVLA(loaded.space, actions, confidence, pooled)
-            policies[gate] = accelerate(free, loaded, risk=1.0, generator=name, gate=gate)
+            policies[gate, path] = accelerate(free, loaded, risk=1.0, generator=name, gate=gate)
+            if path == "torch":
+                _through_torch(policies[gate, path])
+        polluted = _take_turns(policies, states[: POLLUTED_STEPS + WARM_UP], POLLUTION)
         totals = _take_turns(policies, states)
-        for gate, policy in policies.items():
-            row: dict[str, Any] = {"generator": name, "gate": gate, "parameters": _parameters(loaded, name)}
+        for (gate, path), policy in policies.items():
+            row: dict[str, Any] = {"generator": name, "gate": gate, "path": path, "parameters": _parameters(loaded, name)}
             row["generated"] = policy.stats()["generated"] / len(policy.steps)
-            row |= {f"step_ms_p{q}": float(np.percentile(totals[gate], q)) for q in (50, 95, 99)}
+            for kind, found in (("step", totals), ("polluted", polluted)):
+                row |= {f"{kind}_ms_p{q}": float(np.percentile(found[gate, path], q)) for q in (50, 95, 99)}
+            for kind, found in (("", totals), ("polluted_", polluted)):
+                row[f"{kind}of_torch"] = row[f"{kind or 'step_'}ms_p50"] / float(np.median(found[gate, "torch"]))
             row |= _stages(policy, min(steps, 1000))
             row["bookkeeping_ms_p50"] = max(0.0, row["step_ms_p50"] - row["proposal_ms_p50"] - row["gate_ms_p50"])
             if gate != GATES[0]:
-                row["more_ms_p50"] = float(np.median((totals[gate] - totals[GATES[0]])[_alike(policies[GATES[0]], policy)]))
+                other = GATES[0], path
+                row["more_ms_p50"] = float(np.median((totals[gate, path] - totals[other])[_alike(policies[other], policy)]))
             rows.append(row)
     return rows
 
 
-def _take_turns(policies: dict[str, Policy], states: FloatArray) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each step (T,) beside the VLA, of policies that take each step one after the other, in changing order."""
+def _through_torch(policy: Policy) -> None:
+    """Let a policy's networks run through torch."""
+    gate = policy.gate.gate if isinstance(policy.gate, LiveGate) else policy.gate
+    for part in (policy.generator, gate):
+        if isinstance(part, BoundGenerator | LearnedGate):
+            object.__setattr__(part, "without_torch", False)
+
+
+def _take_turns(
+    policies: Mapping[tuple[str, str], Policy], states: FloatArray, pollution: int = 0
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Milliseconds of each step (T,) beside the VLA, of policies by gate and path. The paths take turns of :data:`TURN` steps,
+    so that the caches are those of one path, and the gates single steps. Before each step so many bytes are written, which
+    displace what the caches held."""
     for policy in policies.values():
         policy.reset("latency")
-    for i, observation in enumerate([Observation(state=s) for s in states]):
-        for policy in list(policies.values())[:: 1 if i % 2 else -1]:
-            policy.select_action(observation)
+    block = np.zeros(pollution, np.uint8)
+    observations = [Observation(state=s) for s in states]
+    for turn, start in enumerate(range(0, len(observations), TURN)):
+        for path in PATHS[:: 1 if turn % 2 else -1]:
+            for i, observation in enumerate(observations[start : start + TURN]):
+                for gate in GATES[:: 1 if i % 2 else -1]:
+                    block += 1
+                    policies[gate, path].select_action(observation)
     spent = {k: [s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in p.steps] for k, p in policies.items()}
     return {k: np.array(ms[WARM_UP:]) for k, ms in spent.items()}
 

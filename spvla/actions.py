@@ -181,15 +181,19 @@ class ActionSpace:
             action: proposed action, environment units.
             previous: the last executed action, environment units, or None at the start of an episode.
         """
-        return bool(self.all_admissible(action, previous))
+        return False not in self._allowed(action, previous).tolist()  # for so few values faster than all()
 
     def all_admissible(self, actions: FloatArray, previous: FloatArray | None) -> NDArray[np.bool_]:
         """:meth:`admissible` of many actions (..., D): bool (...)."""
+        return np.asarray(np.logical_and.reduce(self._allowed(actions, previous), -1))
+
+    def _allowed(self, actions: FloatArray, previous: FloatArray | None) -> NDArray[np.bool_]:
+        """In which dimensions (..., D) actions are admissible."""
         low, high, jump = self._admissible
         allowed = (actions >= low) & (actions <= high)  # never for NaN or infinity
         if previous is not None:
             allowed &= np.abs(actions - previous) <= jump
-        return np.asarray(allowed.all(-1))
+        return allowed
 
     def toward(self, action: FloatArray, previous: FloatArray) -> FloatArray:
         """The action (D,) nearest to ``action`` that is no larger jump from ``previous``, (D,), than seen in training; all in

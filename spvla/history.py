@@ -27,6 +27,7 @@ class Source(IntEnum):
     PLAN = 3  # the VLA, some steps ago: the next action of its plan was kept by a gate that could have had it plan again
 
 
+COLUMNS = {"actions": "normalized", "sources": "sources", "mask": "mask", "credited": "credited"}  # of a window, in a history
 UNSEEN = (Source.GENERATOR, Source.PLAN)  # they act without a fresh look at the scene
 
 
@@ -96,11 +97,13 @@ class ActionHistory:
         n, d = self.length, self.space.dim
         self.steps = 0  # actions executed in this episode
         self.generated_run = self._run_before = 0  # steps without a fresh look since the last one, now and a step ago
-        self.actions = np.zeros((n, d), np.float32)  # environment units
-        self.normalized = np.zeros((n, d), np.float32)
-        self.sources = np.zeros(n, np.float32)  # 1 where the generator acted
-        self.credited = np.zeros(n, np.float32)  # 1 where rules count the step as the generator's
-        self.mask = np.zeros(n, np.float32)
+        self._rows = rows = np.zeros((n, 2 * d + 3), np.float32)  # all that is known of each step; what follows are its columns
+        self.actions = rows[:, :d]  # environment units
+        self.normalized = rows[:, d : 2 * d]
+        self.sources = rows[:, 2 * d]  # 1 where the generator acted
+        self.credited = rows[:, 2 * d + 1]  # 1 where rules count the step as the generator's
+        self.mask = rows[:, 2 * d + 2]
+        self._batch = {k: getattr(self, v)[None] for k, v in COLUMNS.items()}
         self.states: FloatArray | None = None  # (n + 1, S) once a state was observed
         self.vla_output: VLAOutput | None = None
         self.vla_action = np.zeros(d, np.float32)  # normalised
@@ -122,7 +125,7 @@ class ActionHistory:
         state = np.asarray(state, np.float32)
         if state.ndim != 1:
             raise InputError(f"observation.state: expected shape (S,), got {state.shape}")
-        if not np.isfinite(state).all():
+        if False in np.isfinite(state).tolist():  # for so few values faster than all()
             raise InputError("observation.state: contains NaN or infinity")
         if self.states is None or not self.steps:
             self.states = np.repeat(state[None], self.length + 1, axis=0)
@@ -146,15 +149,9 @@ class ActionHistory:
         action = self._checked(action)
         self._window = None
         normalized = self.space.normalize(action)
-        for buffer, value in (
-            (self.actions, action),
-            (self.normalized, normalized),
-            (self.sources, float(source == Source.GENERATOR)),
-            (self.credited, float(source == Source.GENERATOR)),
-            (self.mask, 1.0),
-        ):
-            buffer[:-1] = buffer[1:]
-            buffer[-1] = value
+        generated = float(source == Source.GENERATOR)
+        self._rows[:-1] = self._rows[1:]
+        self._rows[-1] = (*action.tolist(), *normalized.tolist(), generated, generated, 1.0)
         self.steps += 1
         self._observed = False
         self.vla_age += self.vla_age > 0
@@ -202,7 +199,7 @@ class ActionHistory:
         values = np.asarray(action, np.float32)
         if values.shape != (self.space.dim,):
             raise InputError(f"executed action: expected shape ({self.space.dim},), got {values.shape}")
-        if not np.isfinite(values).all():
+        if False in np.isfinite(values).tolist():
             raise InputError("executed action: contains NaN or infinity")
         return values
 
@@ -233,16 +230,13 @@ class ActionHistory:
         features = None if output is None else output.features
         plan, left = self._rest_of_plan() if self.plans else (None, None)
         self._window = Window(
-            actions=self.normalized[None],
-            sources=self.sources[None],
-            mask=self.mask[None],
+            **self._batch,
             states=self.states[None],
             vla_action=self.vla_action[None],
             vla_state=self.vla_state[None],
             vla_age=np.array([self.vla_age], np.float32),
             vla_confidence=None if confidence is None else confidence[None],
             vla_features=None if features is None else features[None],
-            credited=self.credited[None],
             plan=plan,
             plan_left=left,
         )

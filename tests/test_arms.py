@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import spvla
 from data.store import RolloutStore
@@ -83,14 +82,14 @@ class Scores:
     """A classifier in all but its weights: given probabilities of the two arms, by the age of the plan."""
 
     arms = True
-    features = SimpleNamespace(familiar=lambda states: np.ones(len(states), bool))
+    features = SimpleNamespace(familiar_now=lambda window: np.ones(len(window.states), bool))
 
     def __init__(self, generated, planned):
         self.generated, self.planned = generated, planned
 
-    def probability(self, window, proposals):
+    def estimate(self, window, proposals, without_torch=True):
         age = window.vla_age.astype(int)
-        return torch.tensor(np.stack([np.take(self.generated, age), np.take(self.planned, age)]))
+        return np.stack([np.take(self.generated, age), np.take(self.planned, age)])
 
 
 class ArmsGate:

@@ -23,14 +23,19 @@ def test_states_are_such_as_the_export_was_trained_on():
 
 
 @pytest.mark.parametrize("generators", [None, ["ridge"]])
-def test_each_generator_has_a_row_under_each_gate(tmp_path, generators):
+def test_each_generator_has_a_row_under_each_gate_and_on_each_path(tmp_path, generators):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*calibrated on")  # a random motion is no robot's
         latency(tmp_path / "cost", EXPORT, generators, steps=30)
     rows = json.loads((tmp_path / "cost" / "summary.json").read_text())["rows"]
     names = generators or ["mlp", "transformer", "ridge"]
-    assert [(r["generator"], r["gate"]) for r in rows] == [(n, g) for n in names for g in ("learned", "live")]
+    kinds = [(g, p) for g in ("learned", "live") for p in ("arrays", "torch")]
+    assert [(r["generator"], r["gate"], r["path"]) for r in rows] == [(n, *kind) for n in names for kind in kinds]
+    assert all(r["of_torch"] == r["polluted_of_torch"] == 1 for r in rows if r["path"] == "torch")
+    by_pair = {(r["generator"], r["gate"], r["path"]): r["generated"] for r in rows}
+    assert all(by_pair[n, "learned", "arrays"] == by_pair[n, "learned", "torch"] for n in names)  # the same decisions
     assert all(("more_ms_p50" in r) == (r["gate"] == "live") and 0 <= r["generated"] <= 1 for r in rows)
     assert max(r["generated"] for r in rows) > 0.2
     report(tmp_path, tmp_path / "page.html")
-    assert "ridge + live" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "ridge + live" in page and "ridge + live, torch" in page

@@ -46,8 +46,9 @@ def section(folder: Path, summary: dict[str, Any]) -> Section:
 
 
 def pair(row: dict[str, Any]) -> str:
-    """A generator and its gate, which rows of older versions do not name."""
-    return f"{row['generator']} + {row['gate']}" if "gate" in row else str(row["generator"])
+    """A generator and its gate, which rows of older versions do not name, and where the networks run through torch that."""
+    named = f"{row['generator']} + {row['gate']}" if "gate" in row else str(row["generator"])
+    return f"{named}, torch" if row.get("path") == "torch" else named
 
 
 def plain_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
-from spvla.generators.features import FeatureConfig, HistoryFeatures
+from spvla.generators.arrays import FEW_ROWS
+from spvla.generators.features import FeatureConfig, HistoryFeatures, cat
 from spvla.generators.learned import LARGEST, MLP
 from spvla.history import Window
 
 if TYPE_CHECKING:
     from spvla.export import Export
+
+REASONS = np.array(["first step", "unfamiliar state", "classifier"])  # how many conditions hold: the VLA has acted; familiar
 
 
 @dataclass(frozen=True)
@@ -66,26 +70,42 @@ class ActionTypeClassifier(nn.Module):
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
         """A window of tensors and the generator's normalised proposals (B, D) to logits (B,): positive means deliberative. With
         arms (2, B): of the proposals, and of what the plans have next."""
-        last, vla = torch.as_tensor(window.actions[:, -1]), torch.as_tensor(window.vla_action)
-        x = self.features(window)
-        if not self.arms:
-            return self.net(torch.cat([x, proposal, proposal - last, proposal - vla], dim=1))[:, 0]
-        planned = next_planned(window, proposal)
-        rows = []
-        for arm, (action, other) in enumerate(((proposal, planned), (planned, proposal))):
-            told = torch.full_like(action[:, :1], float(arm))
-            rows.append(torch.cat([x, action, action - last, action - vla, action - other, told], dim=1))
-        return self.net(torch.cat(rows))[:, 0].view(2, -1)
+        told = [torch.as_tensor(x) for x in self._told(window)]
+        return self._of_arms(self.net(self._inputs(self.features(window), proposal, *told)))
 
     def probability(self, window: Window, proposal: Tensor) -> Tensor:
         """Estimated probability that each proposal deviates; arguments and shape as for :meth:`forward`."""
         return torch.sigmoid(self(window, proposal))
 
+    def estimate(self, window: Window, proposals: FloatArray, without_torch: bool = True) -> NDArray[np.float64]:
+        """:meth:`probability` of arrays. That of few rows, as on a robot, is computed with arrays alone, unless torch is to be
+        the reference."""
+        if len(proposals) > FEW_ROWS or not without_torch:
+            with torch.inference_mode():
+                return self.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
+        with np.errstate(all="ignore"):  # what is not finite stays so, and is refused
+            inputs = self._inputs(self.features.rows(window), proposals, *self._told(window))
+            return self._of_arms(expit(self.net.arrays(inputs))).astype(np.float64)
 
-def next_planned(window: Window, otherwise: Tensor) -> Tensor:
-    """What the VLA's plans have next, normalised (B, D); ``otherwise`` (B, D) where a plan is used up."""
-    plan, left = torch.as_tensor(window.plan), torch.as_tensor(window.plan_left)
-    return torch.where(left[:, None] > 0, plan[:, 0], otherwise)
+    def _told(self, window: Window) -> list[Any]:
+        """What a proposal is compared with: the last action and the VLA's own last, (B, D); with arms also the rest of its
+        plan, (B, P, D), and how much that is, (B,)."""
+        return [window.actions[:, -1], window.vla_action, *((window.plan, window.plan_left) if self.arms else ())]
+
+    def _inputs(self, features: Any, proposal: Any, last: Any, vla: Any, plan: Any = None, left: Any = None) -> Any:
+        """The network's rows, (B, inputs) or (2 B, inputs), of tensors or of arrays."""
+        if not self.arms:
+            return cat([features, proposal, proposal - last, proposal - vla], 1)
+        planned = (torch if isinstance(plan, Tensor) else np).where(left[:, None] > 0, plan[:, 0], proposal)
+        rows = []
+        for arm, (action, other) in enumerate(((proposal, planned), (planned, proposal))):
+            which = action[:, :1] * 0 + arm
+            rows.append(cat([features, action, action - last, action - vla, action - other, which], 1))
+        return cat(rows, 0)
+
+    def _of_arms(self, out: Any) -> Any:
+        """The network's outputs, (B, 1) or (2 B, 1), as (B,) or (2, B)."""
+        return out.reshape(2, -1) if self.arms else out[:, 0]
 
 
 @dataclass(frozen=True)
@@ -133,8 +153,13 @@ class Verdicts:
         return np.where(self.started & self.familiar & self.admissible, self.probability, np.inf)
 
 
-@torch.inference_mode()
-def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window, proposals: FloatArray) -> Verdicts:
+def judge(
+    classifier: ActionTypeClassifier,
+    limits: ActionSpace,
+    window: Window,
+    proposals: FloatArray,
+    without_torch: bool = True,
+) -> Verdicts:
     """The one decision about proposals: on a robot (B = 1), in evaluation without a simulator and in calibration.
 
     Args:
@@ -142,10 +167,10 @@ def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window,
         limits: the action space with the bounds and jumps that the generator's proposals are held to.
         window: B histories, arrays.
         proposals: the generator's actions after them, normalised (B, D).
+        without_torch: see :meth:`ActionTypeClassifier.estimate`.
     """
-    probability = classifier.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
-    previous = limits.denormalize(window.actions[:, -1])
-    admissible = limits.all_admissible(limits.denormalize(proposals), previous)
+    probability = classifier.estimate(window, proposals, without_torch)
+    admissible = _admissible(limits, proposals, window.actions[:, -1])
     kept, actions = np.zeros(len(proposals), bool), proposals
     if classifier.arms:
         assert window.plan is not None and window.plan_left is not None, "the classifier has read them"
@@ -155,12 +180,19 @@ def judge(classifier: ActionTypeClassifier, limits: ActionSpace, window: Window,
         probability = np.where(kept, planned, generated)
     return Verdicts(
         probability,
-        familiar=classifier.features.familiar(window.states[:, -1]),
+        familiar=classifier.features.familiar_now(window),
         admissible=admissible | kept,
         started=window.vla_age > 0,
         kept=kept,
         actions=actions,
     )
+
+
+def _admissible(limits: ActionSpace, proposals: FloatArray, last: FloatArray) -> NDArray[np.bool_]:
+    """Whether proposals after the ``last`` actions, both normalised (B, D), are admissible, (B,)."""
+    if len(proposals) == 1:  # on a robot: numpy is faster on one vector than on a batch of one
+        return np.array([limits.admissible(limits.denormalize(proposals[0]), limits.denormalize(last[0]))])
+    return limits.all_admissible(limits.denormalize(proposals), limits.denormalize(last))
 
 
 @dataclass(frozen=True)
@@ -171,11 +203,13 @@ class LearnedGate:
         classifier: the gate.
         threshold: the largest probability of an intuitive step.
         space: the action space with the limits of the generator's proposals.
+        without_torch: see :meth:`ActionTypeClassifier.estimate`.
     """
 
     classifier: ActionTypeClassifier
     threshold: float
     space: ActionSpace
+    without_torch: bool = True
 
     def __post_init__(self) -> None:
         if self.classifier.config.features.action_dim != self.space.dim:
@@ -205,13 +239,13 @@ class LearnedGate:
 
     def decide(self, window: Window, proposals: FloatArray) -> Decisions:
         """Label the steps that follow B windows by :func:`judge` and the threshold."""
-        verdicts = judge(self.classifier, self.space, window, proposals)
-        reason = np.where(verdicts.started, np.where(verdicts.familiar, "classifier", "unfamiliar state"), "first step")
+        verdicts = judge(self.classifier, self.space, window, proposals, self.without_torch)
+        intuitive = verdicts.intuitive(self.threshold)
         return Decisions(
-            verdicts.intuitive(self.threshold),
-            reason,
+            intuitive,
+            REASONS.take(np.add(verdicts.started, verdicts.started & verdicts.familiar, dtype=np.intp)),
             verdicts.probability,
-            refused=verdicts.refused(self.threshold),
+            refused=intuitive & ~verdicts.admissible,
             threshold=self.threshold,
             kept=verdicts.kept,
         )

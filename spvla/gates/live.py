@@ -274,7 +274,7 @@ class LiveGate:
 
     def _deviates(self, proposal: FloatArray, answer: FloatArray) -> bool:
         a, b = self.space.normalize(proposal), self.space.normalize(answer)
-        return bool(self.space.deviation(a, b, self.tolerance))
+        return True in self.space.deviating(a, b, self.tolerance).tolist()  # for so few values faster than any()
 
     def _found(self, deviates: bool) -> float:
         """Count an audit; its estimate h of the step's loss."""

@@ -103,20 +103,21 @@ def to_device(window: Window, device: torch.device | str) -> Window:
     return Window(**{k: convert(v) for k, v in vars(window).items()})  # type: ignore[arg-type]
 
 
-def _cat(parts: Sequence[Any], axis: int) -> Any:
+def cat(parts: Sequence[Any], axis: int) -> Any:
+    """Tensors or arrays, concatenated."""
     return torch.cat(list(parts), axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
 
 
-def _take(x: Any, index: list[int], axis: int) -> Any:
-    return x.movedim(axis, 0)[index].movedim(0, axis) if isinstance(x, Tensor) else x.take(index, axis)
+def _take(x: Any, columns: NDArray[np.int64]) -> Any:
+    return x[:, columns.tolist()] if isinstance(x, Tensor) else x.take(columns, 1)
 
 
 class HistoryFeatures(nn.Module):
     """A window to one row of features (B, len(feature_names(config))), all of order one.
 
-    Works on windows of tensors (training, ONNX) and of arrays: on a robot numpy is several times cheaper than torch for
-    rows this small, the result is handed over as a tensor, and it is kept until another window comes, so that generator
-    and gate share it. :meth:`tokens` gives the same content as a sequence, for models that read it step by step.
+    Works on windows of tensors (training, ONNX) and of arrays. On a robot there is no torch: :meth:`rows` computes with arrays
+    alone and keeps the result until another window comes, so that generator and gate share it. :meth:`tokens` gives the same
+    content as a sequence, for models that read it step by step.
     """
 
     state_offset: Tensor
@@ -128,21 +129,29 @@ class HistoryFeatures(nn.Module):
         q01, q99 = np.asarray(config.state_q01, np.float32), np.asarray(config.state_q99, np.float32)
         self.offset = (q01 + q99) / 2
         self.scale = np.where(q99 - q01 > 2e-6, (q99 - q01) / 2, np.float32(1))
-        self.register_buffer("state_offset", torch.from_numpy(self.offset), persistent=False)
-        self.register_buffer("state_scale", torch.from_numpy(self.scale), persistent=False)
         self.state_dims = list(config.state_dims)
         self.least_state = max(self.state_dims, default=-1) + 1  # values of the state that are needed
-        self.lag_steps = [config.history - lag for lag in config.state_lags]
         self.size = len(feature_names(config))
-        self._latest: tuple[Window, Tensor] | None = None
+        executed = config.history * (config.action_dim + 2)  # actions, sources and masks
+        self.now = slice(executed, executed + len(self.state_dims))  # columns of the state now
+        pasts = len(config.state_lags) + config.vla_output  # earlier states that the one now is compared with
+        self._again = np.tile(np.arange(len(self.state_dims)), pasts)
+        self._offsets, self._scales = np.tile(self.offset, (1, 1 + pasts)), np.tile(self.scale, (1, 1 + pasts))
+        self.register_buffer("state_offset", torch.from_numpy(self._offsets), persistent=False)
+        self.register_buffer("state_scale", torch.from_numpy(self._scales), persistent=False)
+        reported = {"vla_confidence": config.vla_confidence * config.action_dim, "vla_features": config.vla_features}
+        self._reported = [(name, size) for name, size in reported.items() if size]  # what the VLA has to say of itself
+        self._places: dict[int, NDArray[np.int64]] = {}  # by the size of a state
+        self._latest: tuple[Window, FloatArray] | None = None
         self.token_size = config.action_dim + 2 + len(self.state_dims)  # action, source, exists, state
         self.global_size = (config.action_dim + 1 + len(self.state_dims)) if config.vla_output else 0
         self.global_size += (config.action_dim if config.vla_confidence else 0) + config.vla_features
         self.global_size += len(PLAN_AHEAD) * config.action_dim + 1 if config.vla_plan else 0
 
-    def _states(self, states: Any) -> Any:
-        size, trained = states.shape[-1], self.config.state_size
-        if self.state_dims and (size < self.least_state or trained not in (None, size)):
+    def _require_state(self, size: int) -> None:
+        """Refuse a state of ``size`` values if it is not the one that the model was trained with."""
+        trained = self.config.state_size
+        if self.least_state and (size < self.least_state or trained not in (None, size)):
             names = f" ({', '.join(self.config.state_names)})" if self.config.state_names else ""
             wanted = (
                 f"the one with index {self.least_state - 1} is needed" if trained is None else f"it had {trained} in training"
@@ -152,35 +161,61 @@ class HistoryFeatures(nn.Module):
                 code="state-mismatch",
                 field="observation.state",
             )
-        tensors = isinstance(states, Tensor)
-        offset, scale = (self.state_offset, self.state_scale) if tensors else (self.offset, self.scale)
-        return (_take(states, self.state_dims, -1) - offset) / scale
+
+    def _states(self, states: Any) -> Any:
+        """The entries that are read of states (..., S), in units of their range."""
+        self._require_state(states.shape[-1])
+        offset, scale = self._ranges(isinstance(states, Tensor))
+        return (states[..., self.state_dims] - offset[0, : len(self.state_dims)]) / scale[0, : len(self.state_dims)]
+
+    def _ranges(self, tensors: bool) -> tuple[Any, Any]:
+        """Middle and half width of the entries, as many times as :meth:`_moves` reads them, (1, (1 + pasts) entries)."""
+        return (self.state_offset, self.state_scale) if tensors else (self._offsets, self._scales)
+
+    def _moves(self, w: Window) -> tuple[Any, Any]:
+        """The state now, (B, entries), and how far it is from those at the lags and from the one that the VLA saw last,
+        (B, pasts entries). All in one go: on a robot the number of operations counts, not their size."""
+        n, (rows, _, size) = self.config.history, w.states.shape
+        if (places := self._places.get(size)) is None:
+            self._require_state(size)
+            steps = [n, *(n - lag for lag in self.config.state_lags), *([n + 1] if self.config.vla_output else [])]
+            places = self._places[size] = np.array([size * t + d for t in steps for d in self.state_dims], np.int64)
+        states = self._crop(w.states, n + 1).reshape(rows, -1)
+        states = cat([states, w.vla_state], 1) if self.config.vla_output else states
+        offset, scale = self._ranges(isinstance(states, Tensor))
+        read = (_take(states, places) - offset) / scale
+        now = read[:, : len(self.state_dims)]
+        return now, (_take(read, self._again) - read[:, len(self.state_dims) :]) * MOTION_GAIN
 
     def familiar(self, states: FloatArray) -> NDArray[np.bool_]:
         """Whether every entry of ``states`` (..., S) that is read here lies within :data:`FAMILIAR`: bool (...)."""
         return np.asarray((np.abs(self._states(states)) <= FAMILIAR).all(-1))
 
+    def familiar_now(self, w: Window) -> NDArray[np.bool_]:
+        """Whether B windows of arrays end in a state that is :meth:`familiar`, (B,)."""
+        return np.logical_and.reduce(np.abs(self.rows(w)[:, self.now]) <= FAMILIAR, 1)
+
     def _crop(self, x: Any, keep: int) -> Any:
         if x.shape[1] < keep:
             raise InputError(f"features: window holds {x.shape[1]} steps, but the model needs {keep}")
-        return x[:, x.shape[1] - keep :]
+        return x if x.shape[1] == keep else x[:, x.shape[1] - keep :]
 
-    def _last_vla(self, w: Window, now: Any) -> list[Any]:
+    def _last_vla(self, w: Window, moved: Any) -> list[Any]:
+        """What the VLA has said last, given how far the state has ``moved`` since, (B, entries)."""
         parts: list[Any] = []
         if self.config.vla_output:
-            parts += [w.vla_action, w.vla_age[:, None].clip(0.0, MAX_AGE) / AGE_SCALE]
-            parts += [(now - self._states(w.vla_state)) * MOTION_GAIN]
-        confidence = self.config.action_dim if self.config.vla_confidence else 0
-        for size, name in ((confidence, "vla_confidence"), (self.config.vla_features, "vla_features")):
-            if size:
-                value = getattr(w, name)
-                if value is None and not (w.vla_age == 0).all():
-                    raise InputError(f"features: the model needs {name}, which this VLA or data set does not provide")
-                if value is not None and value.shape[1] != size:
-                    raise InputError(
-                        f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
-                    )
-                parts.append(_cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
+            age = w.vla_age[:, None]
+            capped = age.clip(0.0, MAX_AGE) if isinstance(age, Tensor) else np.minimum(age, MAX_AGE)
+            parts += [w.vla_action, capped / AGE_SCALE, moved]
+        for name, size in self._reported:
+            value = getattr(w, name)
+            if value is None and not (w.vla_age == 0).all():
+                raise InputError(f"features: the model needs {name}, which this VLA or data set does not provide")
+            if value is not None and value.shape[1] != size:
+                raise InputError(
+                    f"features: the model needs {name} of {size} values, this VLA or data set has {value.shape[1]}"
+                )
+            parts.append(cat([w.vla_age[:, None] * 0] * size, 1) if value is None else value)  # none before the first call
         return parts + (self._plan(w) if self.config.vla_plan else [])
 
     def _plan(self, w: Window) -> list[Any]:
@@ -190,22 +225,25 @@ class HistoryFeatures(nn.Module):
         ahead = [w.plan[:, i] if i < w.plan.shape[1] else w.vla_action * 0 for i in PLAN_AHEAD]
         return [*ahead, w.plan_left[:, None] / self.config.vla_plan]
 
-    def forward(self, w: Window) -> Tensor:
+    def _parts(self, w: Window) -> list[Any]:
+        """The features of a window of tensors or of arrays, in pieces (B, size)."""
+        n, rows = self.config.history, w.states.shape[0]  # not len(): a traced size stays free
+        parts = [self._crop(w.actions, n).reshape(rows, -1), self._crop(w.sources, n), self._crop(w.mask, n)]
+        now, moves = self._moves(w)
+        lags = len(self.config.state_lags) * len(self.state_dims)
+        return [*parts, now, moves[:, :lags], *self._last_vla(w, moves[:, lags:])]
+
+    def rows(self, w: Window) -> FloatArray:
+        """The features of a window of arrays, not to be written to; computed once for a window that is asked for again."""
         latest = self._latest  # read once: sessions in other threads share this module
         if latest is not None and latest[0] is w:
             return latest[1]
-        n = self.config.history
-        states = self._states(self._crop(w.states, n + 1))  # (B, n + 1, S)
-        now = states[:, -1]
-        motion = (now[:, None] - _take(states, self.lag_steps, 1)) * MOTION_GAIN  # (B, lags, S)
-        rows = now.shape[0]  # not len(): a traced size stays free
-        parts = [self._crop(w.actions, n).reshape(rows, -1), self._crop(w.sources, n), self._crop(w.mask, n)]
-        out = _cat([*parts, now, motion.reshape(rows, -1), *self._last_vla(w, now)], 1)
-        if isinstance(out, Tensor):
-            return out
-        features = torch.from_numpy(out)
+        features: FloatArray = np.concatenate(self._parts(w), 1)
         self._latest = (w, features)
         return features
+
+    def forward(self, w: Window) -> Tensor:
+        return torch.cat(self._parts(w), 1) if isinstance(w.states, Tensor) else torch.from_numpy(self.rows(w))
 
     def tokens(self, w: Window) -> tuple[Tensor, Tensor]:
         """The window as n + 1 tokens (B, n + 1, token_size) and the global features (B, G) of the VLA's last output.
@@ -213,13 +251,17 @@ class HistoryFeatures(nn.Module):
         Token i holds what was executed at step i and the state it was executed in, as motion relative to now; the last
         token is now: its action is still open (zeros) and its state is absolute.
         """
+        tokens, rest = self.token_rows(w)
+        return (tokens, rest) if isinstance(tokens, Tensor) else (torch.from_numpy(tokens), torch.from_numpy(rest))
+
+    def token_rows(self, w: Window) -> tuple[Any, Any]:
+        """:meth:`tokens` as arrays, of a window of arrays."""
         n = self.config.history
         states = self._states(self._crop(w.states, n + 1))
         now = states[:, -1]
         motion = (states[:, :-1] - now[:, None]) * MOTION_GAIN
         flags = [self._crop(x, n)[..., None] for x in (w.sources, w.mask)]
-        steps = _cat([self._crop(w.actions, n), *flags, motion], 2)  # (B, n, token_size)
-        last = _cat([steps[:, 0, : self.token_size - len(self.state_dims)] * 0, now], 1)
-        tokens = _cat([steps, last[:, None]], 1)
-        rest = _cat([now[:, :0], *self._last_vla(w, now)], 1)
-        return (tokens, rest) if isinstance(tokens, Tensor) else (torch.from_numpy(tokens), torch.from_numpy(rest))
+        steps = cat([self._crop(w.actions, n), *flags, motion], 2)  # (B, n, token_size)
+        last = cat([steps[:, 0, : self.token_size - len(self.state_dims)] * 0, now], 1)
+        moved = (now - self._states(w.vla_state)) * MOTION_GAIN if self.config.vla_output else None
+        return cat([steps, last[:, None]], 1), cat([now[:, :0], *self._last_vla(w, moved)], 1)

@@ -8,26 +8,25 @@ their cost is paid at every control step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from scipy.special import erf
 from torch import Tensor, nn
 
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
+from spvla.generators.arrays import FEW_ROWS, ArrayForm, ArrayMLP
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.history import Window
 
 # Far beyond every sensible network: what a damaged or hostile file could ask for is refused before anything is built.
 LARGEST = {"horizon": 1000, "width": 16384, "depth": 100, "heads": 1024}
-FEW_ROWS = 4
-ROOT_HALF, HALF, ONE = np.float32(0.5**0.5), np.float32(0.5), np.float32(1)
+ONE = np.float32(1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class MLP(nn.Sequential):
     """Linear layers with GELU between them; ``sizes`` lists input, hidden and output widths.
 
     In evaluation the layers are applied without the module machinery. In inference mode on a CPU a few rows, as on a robot, go
-    through numpy: at that size torch's own overhead is more than twice the work.
+    through :attr:`arrays`: at that size torch's own overhead is more than the work.
     """
 
     def __init__(self, sizes: list[int], dropout: float = 0.0) -> None:
@@ -98,42 +97,36 @@ class MLP(nn.Sequential):
                     layers.append(nn.Dropout(dropout))
         super().__init__(*layers)
         self.linear = tuple(layer for layer in layers if isinstance(layer, nn.Linear))
-        self._arrays: list[tuple[FloatArray, FloatArray]] | None = None  # weights and biases, in the parameters' own memory
+        self._arrays: ArrayMLP | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._arrays = None  # the parameters may move
         return super()._apply(fn, recurse)
+
+    @property
+    def arrays(self) -> ArrayMLP:
+        """The same network without torch, on the same weights."""
+        if self._arrays is None:
+            self._arrays = ArrayMLP(self.linear)
+        return self._arrays
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return super().forward(x)
         if torch.is_inference_mode_enabled() and len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32:
             with np.errstate(all="ignore"):  # what is not finite stays so, and is refused by who reads it
-                return torch.from_numpy(self._few(x.numpy()))
+                return torch.from_numpy(self.arrays(x.numpy()))
         *hidden, last = self.linear
         for layer in hidden:
             x = F.gelu(F.linear(x, layer.weight, layer.bias))
         return F.linear(x, last.weight, last.bias)
 
-    def _few(self, x: FloatArray) -> FloatArray:
-        """The same for arrays (B, inputs) of few rows."""
-        if self._arrays is None:
-            self._arrays = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.linear]
-        *hidden, (weight, bias) = self._arrays
-        for w, b in hidden:
-            x = x @ w
-            x += b
-            gate = erf(x * ROOT_HALF)
-            gate += ONE
-            gate *= HALF
-            x *= gate
-        return np.asarray(x @ weight + bias, np.float32)
-
 
 class LearnedGenerator(nn.Module):
     """A small network that continues the motion; :meth:`bind` makes it a robot's generator.
 
-    A kind of network is a subclass with :meth:`outputs`, which calls :meth:`start_from_last_action` with its last layer.
+    A kind of network is a subclass with :meth:`outputs`, which calls :meth:`start_from_last_action` with its last layer. A
+    class that also defines :meth:`arrays` runs without torch on a robot; its subclasses do not, unless they define it too.
     """
 
     config_class: ClassVar[type[GeneratorConfig]] = GeneratorConfig
@@ -153,6 +146,10 @@ class LearnedGenerator(nn.Module):
     def outputs(self, window: Window, changes: Tensor | None) -> Tensor:
         """The last layer's outputs, (B, H D), from a window and the executed actions as ``changes`` against the last one,
         (B, n, D), or None where no dimension is predicted as a change."""
+        raise NotImplementedError
+
+    def arrays(self) -> ArrayForm:
+        """:meth:`outputs` of few rows with arrays alone, on the same weights, which stay where they are from now on."""
         raise NotImplementedError
 
     def start_from_last_action(self, last_layer: nn.Linear) -> None:
@@ -210,21 +207,39 @@ class MLPGenerator(LearnedGenerator):
         x = self.features(window)
         return self.net(x if changes is None else torch.cat([x, changes.flatten(1)], dim=1))
 
+    def arrays(self) -> ArrayForm:
+        def outputs(window: Window, changes: FloatArray | None) -> FloatArray:
+            x = self.features.rows(window)
+            return self.net.arrays(x if changes is None else np.concatenate([x, changes.reshape(len(x), -1)], 1))
+
+        return outputs
+
 
 @dataclass(frozen=True)
 class BoundGenerator:
-    """A learned generator with the action space it acts in."""
+    """A learned generator with the action space it acts in.
+
+    Args:
+        network: which.
+        space: the action space.
+        without_torch: proposals after few windows are computed with arrays alone, where the network can; False: by torch, the
+            reference.
+    """
 
     network: LearnedGenerator
     space: ActionSpace
-    low: FloatArray = field(init=False, repr=False, compare=False)  # the bounds, normalised
+    without_torch: bool = True
+    low: FloatArray = field(init=False, repr=False, compare=False)  # the bounds, normalised, (1, H, D)
     high: FloatArray = field(init=False, repr=False, compare=False)
-    gripper: NDArray[np.bool_] = field(init=False, repr=False, compare=False)  # which dimensions are logits, (D,)
+    residual: FloatArray = field(init=False, repr=False, compare=False)  # as the network's, (1, H, D)
+    scale: FloatArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "low", self.space.normalize(self.space.low))
-        object.__setattr__(self, "high", self.space.normalize(self.space.high))
-        object.__setattr__(self, "gripper", np.isin(np.arange(self.space.dim), self.network.config.gripper))
+        network, shape = self.network, (1, self.network.config.horizon, self.space.dim)
+        arrays = {"low": self.space.normalize(self.space.low), "high": self.space.normalize(self.space.high)}
+        arrays |= {"residual": network.residual.cpu().numpy(), "scale": network.scale.cpu().numpy()}
+        for name, values in arrays.items():  # of full size: numpy is slower where shapes differ
+            object.__setattr__(self, name, np.ascontiguousarray(np.broadcast_to(values, shape)))
 
     @property
     def history_length(self) -> int:
@@ -236,10 +251,34 @@ class BoundGenerator:
         """Whether the rest of the VLA's plan is an input."""
         return self.network.config.features.vla_plan > 0
 
-    @torch.inference_mode()
+    @cached_property
+    def _arrays(self) -> ArrayForm | None:
+        """The network without torch; None where its class does not say how."""
+        return self.network.arrays() if self.without_torch and "arrays" in vars(type(self.network)) else None
+
     def propose(self, window: Window) -> FloatArray:
         """The network's H actions after B windows, within the space's bounds: normalised (B, H, D). NaN stays NaN, for the
         policy to refuse."""
-        out: FloatArray = self.network(window).numpy()
-        np.copysign(np.float32(1), out, where=self.gripper, out=out)
+        few = len(window.actions) <= FEW_ROWS and self._arrays is not None
+        out = self._by_arrays(window) if few else self._by_torch(window)
+        for gripper in self.network.config.gripper:
+            logits = out[..., gripper]
+            np.copysign(ONE, logits, out=logits)
         return np.minimum(np.maximum(out, self.low), self.high)  # as np.clip, at a third of its cost
+
+    @torch.inference_mode()
+    def _by_torch(self, window: Window) -> FloatArray:
+        out: FloatArray = self.network(window).numpy()
+        return out
+
+    def _by_arrays(self, window: Window) -> FloatArray:
+        """:meth:`LearnedGenerator.forward`, step for step."""
+        assert self._arrays is not None
+        with np.errstate(all="ignore"):  # what is not finite stays so, and is refused by who reads it
+            if not self.network.config.residual:
+                return self._arrays(window, None).reshape(-1, *self.low.shape[1:])
+            n = self.network.config.features.history
+            last, residual, scale = window.actions[:, -1:], self.residual[:, :1], self.scale[:, :1]
+            changes = np.arcsinh((window.actions[:, -n:] - last) / scale * residual * window.mask[:, -n:, None])
+            out = self._arrays(window, changes).reshape(-1, *self.low.shape[1:])
+            return last * self.residual + out * self.scale

@@ -35,12 +35,12 @@ def extrapolate(actions: FloatArray, horizon: int = 1, penalty: float = 1e-4) ->
 def validity_clip(proposed: FloatArray, actions: FloatArray, limit: float = 0.9) -> FloatArray:
     """SP-VLA's clip: ``proposed`` (..., H, D) to +-``limit``, then its change against the last of ``actions``
     (..., n, D) to the largest change per dimension inside them."""
-    proposed = np.clip(proposed, -limit, limit)
+    proposed = np.minimum(np.maximum(proposed, -limit), limit)  # as np.clip, at a third of its cost
     last = actions[..., -1:, :]
     if actions.shape[-2] < 2:
         return proposed
-    step = np.abs(np.diff(actions, axis=-2)).max(-2, keepdims=True)
-    return last + np.clip(proposed - last, -step, step)
+    step = np.abs(actions[..., 1:, :] - actions[..., :-1, :]).max(-2, keepdims=True)
+    return last + np.minimum(np.maximum(proposed - last, -step), step)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class RidgeGenerator:
         history uses the filter of its own length."""
         out = np.zeros((len(window.actions), self.horizon, self.space.dim), np.float32)
         counts = np.minimum(window.mask.sum(1).astype(int), self.buffer)
-        for k in np.unique(counts[counts > 0]):
-            rows = counts == k
+        for k in {*counts.tolist()} - {0}:
+            rows = slice(None) if len(counts) == 1 else counts == k
             actions = self.space.denormalize(window.actions[rows, window.actions.shape[1] - k :])
             out[rows] = self.space.normalize(self.continue_actions(actions))
         return out
