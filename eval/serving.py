@@ -32,9 +32,10 @@ DEFINITIONS = {
     "robots_on_time": f"the most of which, besides, each one gets {ON_TIME:.0%} of its answers within its control period",
     "robot": "plays recorded states back; it sends the next one a control period after the last, or when a late answer comes",
     "action": "an answer other than to stand still; first steps of episodes, which always wait for the VLA, are left out",
-    "simulated": "the robots; the VLA, which answers as recorded after a wait of vla_ms, one call at a time. Not the server",
+    "simulated": "the robots; the VLA, which answers as recorded after a wait of vla_ms, one call at a time. "
+    "The server is real",
 }
-CELL = {"export": str | None, "mode": str, "generator": str | None, "risk": float | None}
+CELL = {"export": str | None, "mode": str, "risk": float | None}
 
 
 @dataclass(frozen=True)
