@@ -104,6 +104,7 @@ lint: $(READY) docs
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 	MYPYPATH=integrations/lerobot_policy_spvla "$(BIN)/mypy" -p lerobot_policy_spvla
+	MYPYPATH=integrations/inspect_robots_spvla "$(BIN)/mypy" -p inspect_robots_spvla
 	"$(BIN)/lint-imports"
 
 clean:
