@@ -24,7 +24,7 @@ export MUJOCO_GL ?= egl
 export PYOPENGL_PLATFORM ?= egl
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup system demo distill-demo check unit test test-lerobot lint docs clean
+.PHONY: setup system demo distill-demo check unit test test-lerobot test-inspect-robots lint docs clean
 
 setup: system $(READY)
 
@@ -89,6 +89,12 @@ test-lerobot:
 	"$(LEROBOT_VENV)/bin/pip" install -q --no-deps -e . -e integrations/lerobot_policy_spvla
 	"$(LEROBOT_VENV)/bin/python" -m pytest -q tests/test_foreign.py tests/test_lerobot_plugin.py tests/test_lerobot_smolvla.py
 
+# The plugin for inspect-robots, with inspect-robots itself, in the same environment.
+test-inspect-robots: $(READY)
+	"$(BIN)/pip" install -q -c constraints.txt $(PIP_ARGS) inspect-robots
+	"$(BIN)/pip" install -q --no-deps -e integrations/inspect_robots_spvla
+	"$(BIN)/python" -m pytest -q -m "slow or not slow" tests/test_inspect_robots.py
+
 # Strict: a broken link is an error. Nothing is loaded from the network.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
@@ -98,6 +104,7 @@ lint: $(READY) docs
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
 	MYPYPATH=integrations/lerobot_policy_spvla "$(BIN)/mypy" -p lerobot_policy_spvla
+	MYPYPATH=integrations/inspect_robots_spvla "$(BIN)/mypy" -p inspect_robots_spvla
 	"$(BIN)/lint-imports"
 
 clean:

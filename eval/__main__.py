@@ -1,4 +1,4 @@
-"""``python -m eval closed_loop | instructions | offline | latency | data | ticks | summarise | report | picture``."""
+"""``python -m eval closed_loop | instructions | offline | latency | data | ticks | serving | summarise | report | picture``."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from eval.offline import offline
 from eval.picture import picture
 from eval.report.command import report
 from eval.rewrite import rewrite
+from eval.serving import serving
 from eval.ticks import ticks
 from spvla.cli import run
 
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "data": bench_data,
     "ticks": ticks,
+    "serving": serving,
     "summarise": rewrite,
     "report": report,
     "picture": picture,

@@ -14,6 +14,8 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from spvla.actions import ActionSpace
-from spvla.card import model_card
+from spvla.card import measured, model_card
 from spvla.errors import InputError
 from spvla.fields import check_fields, check_values, naming
 from spvla.files import building, explained, inside, read_bytes, read_json, write_bytes, write_text
@@ -35,7 +37,7 @@ from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.generators import GENERATORS, is_learned, make_baseline, make_network, names_of
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
-from spvla.hub import packaged, resolve_folder
+from spvla.hub import COMMIT, HUB, packaged, pinned, resolve_folder, upload_folder
 from spvla.pruning.pruner import Pruner, make_pruner, with_current_names
 from spvla.vlas.checkpoint import require_finite
 
@@ -72,6 +74,7 @@ class Export:
         defaults: ``generator``, ``gate``, ``risk``, ``max_generated_run``, and where the VLA is to run pruned
             ``pruning``: what :func:`~spvla.pruning.make_pruner` takes.
         provenance: teacher, data, commit, versions.
+        source: the address, with its commit, of an export that was loaded from the hub.
     """
 
     space: ActionSpace
@@ -81,6 +84,7 @@ class Export:
     calibration: Mapping[str, Calibration]
     defaults: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -124,6 +128,46 @@ class Export:
         acting = self.acting_space(space)
         jump = self.space.max_jump if generator in self.generators else None
         return acting if jump is None else acting.with_max_jump(jump)
+
+    @classmethod
+    def from_hub(cls, name: str, revision: str) -> Export:
+        """The export in the hub's repository ``owner/name``, at a commit. For a branch or a tag, which can be moved, a warning
+        says which commit it is now; ``source`` records it either way.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        export = load_export(f"{HUB}{name}@{revision}")
+        if not COMMIT.fullmatch(revision):
+            warnings.warn(f"{name}: {revision!r} can come to mean other files; these are {export.source}", stacklevel=2)
+        return export
+
+    def push_to_hub(
+        self, name: str, *, private: bool = True, results: str | Path | None = None, token: str | None = None
+    ) -> str:
+        """Upload this export to the hub's repository ``owner/name``.
+
+        Args:
+            name: of the repository, made if there is none.
+            private: whether a new one is.
+            results: a closed loop's ``summary.json`` of this export, for the card's metrics.
+            token: the hub's; None: the one that ``hf auth login`` stored.
+
+        Returns:
+            its address with the commit, ``hf://owner/name@commit``: for :func:`~spvla.accelerate`, :func:`load_export`.
+
+        Raises:
+            InputError: results of another export (code ``other-export``), or the hub refuses (code ``hub-refused``).
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            saved = save_export(self, folder)
+            if results is not None:
+                summary = read_json(Path(results))
+                if summary.get("export") != fingerprint(str(saved)):
+                    message = f"{results}: are results of another export ({summary.get('export')})"
+                    raise InputError(message, code="other-export", field="results")
+                write_text(saved / "README.md", model_card(self, measured(summary)))
+            return upload_folder(saved, name, private=private, message=f"SP-VLA export for {self.space.name}", token=token)
 
     def notes(self) -> list[str]:
         """Notes on the generators for the user of this export."""
@@ -280,7 +324,14 @@ def load_export(path: str | Path) -> Export:
         defaults["pruning"] = with_current_names(defaults["pruning"])
     with naming(config_path):
         return Export(
-            space, config["tolerance"], networks["generators"], networks["gates"], calibration, defaults, config["provenance"]
+            space,
+            config["tolerance"],
+            networks["generators"],
+            networks["gates"],
+            calibration,
+            defaults,
+            config["provenance"],
+            pinned(path, folder),
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spvla.errors import InputError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB = "hf://"
 ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -59,3 +60,36 @@ def resolve_folder(path: str | Path, *more: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:  # LocalEntryNotFoundError is an OSError
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not found on the hub ({reason})", code="no-such-folder", field=str(path)) from None
+
+
+def pinned(path: str | Path, folder: Path) -> str | None:
+    """``hf://owner/name@commit`` of a ``folder`` that :func:`resolve_folder` found for ``path``: what will always be the same
+    files, whatever a branch becomes. None if they do not come from the hub."""
+    repository = hub_repository(path)
+    return None if repository is None else f"{HUB}{repository[0]}@{folder.name}"  # the library's snapshots/<commit>
+
+
+def upload_folder(folder: Path, name: str, *, private: bool, message: str, token: str | None = None) -> str:
+    """Upload ``folder`` as one commit to the repository ``owner/name``, made if there is none; files of an earlier version that
+    are not in it any more are deleted.
+
+    Returns:
+        the commit's address, ``hf://owner/name@commit``.
+
+    Raises:
+        InputError: ``name`` is not one (code ``hub-address``), or the hub refuses (code ``hub-refused``).
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if hub_repository(f"{HUB}{name}") != (name, None):
+        raise InputError(f"{name}: expected owner/name", code="hub-address", field=name)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        old = ["generators/*", "gates/*"]
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=old)
+    except (HfHubHTTPError, HFValidationError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name}: the hub did not take the upload ({reason})", code="hub-refused", field=name) from None
+    return f"{HUB}{name}@{done.oid}"

@@ -40,6 +40,7 @@ def describe(export: Export) -> dict[str, Any]:
         "defaults": dict(export.defaults),
         "generators": generators,
         "notes": export.notes(),
+        "source": export.source,
         "provenance": dict(export.provenance),
     }
 
@@ -63,6 +64,8 @@ def print_info(export: str, json: bool = False) -> None:
     print(f"state         {'entries ' + ', '.join(map(str, used)) + size if used else 'not used'}")
     print(f"tolerance     {loaded.tolerance:g} (normalised units)")
     print(f"defaults      {', '.join(f'{k} {v}' for k, v in loaded.defaults.items())}")
+    if loaded.source is not None:
+        print(f"source        {loaded.source}")
     for key, value in loaded.provenance.items():
         print(f"{key:13s} {value if isinstance(value, str | int | float) else dumps(value)}")
     rows = [("generator", "kind", "parameters", "gate", "calibration episodes", "smallest risk", "coverage at default risk")]

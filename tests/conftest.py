@@ -42,7 +42,9 @@ def write_records(path: Path, records: list[bytes]) -> None:
             stream.write(length + struct.pack("<I", crc(length)) + record + struct.pack("<I", crc(record)))
 
 
-TOOLS = {"browser": BROWSER is not None, "lerobot": find_spec("lerobot") is not None, "rerun": find_spec("rerun") is not None}
+TOOLS = {"browser": BROWSER is not None} | {
+    name: find_spec(name) is not None for name in ("inspect_robots", "lerobot", "rerun")
+}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -44,6 +44,9 @@ def serve_policy(
     max_sessions: int = 64,
     max_per_host: int = 16,
     idle_limit: float = 3600.0,
+    max_batch: int = 8,
+    deadline: float | None = None,
+    when_late: Literal["stop", "hold", "generator"] = "stop",
     token_file: str | None = None,
     insecure: bool = False,
 ) -> None:
@@ -68,6 +71,9 @@ def serve_policy(
         max_sessions: connections at once; further ones are refused.
         max_per_host: of these from one address, unless only this machine can connect.
         idle_limit: seconds without a message after which a session ends.
+        max_batch: calls of the VLA by different sessions that one pass may answer, if the VLA can; 1: one at a time.
+        deadline: seconds within which the VLA must answer, the wait for its turn included; longer than its own time.
+        when_late: what the robot does if it has not: stop, hold (repeat the last action), or generator (go on for a while).
         token_file: file with a token of at least 16 characters that every client must show.
         insecure: serve other machines without a token.
     """
@@ -99,6 +105,9 @@ def serve_policy(
         pruning=pruning,
         mode=mode,
         interface=interface,
+        max_batch=max_batch,
+        deadline=deadline,
+        when_late=when_late,
     )
 
     async def main() -> None:

@@ -1,8 +1,8 @@
 """The WebSocket connection to a :class:`~spvla.serve.server.PolicyServer`.
 
 vla-eval's own runner takes that server too. This one adds what a server that stays up needs: a reply that says what was wrong
-with a message, limits on what a client may send, hold and keep waiting, a token, ``GET /health``, and a stop that finishes what
-runs but waits for no client.
+with a message, limits on what a client may send, hold and keep waiting, a token, ``GET /health`` and ``GET /metrics``, and a
+stop that finishes what runs but waits for no client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from websockets.exceptions import ConnectionClosed
 
 from spvla.errors import InputError
 from spvla.serve.messages import MAX_FRAME, decode, parse
+from spvla.serve.metrics import CONTENT_TYPE
 from spvla.serve.server import PolicyServer
+from spvla.vlas.base import VLAUnavailable
 from spvla.wire import shorten
 
 logger = logging.getLogger("spvla.serve")
@@ -65,6 +67,8 @@ class Endpoint:
     ) -> None:
         self.server, self.max_sessions, self.max_per_host = server, max_sessions, max_per_host
         self.token, self.first, self.idle = token, first, idle
+        self.metrics = server.metrics
+        self.metrics.sessions.set_function(lambda: self.sessions)
         self._open: dict[ServerConnection, bool] = {}  # whether a step of it runs
         self._stop = asyncio.Event()
         self._log = ClientLog()
@@ -118,25 +122,23 @@ class Endpoint:
         url = urlsplit(request.path)
         if url.path == "/health":
             status = {"status": "ok", "sessions": self.sessions, "max_sessions": self.max_sessions}
-            response = connection.respond(HTTPStatus.OK, json.dumps(status) + "\n")
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = "application/json"
-            return response
+            return respond(connection, json.dumps(status) + "\n", "application/json")
         if self.token is not None:
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             given = given or parse_qs(url.query).get("token", [""])[0]
             if not hmac.compare_digest(given.encode(), self.token.encode()):
                 self._log(connection, "refused: no token, or another one")
+                self.metrics.refused.labels("token").inc()
                 return connection.respond(HTTPStatus.UNAUTHORIZED, "the server's token is missing or another one\n")
-        return None
+        return respond(connection, self.metrics.text(), CONTENT_TYPE) if url.path == "/metrics" else None
 
     async def _connection(self, ws: ServerConnection) -> None:
         if self._stop.is_set():
             return await ws.close(*STOPPING)
         if self.sessions >= self.max_sessions:
-            return await ws.close(1013, f"{self.max_sessions} sessions are open")
+            return await self._refuse(ws, "sessions", f"{self.max_sessions} sessions are open")
         if self.max_per_host is not None and sum(address(o) == address(ws) for o in self._open) >= self.max_per_host:
-            return await ws.close(1013, f"{self.max_per_host} sessions are open from this address")
+            return await self._refuse(ws, "address", f"{self.max_per_host} sessions are open from this address")
         self._open[ws] = False
         _keep_alive(ws)
         contexts: list[SessionContext] = []  # the running episode's, if any
@@ -162,6 +164,10 @@ class Endpoint:
             await self._end(contexts)
             del self._open[ws]
 
+    async def _refuse(self, ws: ServerConnection, limit: str, reason: str) -> None:
+        self.metrics.refused.labels(limit).inc()
+        await ws.close(1013, reason)
+
     async def _pause(self, ws: ServerConnection, seconds: float) -> None:
         """Read nothing more from a client for so long, unless it hangs up or the server stops."""
         ends = [asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(ws.wait_closed())]
@@ -171,7 +177,7 @@ class Endpoint:
 
     async def _reply(self, ws: ServerConnection, frame: bytes | str, contexts: list[SessionContext]) -> bool:
         """Answer one message. True if it was refused."""
-        sequence = 0
+        sequence, start = 0, time.perf_counter()
         reply: tuple[MessageType, dict[str, Any]] | None
         try:
             content = await anyio.to_thread.run_sync(decode, frame)
@@ -181,7 +187,7 @@ class Endpoint:
             if kind == MessageType.ERROR:
                 self._log(ws, f"the client reports: {payload.get('error')}")
             reply = await self._answer(kind, payload, contexts)
-        except InputError as error:
+        except (InputError, VLAUnavailable) as error:
             reply = (MessageType.ERROR, {"error": shorten(str(error), MAX_ERROR)})
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -195,6 +201,9 @@ class Endpoint:
         except TimeoutError:
             self._log(ws, f"dropped: it has not read an answer in {SEND_WAIT:g} s")
             ws.transport.abort()
+        if reply[0] == MessageType.ACTION:
+            self.metrics.answer_seconds.observe(time.perf_counter() - start)
+        self.metrics.errors.inc(reply[0] == MessageType.ERROR)
         return reply[0] == MessageType.ERROR
 
     async def _answer(
@@ -247,6 +256,14 @@ class ClientLog:
         self._last[host] = (now, 0)
         more = f" ({left_out} more lines left out)" if left_out else ""
         logger.log(level, "%s: %s%s", host, shorten(text), more)
+
+
+def respond(connection: ServerConnection, text: str, content_type: str) -> Any:
+    """An answer to a plain HTTP request."""
+    response = connection.respond(HTTPStatus.OK, text)
+    del response.headers["Content-Type"]
+    response.headers["Content-Type"] = content_type
+    return response
 
 
 def address(ws: ServerConnection) -> str:

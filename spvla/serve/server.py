@@ -2,17 +2,15 @@
 
     python -m spvla.serve --vla openvla --checkpoint PATH --export EXPORT --risk 0.05 --config configs/serve/libero.yaml
 
-Each session (one WebSocket connection) has a joint policy of its own around one set of VLA weights; the VLA runs one
-observation at a time, and an intuitive step of one session never waits for another's VLA call. A session may also ask for
-the VLA itself, with all it reports: that is how :class:`~spvla.vlas.remote.RemoteVLA` runs generator and gate on a robot.
+Each session (one WebSocket connection) has a joint policy of its own around one set of VLA weights. Calls of the VLA take
+turns (:mod:`spvla.serve.turns`), and an intuitive step of one session never waits for another's call. A session may also ask
+for the VLA itself, with all it reports: that is how :class:`~spvla.vlas.remote.RemoteVLA` runs generator and gate on a robot.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,35 +24,18 @@ from spvla.errors import InputError
 from spvla.export import load_export
 from spvla.fields import naming
 from spvla.history import ActionHistory
-from spvla.observation import Observation
 from spvla.policy import SPVLAPolicy
 from spvla.pruning.pruner import make_pruner
 from spvla.realtime import BridgePolicy, ThreadedCalls
 from spvla.serve.interface import Interface
-from spvla.vlas.base import VLA, PrunableVLA, VLAOutput
+from spvla.serve.metrics import Metrics
+from spvla.serve.turns import InTurn, Turns
+from spvla.vlas.base import VLA, PrunableVLA, VLAUnavailable
 from spvla.vlas.registry import VLASource
 from spvla.wire import shorten
 
 MAX_INSTRUCTION = 2000  # characters
-
-
-class InTurn:
-    """A session's VLA, asked one session at a time; the wait is reported as the stage ``turn``."""
-
-    def __init__(self, vla: VLA, lock: threading.Lock) -> None:
-        self.vla, self.lock, self.action_space = vla, lock, vla.action_space
-
-    def reset(self, instruction: str) -> None:
-        """Start an episode."""
-        self.vla.reset(instruction)
-
-    def predict(self, observation: Observation, keep_mass: float = 1.0) -> VLAOutput:
-        """As the VLA's own."""
-        start = perf_counter()
-        with self.lock:
-            waited = 1e3 * (perf_counter() - start)
-            output = self.vla.predict(observation, keep_mass=keep_mass)
-        return replace(output, timings={"turn": waited, **output.timings})
+LONGEST_DEADLINE = 3600.0  # seconds
 
 
 @dataclass
@@ -77,6 +58,10 @@ class PolicyServer(ModelServer):
         export: folder or hf://owner/name of the export; None for built-in generators and rules.
         risk, generator, gate, pruning, mode: as for :func:`~spvla.accelerate`.
         interface: the benchmark's conventions.
+        max_batch: calls of different sessions that one pass of the VLA may answer, if it can; 1: one at a time.
+        deadline: seconds within which the VLA must answer, the wait for its turn included; None: any time.
+        when_late: what a session does where it has not: ``stop``, ``hold`` or ``generator``, see ``when_unavailable`` of
+            :func:`~spvla.accelerate`. An episode's first step, before which no action is known to be safe, is an error then.
     """
 
     def __init__(
@@ -93,14 +78,26 @@ class PolicyServer(ModelServer):
         pruning: Any = None,
         mode: str = "wait",
         interface: Interface | None = None,
+        max_batch: int = 8,
+        deadline: float | None = None,
+        when_late: str = "stop",
     ) -> None:
+        if max_batch < 1:
+            raise InputError(f"max_batch must be at least 1, got {max_batch}", field="max_batch")
+        if deadline is not None and mode == "bridge":
+            raise InputError("deadline: a server in mode bridge never waits for the VLA; leave it out", field="deadline")
+        if deadline is not None and not 0 < deadline < LONGEST_DEADLINE:
+            raise InputError(f"deadline must be positive and below {LONGEST_DEADLINE:g} s, got {deadline}", field="deadline")
         self.interface = interface or Interface()
         self._source = VLASource(vla, checkpoint, vla_options, suite)
         self.identity = {"model": f"{vla} {checkpoint or ''}".strip(), "statistics_key": (vla_options or {}).get("unnorm_key")}
         self._vla = self._source.load()
         self._export = None if export is None else load_export(export)
         self._parts = {"risk": risk, "generator": generator, "gate": gate, "pruning": pruning, "mode": mode}
-        self._turn = threading.Lock()
+        if deadline is not None:
+            self._parts["when_unavailable"] = when_late
+        self.metrics = Metrics()
+        self._turns = Turns(max_batch, deadline, self.metrics)
         self._sessions: WeakKeyDictionary[SessionContext, _Session] = WeakKeyDictionary()
         self._spare = [self._make(first=True)]  # made now, so that mismatches are reported before anyone connects
         self.space = self._vla.action_space
@@ -123,7 +120,7 @@ class PolicyServer(ModelServer):
         vla = self._vla if first and not isinstance(self._vla, PrunableVLA) else self._source.second(self._vla)
         policy = accelerate(vla, self._export, **self._parts)
         assert isinstance(policy, SPVLAPolicy), "a server records nothing"
-        policy.vla = InTurn(policy.vla, self._turn)
+        policy.vla = InTurn(policy.vla, self._turns, None if policy.pruner is None else policy.pruner.selector)
         if isinstance(policy, BridgePolicy):
             policy.calls = ThreadedCalls(policy.ledger.counted(policy.vla))
         return _Session(policy, vla)
@@ -149,6 +146,7 @@ class PolicyServer(ModelServer):
         """Begin an episode. ``config["vla"]``: serve the VLA itself; ``config["pruning"]``: with this pruner."""
         session = await anyio.to_thread.run_sync(self._start, config)
         self._sessions[ctx] = session
+        self.metrics.episodes.inc()
 
     def _start(self, config: Mapping[str, Any]) -> _Session:
         try:
@@ -156,7 +154,7 @@ class PolicyServer(ModelServer):
         except IndexError:
             session = self._make()
         if config.get("vla"):
-            vla, pruning = session.vla, config.get("pruning")
+            vla, pruning, selector = session.vla, config.get("pruning"), None
             if pruning is not None:
                 try:
                     if not isinstance(vla, PrunableVLA):
@@ -164,11 +162,12 @@ class PolicyServer(ModelServer):
                     if len(repr(pruning)) > MAX_INSTRUCTION:
                         raise InputError(f"pruning: more than {MAX_INSTRUCTION} characters")
                     pruner = make_pruner(pruning)
-                    vla = vla.with_pruner(None if pruner is None else pruner.selector)
+                    selector = None if pruner is None else pruner.selector
+                    vla = vla.with_pruner(selector)
                 except InputError:
                     self._spare.append(session)
                     raise
-            session.plain = InTurn(vla, self._turn)
+            session.plain = InTurn(vla, self._turns, selector)
         return session
 
     async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
@@ -183,6 +182,7 @@ class PolicyServer(ModelServer):
 
         Raises:
             InputError: the observation cannot be used; the message names the field. The session goes on.
+            VLAUnavailable: it did not answer in time, and there is no safe action. The session goes on.
         """
         session = self._sessions.get(ctx)
         if session is None:
@@ -213,12 +213,13 @@ class PolicyServer(ModelServer):
                 session.policy.reset(instruction)
                 session.instruction = instruction
             action = session.policy.select_action(observation)
-        except InputError:
+        except (InputError, VLAUnavailable):
             raise
         except Exception:
             session.spoiled = True
             raise
         step = session.policy.last_step
+        self.metrics.took(step)
         del session.policy.steps[:-1]  # an episode may be endless
         return {"actions": self.interface.action(action, self.space), "source": step.source.name.lower(), "reason": step.reason}
 
