@@ -190,9 +190,7 @@ def test_quantised_weights_are_called_so(folder):
 # ----------------------------------------------------------------------------------------------------- the robot's state
 
 
-@pytest.mark.parametrize(
-    "name", ["generator_libero_expert", "generator_libero_real_time", "generator_metaworld", "generator_nano"]
-)
+@pytest.mark.parametrize("name", ["generator_libero_expert", "generator_libero_real_time", "generator_nano"])
 @pytest.mark.parametrize("size", [7, 9, 14])
 def test_a_state_of_another_layout_is_refused_at_the_first_step(name, size):
     features = next(iter(load_export(name).generators.values())).config.features
