@@ -7,17 +7,20 @@ the other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data.store import EpisodeInfo, RolloutStore
+from data.views import views
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.gates.eyes import EyesConfig
 from spvla.history import Source, Window
 
 BLOCK = 4_000_000  # frames that are shuffled together
@@ -98,6 +101,16 @@ class Windows:
         self.confidence, self.features = confidence, features
         self.plan = stores[0].arrays["vla_plans"].shape[1] if plans else 0  # actions of a plan (P)
         self.offsets = np.cumsum([0] + [s.frames for s in stores])
+        self.views: list[NDArray[np.uint8]] | None = None  # of each store, what eyes see of its frames
+
+    def seen(self, eyes: EyesConfig | None) -> Self:
+        """The same windows with what ``eyes`` see now and saw when the VLA was last asked: for gates alone, since frames are
+        large. Raises :class:`InputError` that names a store without images."""
+        if eyes is None:
+            return self
+        out = copy.copy(self)
+        out.views = [views(store, eyes) for store in self.stores]
+        return out
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -192,6 +205,8 @@ class Windows:
             vla_features=last_output(a["vla_features"][last]) if self.features else None,
             plan=None if plan is None else in_scale(plan) * (np.arange(self.plan) < left[:, None])[..., None],  # type: ignore[index]
             plan_left=left,
+            frame=None if self.views is None else self.views[i][frames],
+            vla_frame=None if self.views is None else self.views[i][last],
         )
         return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
 

@@ -28,6 +28,7 @@ from data.parallel import run_groups
 from spvla.errors import InputError
 from spvla.files import write_bytes
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.gates.eyes import eyes_config
 from spvla.generators import make_baseline
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
@@ -82,7 +83,7 @@ class Plan:
     @cached_property
     def rollouts(self) -> RolloutData:
         """The windows, in this process."""
-        return RolloutData(**self.data)
+        return RolloutData(**self.data, eyes=self.gate.get("eyes"))
 
     @cached_property
     def fold(self) -> NDArray[np.uint8]:
@@ -118,7 +119,7 @@ class Plan:
         if stage.kind == "gate":
             judges, fold = self.judges(stage.name)
             module = ClassifierModule(data.features, judges, fold, data.space, **self.gate, tolerance=self.tolerance)
-            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps), str(stage), position)
+            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps, seen=True), str(stage), position)
             network = module.network
         else:
             options = dict(self.learned[stage.name])
@@ -138,7 +139,8 @@ class Plan:
     def classifier(self, name: str) -> ActionTypeClassifier:
         """A gate as its stage left it."""
         fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout")}
-        network = ActionTypeClassifier(ClassifierConfig(self.rollouts.features, **fields))
+        config = ClassifierConfig(self.rollouts.features, **fields, eyes=eyes_config(self.gate.get("eyes")))
+        network = ActionTypeClassifier(config)
         return load_stage(network, self.path(Stage("gate", name)))
 
     def judges(self, name: str) -> tuple[list[ActionGenerator], NDArray[np.uint8]]:

@@ -15,6 +15,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
+from spvla.gates.eyes import OUTPUTS, Eyes, EyesConfig, eyes_config
 from spvla.generators.features import FeatureConfig, HistoryFeatures
 from spvla.generators.learned import LARGEST, MLP
 from spvla.history import Window
@@ -31,17 +32,20 @@ class ClassifierConfig:
         features: its view of the history.
         width, depth: hidden width and number of hidden layers.
         dropout: in training only.
+        eyes: what it sees of the scene, beside the history; None: nothing.
     """
 
     features: FeatureConfig
     width: int = 128
     depth: int = 3
     dropout: float = 0.1
+    eyes: EyesConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         with naming("gate"):
+            object.__setattr__(self, "eyes", eyes_config(self.eyes))
             check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0}, at_most=LARGEST)
         if self.dropout >= 1:
             raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
@@ -60,7 +64,9 @@ class ActionTypeClassifier(nn.Module):
         self.config = config
         self.features = HistoryFeatures(config.features)
         self.arms = config.features.vla_plan > 0
-        size = self.features.size + 3 * config.features.action_dim + (config.features.action_dim + 1 if self.arms else 0)
+        self.eyes = None if config.eyes is None else Eyes(config.eyes)
+        dim, seen = config.features.action_dim, 0 if self.eyes is None else OUTPUTS
+        size = self.features.size + seen + 3 * dim + (dim + 1 if self.arms else 0)
         self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
@@ -68,6 +74,8 @@ class ActionTypeClassifier(nn.Module):
         arms (2, B): of the proposals, and of what the plans have next."""
         last, vla = torch.as_tensor(window.actions[:, -1]), torch.as_tensor(window.vla_action)
         x = self.features(window)
+        if self.eyes is not None:
+            x = torch.cat([x, self.eyes(window)], dim=1)
         if not self.arms:
             return self.net(torch.cat([x, proposal, proposal - last, proposal - vla], dim=1))[:, 0]
         planned = next_planned(window, proposal)
@@ -194,6 +202,11 @@ class LearnedGate:
     def reads_plan(self) -> bool:
         """Whether it decides between the plan's next action and the generator's, too."""
         return self.classifier.arms
+
+    @property
+    def eyes(self) -> EyesConfig | None:
+        """What it sees of the scene at every step; None: nothing."""
+        return self.classifier.config.eyes
 
     @classmethod
     def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace) -> LearnedGate:
