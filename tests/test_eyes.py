@@ -271,3 +271,17 @@ def test_frames_of_another_size_and_none_are_refused(store):
     for given, told in ((window, "16 pixels"), (replace(window, frame=None), "no frames")):
         with pytest.raises(InputError, match=told):
             gate.probability(given, torch.zeros(4, 7))
+
+
+def test_gates_can_be_trained_anew_for_an_export_whose_generators_stay(store_folder, tmp_path):
+    small = {"width": 16, "depth": 1}
+    options = {"gate": small, "history": 6, "batch_size": 256, "gate_steps": 20, "baselines": [], "threads": 1}
+    distill([store_folder], tmp_path / "first", mlp=small, steps=20, **options)
+    distill([store_folder], tmp_path / "second", base=str(tmp_path / "first"), **options)
+    first, second = (load_export(tmp_path / name) for name in ("first", "second"))
+    for a, b in zip(first.generators["mlp"].parameters(), second.generators["mlp"].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert second.calibration["mlp"].episodes == first.calibration["mlp"].episodes
+    assert not list((tmp_path / "second" / ".stages").glob("mlp*")), "no generator was trained"
+    with pytest.raises(InputError, match="'transformer' is unknown; available: mlp"):
+        distill([store_folder], tmp_path / "third", generators=["transformer"], base=str(tmp_path / "first"), **options)

@@ -26,6 +26,7 @@ from torch import nn
 
 from data.parallel import run_groups
 from spvla.errors import InputError
+from spvla.export import fingerprint, load_export
 from spvla.files import write_bytes
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
 from spvla.gates.eyes import eyes_config
@@ -69,6 +70,7 @@ class Plan:
         steps, gate_steps: optimiser steps.
         folds: of the cross-fit.
         tolerance: of a step that does not deviate.
+        base: an export whose generators are judged as they are, or None.
     """
 
     data: dict[str, Any]
@@ -79,6 +81,7 @@ class Plan:
     gate_steps: int
     folds: int
     tolerance: float
+    base: str | None = None
 
     @cached_property
     def rollouts(self) -> RolloutData:
@@ -108,6 +111,7 @@ class Plan:
         options: list[Any] = [self.learned.get(stage.name), self.steps]
         if stage.kind == "gate":
             options += [self.gate, self.gate_steps, self.tolerance]
+            options += [] if self.base is None else [fingerprint(self.base)]
         text = json.dumps({"stage": str(stage), "options": options, **self.key}, sort_keys=True, default=str)
         return self.folder / f"{str(stage).replace(' ', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
@@ -147,7 +151,8 @@ class Plan:
         """Who judges each fold's frames, the generator itself last; and the folds."""
         space = self.rollouts.space
         if name not in self.learned:
-            return [make_baseline(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
+            judge = make_baseline(name, space) if self.base is None else load_export(self.base).generator(name, space)
+            return [judge], np.zeros(len(self.rollouts.windows), np.uint8)
         return [self.generator(name, k).bind(space) for k in [*range(self.folds), None]], self.fold
 
 
