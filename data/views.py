@@ -1,9 +1,13 @@
-"""What a gate's eyes see of a store's frames: derived once, in the user's cache directory, and memory-mapped."""
+"""What a gate's eyes see of a store's frames: derived once, in the user's cache directory, and memory-mapped.
+
+What they are to notice is a scene that has changed since the VLA was last asked. Two kinds of windows show that in training:
+recordings in which something was moved (``data collect --nudge``), and windows whose earlier frame is that of another episode.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +47,53 @@ def views(store: RolloutStore, eyes: EyesConfig) -> NDArray[np.uint8]:
                 if not (cache / "views.npy").exists():  # else another process made the same first
                     raise
     return np.load(cache / "views.npy", mmap_mode="r").view(np.ndarray)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What eyes see of a store, and where its scenes change.
+
+    Args:
+        views: what they see at each frame, uint8 (N, S, S, 3).
+        moved: the first frame of each frame's episode after something was moved, (N,); -1 where nothing was.
+        episode: number of each frame's episode, (N,).
+        start, length: first frame and frames of each episode, (E,).
+        others: per episode, the other ones with its instruction.
+    """
+
+    views: NDArray[np.uint8]
+    moved: NDArray[np.int64]
+    episode: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    others: list[NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, store: RolloutStore, eyes: EyesConfig) -> Scenes:
+        """Those of a store. Errors as for :func:`views`."""
+        start, length = (np.array([getattr(e, name) for e in store.episodes]) for name in ("start", "length"))
+        steps = [(e.metadata.get("nudge") or {}).get("step") for e in store.episodes]
+        moved = np.array([-1 if step is None else e.start + step for e, step in zip(store.episodes, steps, strict=True)])
+        names = np.array([e.instruction for e in store.episodes])
+        others = [np.flatnonzero((names == name) & (np.arange(len(names)) != i)) for i, name in enumerate(names)]
+        episode = np.repeat(np.arange(len(start)), length)
+        return cls(views(store, eyes), moved[episode], episode, start, length, others)
+
+    def changed(self, last: NDArray[np.int64], frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether something was moved after frames ``last`` (B,) and before ``frames`` (B,), or just before them."""
+        moved = self.moved[frames]
+        return (last < moved) & (moved <= frames)
+
+    def elsewhere(self, frames: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each of ``frames`` (B,), the same step of another episode with its instruction, chosen by ``draws`` (B,); the
+        frame itself where the draw is 0 or there is no other."""
+        out = frames.copy()
+        for k in np.flatnonzero(draws):
+            episode = self.episode[frames[k]]
+            if len(others := self.others[episode]):
+                other = others[draws[k] % len(others)]
+                out[k] = self.start[other] + min(frames[k] - self.start[episode], self.length[other] - 1)
+        return out
 
 
 def _files(store: RolloutStore) -> list[Path]:

@@ -47,7 +47,7 @@ class _Module(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         frames, b = batch
         targets, valid = (torch.from_numpy(x).to(device) for x in (b.targets, b.valid))
-        return frames, Batch(to_device(b.window, device), targets, valid)  # type: ignore[arg-type]
+        return frames, Batch(to_device(b.window, device), targets, valid, b.changed)  # type: ignore[arg-type]
 
 
 class GeneratorModule(_Module):
@@ -159,6 +159,9 @@ class GeneratorModule(_Module):
 class ClassifierModule(_Module):
     """Trains the action-type classifier of one generator.
 
+    With eyes it also learns to call the VLA where the scene has changed since the VLA was last asked, whatever the proposal:
+    what the generator goes by is then about another scene. Calibration counts deviations alone.
+
     Args:
         features: the classifier's view of the history (linked from the data).
         judges: per fold, the generator that is judged on that fold's frames; none was trained on them (linked).
@@ -243,6 +246,8 @@ class ClassifierModule(_Module):
             kept = self.space.deviation(window.plan[:, 0], targets, self.tolerance)
             left = torch.as_tensor(batch.window.plan_left)
             deviates, known = np.stack([deviates, kept]), torch.stack([known, known * (left > 0)])
+        if batch.changed is not None:
+            deviates, known = deviates | batch.changed, known.maximum(torch.from_numpy(batch.changed).to(known))
         return torch.from_numpy(proposals).to(self.device), torch.from_numpy(deviates).to(self.device), known
 
     def training_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> Tensor:
