@@ -29,6 +29,7 @@ from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import locked
+from spvla.gates.base import eyes_of
 from spvla.gates.live import LiveGate
 from spvla.steps import episode_stats
 from spvla.store import RolloutWriter, finalize
@@ -144,7 +145,7 @@ class Collector:
         setting, task = self.setting, group.task
         writer = RolloutWriter(self.output, self.policy.space, policy=setting.source.name)
         rendered = setting.images or self.student is not None
-        with environment(task, self.vla, "fast", rendered) as env:
+        with environment(task, self.vla, "fast", rendered, eyes_of(self.policy.gate)) as env:
             asked = self._instructions(env, group.jobs[0]) if setting.instructions == "scene" else []
             for job in group.jobs:
                 result = rollout(

@@ -225,8 +225,7 @@ class Windows:
             seen = last if swaps is None else scenes.elsewhere(last, swaps)
             window = replace(window, frame=scenes.views[frames], vla_frame=scenes.views[seen])
             changed = scenes.changed(last, frames) | (seen != last)
-        targets, valid = np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32)
-        return Batch(window, targets, valid, changed)
+        return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32), changed)
 
     def _rest_of_plan(
         self, i: int, frames: NDArray[np.int64], last: NDArray[np.int64], known: NDArray[np.bool_]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from eval.output import table, write_summary
-from eval.vla_latency import time_vla
+from eval.vla_latency import picture, time_vla
 from spvla.actions import ActionSpace, FloatArray
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeInt, PositiveInt
@@ -148,7 +148,8 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
         for gate in GATES:
             free = _FreeVLA(loaded.space, actions, confidence, pooled)
             policies[gate] = accelerate(free, loaded, risk=1.0, generator=name, gate=gate)
-        totals = _take_turns(policies, states)
+        images = {} if loaded.eyes is None else {loaded.eyes.camera: picture(seed)}
+        totals = _take_turns(policies, states, images)
         for gate, policy in policies.items():
             row: dict[str, Any] = {"generator": name, "gate": gate, "parameters": _parameters(loaded, name)}
             row["generated"] = policy.stats()["generated"] / len(policy.steps)
@@ -161,11 +162,14 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
     return rows
 
 
-def _take_turns(policies: dict[str, Policy], states: FloatArray) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each step (T,) beside the VLA, of policies that take each step one after the other, in changing order."""
+def _take_turns(
+    policies: dict[str, Policy], states: FloatArray, images: dict[str, NDArray[np.uint8]]
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each step (T,) beside the VLA, of policies that take each step one after the other, in changing order.
+    All see the same ``images``."""
     for policy in policies.values():
         policy.reset("latency")
-    for i, observation in enumerate([Observation(state=s) for s in states]):
+    for i, observation in enumerate([Observation(images, s) for s in states]):
         for policy in list(policies.values())[:: 1 if i % 2 else -1]:
             policy.select_action(observation)
     spent = {k: [s.milliseconds["total"] - s.milliseconds.get("vla", 0.0) for s in p.steps] for k, p in policies.items()}
