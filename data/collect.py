@@ -18,20 +18,21 @@ import numpy as np
 
 from data.envs import load_tasks, stamp
 from data.envs.base import Env, Instructable, Privileged, Task
-from data.envs.perturb import RealTime
+from data.envs.perturb import Nudge, RealTime
 from data.images import UPRIGHT
 from data.jobs import Group, Setting, environment, episode_seed, parse_range, parts_for, require_init_states, split
 from data.parallel import Workers
-from data.rollout import ActionNoise, rollout
+from data.rollout import ActionNoise, Rollout, rollout
 from data.student import Student
 from spvla.actions import ActionSpace
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeFloat, NonNegativeInt, PositiveInt
 from spvla.errors import InputError
 from spvla.files import locked
+from spvla.gates.base import eyes_of
 from spvla.gates.live import LiveGate
 from spvla.steps import episode_stats
-from spvla.store import Episode, RolloutWriter, finalize
+from spvla.store import RolloutWriter, finalize
 from spvla.vlas.registry import VLASource, weights_stamp
 
 MAX_PLAN = 1000  # actions
@@ -58,6 +59,7 @@ class Collecting(Setting):
     real_time: RealTime | None = None
     label: bool = True
     plans: bool = False
+    nudge: Nudge | None = None
 
     def check(self) -> None:
         """Raise :class:`InputError` for options that need another option that is missing."""
@@ -143,7 +145,7 @@ class Collector:
         setting, task = self.setting, group.task
         writer = RolloutWriter(self.output, self.policy.space, policy=setting.source.name)
         rendered = setting.images or self.student is not None
-        with environment(task, self.vla, "fast", rendered) as env:
+        with environment(task, self.vla, "fast", rendered, eyes_of(self.policy.gate)) as env:
             asked = self._instructions(env, group.jobs[0]) if setting.instructions == "scene" else []
             for job in group.jobs:
                 result = rollout(
@@ -159,8 +161,9 @@ class Collector:
                     shuffle=setting.shuffle,
                     plans=setting.plans,
                     real_time=setting.real_time,
+                    nudge=setting.nudge,
                 )
-                result.episode.metadata = self._metadata(job, env, result.episode)
+                result.episode.metadata = self._metadata(job, env, result)
                 writer.write(job.id, [result.episode])
                 yield {"success": result.episode.success, **episode_stats(result.steps)}
 
@@ -171,7 +174,7 @@ class Collector:
         env.reset(job.init_state)
         return list(env.instructions())
 
-    def _metadata(self, job: Job, env: Env, episode: Episode) -> dict[str, Any]:
+    def _metadata(self, job: Job, env: Env, result: Rollout) -> dict[str, Any]:
         setting, task = self.setting, env.task
         metadata: dict[str, Any] = {
             "suite": task.suite,
@@ -189,7 +192,9 @@ class Collector:
         if setting.images:
             metadata["images"] = UPRIGHT
             if isinstance(env, Privileged):
-                metadata["scene"] = env.scene_facts(episode.instruction)
+                metadata["scene"] = env.scene_facts(result.episode.instruction)
+        if setting.nudge is not None:
+            metadata["nudge"] = {"distance": setting.nudge.distance, "step": result.nudged}
         if self.student is not None:
             metadata["student"] = {"policy": setting.student, "helped": self.student.helped}
         return metadata
@@ -243,6 +248,7 @@ def collect(
     mode: Literal["wait", "bridge"] = "bridge",
     label: bool = True,
     plans: bool = False,
+    nudge: NonNegativeFloat = 0.0,
     workers: PositiveInt = 2,
     seed: NonNegativeInt = 0,
 ) -> None:
@@ -287,6 +293,7 @@ def collect(
             where it was asked and, with a live gate, how probable that was.
         plans: for a VLA that plans in chunks: ask for a fresh plan at every visited state, and store it whole. What distill
             --vla_plan learns from. Where the VLA plans in any case it is asked twice, to see whether it would say the same.
+        nudge: metres by which the asked object is moved while the hand is on its way, as in eval closed_loop; 0: not at all.
         workers: processes, one thread each. With a live gate all episodes are one deployment, in one process.
         seed: of resets and noise.
     """
@@ -313,6 +320,7 @@ def collect(
         real_time=RealTime(vla_ms, mode=mode) if real_time else None,
         label=label,
         plans=plans,
+        nudge=Nudge(nudge) if nudge else None,
         seed=seed,
         environment=stamp(suite),
     )

@@ -13,6 +13,7 @@ from data.envs.base import Env, RenderMode, Task
 from data.parallel import chunks
 from spvla.errors import InputError
 from spvla.export import fingerprint
+from spvla.gates.eyes import EyesConfig
 from spvla.observation import MAIN
 from spvla.vlas.base import VLA, cameras_of
 from spvla.vlas.registry import VLASource
@@ -99,7 +100,8 @@ def parts_for(jobs: int, workers: int) -> int:
     return max(1, min(workers, jobs // 10))
 
 
-def environment(task: Task, vla: VLA, render: RenderMode, images: bool = False) -> Env:
-    """The simulation of ``task``, rendered if ``vla`` looks at images or they are wanted anyway."""
-    cameras = tuple(dict.fromkeys([*([MAIN] if images else []), *cameras_of(vla)]))
+def environment(task: Task, vla: VLA, render: RenderMode, images: bool = False, eyes: EyesConfig | None = None) -> Env:
+    """The simulation of ``task``, rendered if ``vla`` or a gate's ``eyes`` look at images, or they are wanted anyway."""
+    wanted = [*([MAIN] if images else []), *cameras_of(vla), *([] if eyes is None else [eyes.camera])]
+    cameras = tuple(dict.fromkeys(wanted))
     return make_env(task, render=render if cameras else None, cameras=cameras)

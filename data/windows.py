@@ -7,20 +7,24 @@ the other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data.store import EpisodeInfo, RolloutStore
+from data.views import Scenes
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
+from spvla.gates.eyes import EyesConfig
 from spvla.history import Source, Window
 
 BLOCK = 4_000_000  # frames that are shuffled together
+SWAPPED = 0.15  # share of training windows whose frame at the VLA's last call is that of another episode
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Batch:
         window: B histories.
         targets: the teacher's actions at the visited states t .. t + H - 1, normalised, (B, H, D); zeros where unknown.
         valid: 1 where a target exists, (B, H): within the episode, and the teacher was asked.
+        changed: where the scene is another one than when the VLA was last asked, (B,); None where there are no frames.
     """
 
     window: Window
     targets: FloatArray
     valid: FloatArray
+    changed: NDArray[np.bool_] | None = None
 
 
 class Windows:
@@ -98,6 +104,16 @@ class Windows:
         self.confidence, self.features = confidence, features
         self.plan = stores[0].arrays["vla_plans"].shape[1] if plans else 0  # actions of a plan (P)
         self.offsets = np.cumsum([0] + [s.frames for s in stores])
+        self.scenes: list[Scenes] | None = None  # what eyes see of each store
+
+    def seen(self, eyes: EyesConfig | None) -> Self:
+        """The same windows with what ``eyes`` see now and saw when the VLA was last asked: for gates alone, since frames are
+        large. Raises :class:`InputError` that names a store without images."""
+        if eyes is None:
+            return self
+        out = copy.copy(self)
+        out.scenes = [Scenes.of(store, eyes) for store in self.stores]
+        return out
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -108,7 +124,11 @@ class Windows:
         return [(i, int(self.offsets[i]) + e.start, e) for i, s in enumerate(self.stores) for e in s.episodes]
 
     def batch(
-        self, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None = None, ages: NDArray[np.int64] | None = None
+        self,
+        frames: NDArray[np.int64],
+        hidden: NDArray[np.int64] | None = None,
+        ages: NDArray[np.int64] | None = None,
+        swaps: NDArray[np.int64] | None = None,
     ) -> Batch:
         """The windows before global ``frames`` (B,), in that order.
 
@@ -118,9 +138,11 @@ class Windows:
                 then lies further back. The first step of an episode is always the VLA's.
             ages: per window, pretend that the VLA last planned so many steps ago, (B,), at most at the episode's start; 0: when
                 it did. What it planned there must be known; otherwise it is as recorded.
+            swaps: per window, a number that chooses another episode, whose frame is passed off as that of the VLA's last call,
+                (B,); 0: its own. For windows that are seen.
         """
         if len(self.stores) == 1:
-            return self._gather(0, frames, hidden, ages)
+            return self._gather(0, frames, hidden, ages, swaps)
         which = np.searchsorted(self.offsets, frames, side="right") - 1
         order = np.argsort(which, kind="stable")
         parts = [
@@ -129,22 +151,26 @@ class Windows:
                 frames[chosen] - self.offsets[i],
                 None if hidden is None else hidden[chosen],
                 None if ages is None else ages[chosen],
+                None if swaps is None else swaps[chosen],
             )
             for i in np.unique(which)
             for chosen in (order[which[order] == i],)
         ]
         back = np.argsort(order, kind="stable")
 
-        def join(values: list[FloatArray | None]) -> FloatArray | None:
+        def join(values: list[Any]) -> Any:
             return None if values[0] is None else np.concatenate([v for v in values if v is not None])[back]
 
         window = {name: join([getattr(p.window, name) for p in parts]) for name in vars(parts[0].window)}
-        targets, valid = join([p.targets for p in parts]), join([p.valid for p in parts])
-        assert targets is not None and valid is not None
-        return Batch(Window(**window), targets, valid)  # type: ignore[arg-type]
+        return Batch(Window(**window), *(join([getattr(p, name) for p in parts]) for name in ("targets", "valid", "changed")))
 
     def _gather(
-        self, i: int, frames: NDArray[np.int64], hidden: NDArray[np.int64] | None, ages: NDArray[np.int64] | None = None
+        self,
+        i: int,
+        frames: NDArray[np.int64],
+        hidden: NDArray[np.int64] | None,
+        ages: NDArray[np.int64] | None,
+        swaps: NDArray[np.int64] | None,
     ) -> Batch:
         a, rescaling = self.stores[i].arrays, self._rescaling[i]
 
@@ -193,7 +219,13 @@ class Windows:
             plan=None if plan is None else in_scale(plan) * (np.arange(self.plan) < left[:, None])[..., None],  # type: ignore[index]
             plan_left=left,
         )
-        return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32))
+        changed = None
+        if self.scenes is not None:
+            scenes = self.scenes[i]
+            seen = last if swaps is None else scenes.elsewhere(last, swaps)
+            window = replace(window, frame=scenes.views[frames], vla_frame=scenes.views[seen])
+            changed = scenes.changed(last, frames) | (seen != last)
+        return Batch(window, np.where(valid[..., None], targets, 0.0).astype(np.float32), valid.astype(np.float32), changed)
 
     def _rest_of_plan(
         self, i: int, frames: NDArray[np.int64], last: NDArray[np.int64], known: NDArray[np.bool_]
@@ -303,7 +335,10 @@ class BatchStream(torch.utils.data.IterableDataset[Batch]):
             elif self.hide:
                 run = rng.integers(1, self.windows.history + 1, len(frames))
                 hidden = np.where(rng.random(len(frames)) < self.hide, run, 0)
-            yield frames, self.windows.batch(frames, hidden, ages)
+            swaps = None
+            if self.windows.scenes is not None:
+                swaps = np.where(rng.random(len(frames)) < SWAPPED, rng.integers(1, 2**31, len(frames)), 0)
+            yield frames, self.windows.batch(frames, hidden, ages, swaps)
 
 
 class _Drawing:

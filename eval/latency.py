@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from eval.output import table, write_summary
-from eval.vla_latency import time_vla
+from eval.vla_latency import picture, time_vla
 from spvla.actions import ActionSpace, FloatArray
 from spvla.assemble import accelerate
 from spvla.cli import NonNegativeInt, PositiveInt
@@ -159,8 +159,9 @@ def _time_export(loaded: Export, generators: list[str] | None, steps: int, seed:
             policies[gate, path] = accelerate(free, loaded, risk=1.0, generator=name, gate=gate)
             if path == "torch":
                 _through_torch(policies[gate, path])
-        polluted = _take_turns(policies, states[: POLLUTED_STEPS + WARM_UP], POLLUTION)
-        totals = _take_turns(policies, states)
+        images = {} if loaded.eyes is None else {loaded.eyes.camera: picture(seed)}
+        polluted = _take_turns(policies, states[: POLLUTED_STEPS + WARM_UP], images, POLLUTION)
+        totals = _take_turns(policies, states, images)
         for (gate, path), policy in policies.items():
             row: dict[str, Any] = {"generator": name, "gate": gate, "path": path, "parameters": _parameters(loaded, name)}
             row["generated"] = policy.stats()["generated"] / len(policy.steps)
@@ -186,15 +187,18 @@ def _through_torch(policy: Policy) -> None:
 
 
 def _take_turns(
-    policies: Mapping[tuple[str, str], Policy], states: FloatArray, pollution: int = 0
+    policies: Mapping[tuple[str, str], Policy],
+    states: FloatArray,
+    images: dict[str, NDArray[np.uint8]],
+    pollution: int = 0,
 ) -> dict[tuple[str, str], NDArray[np.float64]]:
     """Milliseconds of each step (T,) beside the VLA, of policies by gate and path. The paths take turns of :data:`TURN` steps,
     so that the caches are those of one path, and the gates single steps. Before each step so many bytes are written, which
-    displace what the caches held."""
+    displace what the caches held. All see the same ``images``."""
     for policy in policies.values():
         policy.reset("latency")
     block = np.zeros(pollution, np.uint8)
-    observations = [Observation(state=s) for s in states]
+    observations = [Observation(images, s) for s in states]
     for turn, start in enumerate(range(0, len(observations), TURN)):
         for path in PATHS[:: 1 if turn % 2 else -1]:
             for i, observation in enumerate(observations[start : start + TURN]):

@@ -194,6 +194,7 @@ def offline(
         space=loaded.space,
         plans=any(f.vla_plan for f in features),
     )
+    windows = windows.seen(loaded.eyes)
     for line in loaded.space.scale_difference(store.space):
         print(f"note: scale of the export against that of {data}: {line}; do both have the same units?")
     judged = judge_store(windows, loaded, names)

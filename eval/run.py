@@ -23,6 +23,7 @@ from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.export import Export, fingerprint, load_export
 from spvla.gates import GATES, has_risk
+from spvla.gates.base import eyes_of
 from spvla.history import UNSEEN, Source
 from spvla.recording import Policy
 from spvla.steps import StepInfo, audit_steps, run_lengths
@@ -167,6 +168,7 @@ class Runner:
         self.sees = needs_images(self.vla) and setting.real_time is None
         self.content = fingerprint(setting.export)
         self.policies = {cell: make_policy(cell, self.vla, export, setting) for cell in cells}
+        self.eyes = next((eyes for p in self.policies.values() if (eyes := eyes_of(p.gate)) is not None), None)
         self.teacher = setting.source.second(self.vla) if setting.label else None
 
     def run(self, groups: Sequence[Group[Job]]) -> Iterator[Row]:
@@ -178,7 +180,7 @@ class Runner:
             yield from self._play(group)
 
     def _play(self, group: Group[Job]) -> Iterator[Row]:
-        with environment(group.task, self.vla, self.setting.render) as env:
+        with environment(group.task, self.vla, self.setting.render, eyes=self.eyes) as env:
             for job in group.jobs:
                 policy = self.policies[job.cell]
                 result = rollout(

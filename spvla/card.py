@@ -83,6 +83,7 @@ def model_card(export: Export, results: Sequence[EvalResult] = ()) -> str:
     risk = float(export.defaults.get("risk", 0.05))
     smallest = max((curve.smallest_risk for curve in export.calibration.values()), default=0.0)
     needed = f", risk={ceil(1000 * smallest) / 1000:g}" if risk < smallest else ""
+    eyes = export.eyes
     kept = " or kept from an earlier plan" if any(gate.arms for gate in export.gates.values()) else ""
     lines = [
         "---",
@@ -110,6 +111,7 @@ def model_card(export: Export, results: Sequence[EvalResult] = ()) -> str:
         f"episode's steps that are generated{kept} and deviate; the bound holds for trajectories like those of the calibration "
         "set. Steps in unfamiliar states, and those whose proposal is refused (out of bounds, or a larger jump than any in "
         "training), are the VLA's.",
+        *([f"\nThe gates have eyes: they need the camera `{eyes.camera}` at every step."] if eyes is not None else []),
         *(f"\nNote: {note}." for note in export.notes()),
         "",
         "Provenance:",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spvla.gates.base import Gate
+from spvla.gates.base import Gate, eyes_of
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.live import LiveGate
 from spvla.generators.features import FeatureConfig
@@ -84,7 +84,7 @@ def explain(policy: Policy, observation: Observation | None = None) -> Explanati
         _verify(inner),
         _pruning(inner),
         _dtype(inner),
-        Part("cameras", "active", ", ".join(cameras_of(inner.vla)) or "none: the VLA sees no images"),
+        Part("cameras", "active", _cameras(inner)),
         _state(inner),
         _noise(inner, observation),
         _calls(inner),
@@ -95,6 +95,12 @@ def explain(policy: Policy, observation: Observation | None = None) -> Explanati
 def deciding_gate(policy: SPVLAPolicy) -> Gate | None:
     """The gate that scores proposals: of a live one, the gate inside."""
     return policy.gate.gate if isinstance(policy.gate, LiveGate) else policy.gate
+
+
+def _cameras(policy: SPVLAPolicy) -> str:
+    seen = ", ".join(cameras_of(policy.vla)) or "none: the VLA sees no images"
+    eyes = eyes_of(policy.gate)
+    return seen if eyes is None else f"{seen}; the gate's eyes see {eyes.camera} at every step"
 
 
 def name_of(part: object) -> str:

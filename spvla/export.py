@@ -34,6 +34,7 @@ from spvla.files import building, explained, inside, read_bytes, read_json, writ
 from spvla.gates import GATES
 from spvla.gates.calibration import Calibration
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.gates.eyes import EyesConfig
 from spvla.generators import GENERATORS, is_learned, make_baseline, make_network, names_of
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
@@ -101,6 +102,11 @@ class Export:
             generator, gate = self.generators[name].features, self.gates[name].features
             if generator.config == gate.config:
                 self.gates[name].features = generator  # one module: what it computes for the generator serves the gate
+
+    @property
+    def eyes(self) -> EyesConfig | None:
+        """What its gates see of the scene, which needs the camera at every step; None: nothing."""
+        return next((gate.config.eyes for gate in self.gates.values() if gate.config.eyes is not None), None)
 
     def generator(self, name: str, space: ActionSpace) -> ActionGenerator:
         """A generator by name for a robot of ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``; its normalised

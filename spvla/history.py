@@ -51,6 +51,8 @@ class Window:
         plan: the rest of the VLA's last plan, from the action on that is due now, normalised, (B, P, D); zeros beyond its end.
             None where nobody reads plans.
         plan_left: how many actions that are, (B,), or None.
+        frame: what the gate's eyes see now, uint8 (B, S, S, 3), or None where it has none.
+        vla_frame: the same when the VLA was last asked, or None.
     """
 
     actions: FloatArray
@@ -65,6 +67,8 @@ class Window:
     credited: FloatArray | None = None
     plan: FloatArray | None = None
     plan_left: FloatArray | None = None
+    frame: NDArray[np.uint8] | None = None
+    vla_frame: NDArray[np.uint8] | None = None
 
 
 def rest_of_plan(window: Window, who: str) -> tuple[FloatArray, FloatArray]:
@@ -109,11 +113,14 @@ class ActionHistory:
         self.vla_action = np.zeros(d, np.float32)  # normalised
         self.vla_state: FloatArray | None = None
         self.vla_age = 0
+        self.frame: NDArray[np.uint8] | None = None  # (S, S, 3) that the gate's eyes see
+        self.vla_frame: NDArray[np.uint8] | None = None
         self._observed = False  # since the last action
         self._window: Window | None = None
 
-    def observe(self, state: NDArray[np.floating] | None) -> None:
-        """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none.
+    def observe(self, state: NDArray[np.floating] | None, frame: NDArray[np.uint8] | None = None) -> None:
+        """Take in the current proprioception (S,), before anyone decides. None on a robot that reports none. ``frame`` is
+        what the gate's eyes see, (S, S, 3), if it has any.
 
         Before the next action a second call replaces the first: a step that failed may be tried again.
         """
@@ -130,12 +137,14 @@ class ActionHistory:
         if self.states is None or not self.steps:
             self.states = np.repeat(state[None], self.length + 1, axis=0)
             self.vla_state = state.copy()
+            self.vla_frame = frame
         elif state.shape[0] != self.states.shape[1]:
             raise InputError(f"observation.state: {state.shape[0]} values, earlier steps had {self.states.shape[1]}")
         else:
             if not self._observed:
                 self.states[:-1] = self.states[1:]
             self.states[-1] = state
+        self.frame = frame
         self._observed = True
 
     def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
@@ -163,6 +172,7 @@ class ActionHistory:
             self.vla_age = 1
             if self.states is not None:
                 self.vla_state = self.states[-1].copy()
+            self.vla_frame = self.frame
             if output is not None:
                 self.vla_output = output
 
@@ -239,6 +249,8 @@ class ActionHistory:
             vla_features=None if features is None else features[None],
             plan=plan,
             plan_left=left,
+            frame=None if self.frame is None else self.frame[None],
+            vla_frame=None if self.vla_frame is None else self.vla_frame[None],
         )
         return self._window
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from json import dumps
 from typing import Any
 
@@ -37,6 +38,7 @@ def describe(export: Export) -> dict[str, Any]:
         "state_size": max((f.state_size for f in inputs if f.state_size is not None), default=None),
         "state_entries": sorted({i for f in inputs for i in f.state_dims}),
         "tolerance": export.tolerance,
+        "eyes": None if export.eyes is None else asdict(export.eyes),
         "defaults": dict(export.defaults),
         "generators": generators,
         "notes": export.notes(),
@@ -63,6 +65,8 @@ def print_info(export: str, json: bool = False) -> None:
     size = "" if found["state_size"] is None else f" of {found['state_size']}"
     print(f"state         {'entries ' + ', '.join(map(str, used)) + size if used else 'not used'}")
     print(f"tolerance     {loaded.tolerance:g} (normalised units)")
+    if (eyes := loaded.eyes) is not None:
+        print(f"eyes          camera {eyes.camera}, {eyes.size} x {eyes.size} pixels, needed at every step")
     print(f"defaults      {', '.join(f'{k} {v}' for k, v in loaded.defaults.items())}")
     if loaded.source is not None:
         print(f"source        {loaded.source}")

@@ -123,7 +123,8 @@ class Ledger:
         self.generated += step.source in UNSEEN
         self.reasons[step.reason] += 1
         self._waits = waits
-        self._own.append(ms.get("total", 0.0) - (ms.get("vla", 0.0) + ms.get("capture", 0.0) if waits else 0.0))
+        shown = ms.get("capture", 0.0) if step.called_vla or step.unavailable is not None else 0.0  # else the gate's eyes look
+        self._own.append(ms.get("total", 0.0) - (ms.get("vla", 0.0) + shown if waits else 0.0))
         self._asked.append(step.called_vla)
         if waits and step.called_vla:
             self._captures.append(ms.get("capture", 0.0))

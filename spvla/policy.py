@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate, LearningGate, reads_plan
+from spvla.gates.base import Decision, Gate, LearningGate, eyes_of, reads_plan
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
@@ -100,6 +100,10 @@ class SPVLAPolicy:
         self.gate = gate
         self._learning = gate if isinstance(gate, LearningGate) else None
         self._arms = reads_plan(gate)
+        self._eyes = eyes_of(gate)
+        if self._eyes is not None and not self.waits:
+            told = "policy: a gate with eyes needs the camera at every step, which mode 'bridge' reads in another thread"
+            raise InputError(told, code="unsupported", field="mode")
         if reads_plan(generator) and not self._arms:
             told = "policy: the generator reads the VLA's plans, but the gate does not; use the gate that was trained with it"
             raise InputError(told, code="no-plan", field="gate")
@@ -162,15 +166,21 @@ class SPVLAPolicy:
 
         Args:
             observation: what the robot sees, or a callable that captures it. A callable is only called when the VLA acts,
-                so on intuitive steps no image is captured, decoded or preprocessed.
+                so on intuitive steps no image is captured, decoded or preprocessed. A gate with eyes needs it at every step.
             state: current proprioception (S,) if ``observation`` is a callable; else the observation's own is used.
         """
         start = perf_counter()
         if self._instruction is None:
             raise InputError("policy: call reset(instruction) before the first select_action()")
-        self.history.observe(observation.state if isinstance(observation, Observation) else state)
+        state = observation.state if isinstance(observation, Observation) else state
+        times: dict[str, float] = {}
+        frame = None
+        if self._eyes is not None:
+            observation = self._captured(observation, times)
+            frame = self._eyes.look(observation)
+        self.history.observe(state, frame)
         judged, self._prepared = self._prepared or self._judge(), None
-        times = {"scheduling": 1e3 * (perf_counter() - start)}
+        times["scheduling"] = 1e3 * (perf_counter() - start) - times.get("capture", 0.0)
         acted = self._act(judged, observation, times)
         step = self._account(judged, acted, times)
         times["total"] = 1e3 * (perf_counter() - start)
@@ -180,7 +190,10 @@ class SPVLAPolicy:
 
     def prepare(self, state: NDArray[np.floating] | None) -> bool:
         """Decide ahead of :meth:`select_action`, which will be given the same ``state`` (S,), and say whether it will ask the
-        VLA: for whoever asks one VLA for several policies at once."""
+        VLA: for whoever asks one VLA for several policies at once. Raises :class:`InputError` (code ``unsupported``) for a gate
+        with eyes, which would need the camera."""
+        if self._eyes is not None:
+            raise InputError("policy: a gate with eyes cannot decide ahead of the camera", code="unsupported", field="gate")
         if self._instruction is None:
             raise InputError("policy: call reset(instruction) before the first prepare()")
         self.history.observe(state)
@@ -248,10 +261,7 @@ class SPVLAPolicy:
         """Look at the scene and ask the VLA; where it does not answer, the safe action."""
         history = self.history
         keep_mass = 1.0 if self.pruner is None else self.pruner.speed(history.last_action, history.space)
-        before = perf_counter()
-        seen = observation if isinstance(observation, Observation) else observation()
-        asked = perf_counter()
-        times["capture"] = 1e3 * (asked - before)
+        seen, asked = self._captured(observation, times), perf_counter()
         try:
             if (verifier := self.verifier) is None or (proposal := judged.proposal) is None:
                 output = self.ledger.ask(lambda: self.vla.predict(seen, keep_mass=keep_mass))
@@ -269,6 +279,13 @@ class SPVLAPolicy:
         if not self._arms:
             self._queue.extend(output.actions[1:])
         return Acted(output.actions[0], Source.VLA, output, keep_mass=keep_mass)
+
+    def _captured(self, observation: Observation | Callable[[], Observation], times: dict[str, float]) -> Observation:
+        """The observation; the time that a callable takes to capture it is written down."""
+        before = perf_counter()
+        seen = observation if isinstance(observation, Observation) else observation()
+        times.setdefault("capture", 1e3 * (perf_counter() - before))
+        return seen
 
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         """Add the action to the history; return what happened in this step."""

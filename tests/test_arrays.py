@@ -49,7 +49,8 @@ def batch(rows: int) -> Window:
     windows = [history(seed, steps).window() for seed, steps in zip(range(rows), (20, 7, 2, 13), strict=False)]
     plans = max(w.plan.shape[1] for w in windows)
     padded = [replace(w, plan=np.pad(w.plan, ((0, 0), (0, plans - w.plan.shape[1]), (0, 0)))) for w in windows]
-    return Window(**{f.name: np.concatenate([getattr(w, f.name) for w in padded]) for f in fields(Window)})
+    parts = {f.name: [getattr(w, f.name) for w in padded] for f in fields(Window)}
+    return Window(**{name: None if values[0] is None else np.concatenate(values) for name, values in parts.items()})
 
 
 def scrambled(module: torch.nn.Module) -> torch.nn.Module:
@@ -97,7 +98,8 @@ def test_every_gate_says_what_its_torch_module_says(inputs):
 
 
 def one_of(window: Window, row: int) -> Window:
-    return Window(**{f.name: getattr(window, f.name)[row : row + 1] for f in fields(Window)})
+    parts = {f.name: getattr(window, f.name) for f in fields(Window)}
+    return Window(**{name: None if value is None else value[row : row + 1] for name, value in parts.items()})
 
 
 @pytest.mark.parametrize("name", ["generator_libero_expert", "generator_nano", "generator_libero_real_time"])

@@ -10,6 +10,7 @@ from typing import Any
 from spvla.actions import ActionSpace
 from spvla.cli import guard, run
 from spvla.errors import InputError
+from spvla.gates.eyes import EyesConfig
 from spvla.generators.features import FeatureConfig
 from train.distill import distill
 from train.export import export
@@ -24,7 +25,7 @@ def fit(arguments: list[str]) -> None:
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            for name in ("features", "space", "residual", "judges", "fold"):  # the last two are a gate's
+            for name in ("features", "space", "residual", "judges", "fold", "eyes"):  # the last three are a gate's
                 parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
         def parse_arguments(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +35,7 @@ def fit(arguments: list[str]) -> None:
             if options.ckpt_path not in (None, "best", "last", "hpc", "registry"):
                 require_checkpoint(Path(options.ckpt_path))
 
-    set_parsing_settings(subclasses_enabled=[FeatureConfig, ActionSpace])  # linked as objects, not field by field
+    set_parsing_settings(subclasses_enabled=[FeatureConfig, ActionSpace, EyesConfig])  # linked as objects, not field by field
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", module="lightning")
     try:

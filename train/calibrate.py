@@ -82,7 +82,7 @@ def judge_episode(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Per step of an episode: the lowest threshold at which the gate's candidate is executed, the generator's proposal or the
     plan's next action (infinite where the VLA acts at any, and where nobody acted), and whether it is known to deviate."""
-    batch = data.windows.batch(np.arange(first, first + length, dtype=np.int64))
+    batch = data.seen.batch(np.arange(first, first + length, dtype=np.int64))
     proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
     verdicts = judge(gate, limits, batch.window, proposals)
     threshold = verdicts.lowest_threshold

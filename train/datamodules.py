@@ -18,6 +18,7 @@ from data.store import RolloutStore
 from data.windows import BatchStream, Windows, blocks_of, mixture
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
+from spvla.gates.eyes import EyesConfig, eyes_config
 from spvla.generators import GENERATORS, is_learned, make_baseline
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig
@@ -140,6 +141,11 @@ class RolloutData(L.LightningDataModule):
         weights: share of each store of ``data`` in the training batches; by their numbers of frames if None.
         calibration_data: more rollout stores, of scenes that ``data`` does not train on: all their episodes calibrate.
         space: its scale normalises every action, as fields of :class:`spvla.actions.ActionSpace`; the first store's if None.
+        eyes: what a gate sees of the recorded images, true or fields of :class:`spvla.gates.eyes.EyesConfig`; nothing if None.
+
+    Attributes:
+        windows: for generators.
+        seen: the same for gates, with what their eyes see.
     """
 
     def __init__(
@@ -160,11 +166,14 @@ class RolloutData(L.LightningDataModule):
         weights: list[float] | None = None,
         calibration_data: list[Path] = [],  # noqa: B006
         space: dict[str, Any] | None = None,
+        eyes: bool | dict[str, Any] | EyesConfig | None = None,
     ) -> None:
         super().__init__()
         stores = [RolloutStore(path) for path in [*data, *calibration_data]]
         scale = None if space is None else ActionSpace.from_dict(space)
         self.windows = Windows(stores, history, horizon, vla_confidence, vla_features, scale, vla_plan)
+        self.eyes = eyes_config(eyes)
+        self.seen = self.windows.seen(self.eyes)
         self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.residual = residual_spread(self.windows, self.split)
@@ -173,18 +182,23 @@ class RolloutData(L.LightningDataModule):
         self.weights = None if weights is None else [*mixture(len(data), weights), *[0.0] * len(calibration_data)]
 
     def stream(
-        self, spans: Sequence[tuple[int, int]], batch_size: int | None = None, batches: int | None = None
+        self,
+        spans: Sequence[tuple[int, int]],
+        batch_size: int | None = None,
+        batches: int | None = None,
+        seen: bool = False,
     ) -> BatchStream:
-        """Shuffled batches of the windows in ``spans``."""
+        """Shuffled batches of the windows in ``spans``; ``seen`` ones are for a gate."""
         size = batch_size or self.batch_size
         passes, rank = (0, 0) if self.trainer is None else (self.trainer.current_epoch, self.trainer.global_rank)
-        return BatchStream(self.windows, spans, size, self.seed, self.hide, batches, self.weights, passes, rank)
+        windows = self.seen if seen else self.windows
+        return BatchStream(windows, spans, size, self.seed, self.hide, batches, self.weights, passes, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return loader(self.stream(self.split.train))
+        return loader(self.stream(self.split.train, seen=True))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return loader(EpisodeBatches(self.windows, self.split.calibration))
+        return loader(EpisodeBatches(self.seen, self.split.calibration))
 
 
 def fold_of_frames(split: Split, folds: int, total: int, seed: int = 0) -> NDArray[np.uint8]:

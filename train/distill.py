@@ -19,7 +19,7 @@ from torch import nn
 
 from data.relabel import relabel_into
 from spvla.errors import InputError
-from spvla.export import check_risk, require_export_folder, save_export
+from spvla.export import check_risk, load_export, require_export_folder, save_export
 from spvla.fields import check_values, naming
 from spvla.files import locked
 from spvla.gates.classifier import ClassifierConfig
@@ -50,9 +50,12 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     with naming("default_risk"):
         check_risk(given["default_risk"])
     generators, baselines = given["generators"], given["baselines"]
+    base = None if given["base"] is None else load_export(given["base"])
     stores = [p.resolve() for p in (*given["data"], *given["calibration_data"])]
     for name, learned in (("generators", True), ("baselines", False)):
         known = names_of(learned)
+        if learned and base is not None:
+            known = list(base.generators)
         if unknown := [n for n in given[name] if n not in known and (":" not in n or is_learned(n) != learned)]:
             raise InputError(f"{name}: {unknown[0]!r} is unknown; available: {', '.join(known)}", field=name)
     names = [export_name(kind) for kind in generators]
@@ -61,7 +64,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {str(twice[0])!r} is given twice")
     features = FeatureConfig(1, given["history"])
     options = {"mlp": given["mlp"], "transformer": given["transformer"], **given["networks"]}
-    for kind in generators:
+    for kind in generators if base is None else ():
         check_training(kind, options.get(kind, {}), GeneratorModule, partial(check_network, kind=kind, features=features))
     check_training("gate", given["gate"], ClassifierModule, partial(ClassifierConfig, features))
     default = given["default_generator"]
@@ -129,6 +132,7 @@ def distill(
     weights: list[float] | None = None,
     threads: int = 2,
     seed: int = 0,
+    base: str | None = None,
 ) -> None:
     """Distil generators and gates from rollouts, calibrate the gates and export everything as one folder.
 
@@ -167,11 +171,15 @@ def distill(
         weights: fraction of each store in the training batches, in their order; by their numbers of frames if omitted.
         threads: stages to train side by side, one core each; the result does not depend on it.
         seed: of everything.
+        base: an export whose generators stay as they are: only gates are trained and calibrated, for example to give them eyes.
+            Then generators are names of its own, and its scale is kept.
     """
     check_arguments(locals())
     with locked(output):
         sizes = {"mlp": mlp, "transformer": transformer, **networks}
-        kinds = {export_name(kind): kind for kind in generators}
+        kept = None if base is None else load_export(base)
+        kinds = {export_name(kind): kind for kind in generators} if kept is None else {}
+        fixed = {} if kept is None else {name: kept.generators[name] for name in generators}
         data = [*data, *(relabel_into(output / ".relabelled", options) for options in relabel)]
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", module="lightning")
@@ -181,6 +189,7 @@ def distill(
                 **{"history": history, "state_dims": state_dims, "horizon": horizon, "batch_size": batch_size},
                 **{"vla_confidence": vla_confidence, "vla_features": vla_features, "hide": hide},
                 **({"vla_plan": True} if vla_plan else {}),
+                **({} if kept is None else {"space": kept.space.to_dict()}),
                 **{"seed": seed, "weights": weights},
                 "calibration_fraction": calibration_fraction,
             },
@@ -194,6 +203,7 @@ def distill(
             gate_steps=gate_steps,
             folds=folds,
             tolerance=tolerance,
+            base=base,
         )
         rollouts, split = plan.rollouts, plan.rollouts.split
         if not folds <= min(len(split.train), np.iinfo(np.uint8).max):
@@ -203,10 +213,10 @@ def distill(
             whose = "all data" if len(recorded) == len(rollouts.windows.stores) else ", ".join(recorded)
             print(f"{whose}: no teacher's labels, so the recorded actions are learned instead")
         fits = [Stage("generator", name, without) for name in kinds for without in [*range(folds), None]]
-        train_stages(plan, [*fits, *(Stage("gate", name) for name in baselines)], threads)
+        train_stages(plan, [*fits, *(Stage("gate", name) for name in [*fixed, *baselines])], threads)
         train_stages(plan, [Stage("gate", name) for name in kinds], threads)
-        learned = {name: plan.generator(name) for name in kinds}
-        gates = {name: plan.classifier(name) for name in [*kinds, *baselines]}
+        learned = {name: plan.generator(name) for name in kinds} | fixed
+        gates = {name: plan.classifier(name) for name in [*learned, *baselines]}
         defaults = {
             "generator": default_generator,
             "gate": "learned",

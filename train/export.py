@@ -70,6 +70,7 @@ def export(
         seed=seed,
         calibration_data=calibration_data,
         space=module.space.to_dict(),
+        eyes=classifier.config.eyes,
     )
     name = name or module.network.config.kind
     defaults = {"generator": name, "gate": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
@@ -77,7 +78,7 @@ def export(
     save_export(result, output)
     print_evidence(result)
     if onnx:
-        export_onnx(result, rollouts.windows, frames_of(rollouts.split.calibration), output)
+        export_onnx(result, rollouts.seen, frames_of(rollouts.split.calibration), output)
     print(f"exported to {output}")
 
 
@@ -123,20 +124,21 @@ def export_onnx(export: Export, windows: Windows, frames: np.ndarray, output: Pa
     for name, network in export.generators.items():
         with torch.inference_mode():
             proposals = network.actions(window)[:, 0]
-        used = _used(inputs, network.config.features)
+        used = _used(inputs, network.config.features, eyes=False)
         _write_onnx(_FlatGenerator(network, list(used)), used, output / "generators" / f"{name}.onnx")
         gate = export.gates.get(name)
         if gate is None:
             continue
-        used = _used(inputs, gate.config.features)
+        used = _used(inputs, gate.config.features, eyes=gate.eyes is not None)
         _write_onnx(_FlatGate(gate, list(used)), {**used, "proposal": proposals.clone()}, output / "gates" / f"{name}.onnx")
 
 
-def _used(inputs: dict[str, Tensor], features: Any) -> dict[str, Tensor]:
+def _used(inputs: dict[str, Tensor], features: Any, eyes: bool) -> dict[str, Tensor]:
     """The window fields that a model reads (ONNX drops the others)."""
     skip = set() if features.vla_output else {"vla_state", "vla_age"}
     skip |= set() if features.vla_confidence else {"vla_confidence"}
     skip |= set() if features.vla_features else {"vla_features"}
+    skip |= set() if eyes else {"frame", "vla_frame"}
     return {k: v for k, v in inputs.items() if k not in skip}
 
 

@@ -5,7 +5,7 @@ Both learn from :class:`data.windows.Batch` streams. Inputs are what was execute
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,6 +21,7 @@ from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.gates.calibration import calibrate
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.gates.eyes import EyesConfig, eyes_config
 from spvla.generators import make_network
 from spvla.generators.base import ActionGenerator
 from spvla.generators.features import FeatureConfig, to_device
@@ -46,7 +47,7 @@ class _Module(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         frames, b = batch
         targets, valid = (torch.from_numpy(x).to(device) for x in (b.targets, b.valid))
-        return frames, Batch(to_device(b.window, device), targets, valid)  # type: ignore[arg-type]
+        return frames, Batch(to_device(b.window, device), targets, valid, b.changed)  # type: ignore[arg-type]
 
 
 class GeneratorModule(_Module):
@@ -158,6 +159,9 @@ class GeneratorModule(_Module):
 class ClassifierModule(_Module):
     """Trains the action-type classifier of one generator.
 
+    With eyes it also learns to call the VLA where the scene has changed since the VLA was last asked, whatever the proposal:
+    what the generator goes by is then about another scene. Calibration counts deviations alone.
+
     Args:
         features: the classifier's view of the history (linked from the data).
         judges: per fold, the generator that is judged on that fold's frames; none was trained on them (linked).
@@ -166,6 +170,7 @@ class ClassifierModule(_Module):
         width, depth, dropout: see :class:`spvla.gates.classifier.ClassifierConfig`.
         learning_rate, weight_decay: of AdamW.
         tolerance: error beyond which a step deviates, normalised units.
+        eyes: true or fields of :class:`spvla.gates.eyes.EyesConfig`: the gate sees the scene; None: it does not.
     """
 
     def __init__(
@@ -180,9 +185,10 @@ class ClassifierModule(_Module):
         learning_rate: float = 2e-3,
         weight_decay: float = 3e-2,
         tolerance: float = 0.2,
+        eyes: bool | dict[str, Any] | EyesConfig | None = None,
     ) -> None:
         super().__init__()
-        self.network = ActionTypeClassifier(ClassifierConfig(features, width, depth, dropout))
+        self.network = ActionTypeClassifier(ClassifierConfig(features, width, depth, dropout, eyes_config(eyes)))
         self.space, self.tolerance = space, tolerance
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.judges, self.fold = judges, fold
@@ -227,7 +233,7 @@ class ClassifierModule(_Module):
     def label(self, frames: np.ndarray, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals (B, D), whether they deviate, and whether that is known, in the shape of the classifier's answer: (B,), or
         with arms (2, B), the second row about what the VLA's plans have next."""
-        window = to_numpy(batch.window)
+        window = to_numpy(replace(batch.window, frame=None, vla_frame=None))
         proposals = np.zeros((len(frames), self.space.dim), np.float32)
         for k, judge in enumerate(self.judges):
             rows = self.fold[frames] == k
@@ -240,6 +246,8 @@ class ClassifierModule(_Module):
             kept = self.space.deviation(window.plan[:, 0], targets, self.tolerance)
             left = torch.as_tensor(batch.window.plan_left)
             deviates, known = np.stack([deviates, kept]), torch.stack([known, known * (left > 0)])
+        if batch.changed is not None:
+            deviates, known = deviates | batch.changed, known.maximum(torch.from_numpy(batch.changed).to(known))
         return torch.from_numpy(proposals).to(self.device), torch.from_numpy(deviates).to(self.device), known
 
     def training_step(self, batch: tuple[np.ndarray, Batch], batch_idx: int) -> Tensor:

@@ -26,8 +26,10 @@ from torch import nn
 
 from data.parallel import run_groups
 from spvla.errors import InputError
+from spvla.export import fingerprint, load_export
 from spvla.files import write_bytes
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig
+from spvla.gates.eyes import eyes_config
 from spvla.generators import make_baseline
 from spvla.generators.base import ActionGenerator
 from spvla.generators.learned import LearnedGenerator
@@ -68,6 +70,7 @@ class Plan:
         steps, gate_steps: optimiser steps.
         folds: of the cross-fit.
         tolerance: of a step that does not deviate.
+        base: an export whose generators are judged as they are, or None.
     """
 
     data: dict[str, Any]
@@ -78,11 +81,12 @@ class Plan:
     gate_steps: int
     folds: int
     tolerance: float
+    base: str | None = None
 
     @cached_property
     def rollouts(self) -> RolloutData:
         """The windows, in this process."""
-        return RolloutData(**self.data)
+        return RolloutData(**self.data, eyes=self.gate.get("eyes"))
 
     @cached_property
     def fold(self) -> NDArray[np.uint8]:
@@ -107,6 +111,7 @@ class Plan:
         options: list[Any] = [self.learned.get(stage.name), self.steps]
         if stage.kind == "gate":
             options += [self.gate, self.gate_steps, self.tolerance]
+            options += [] if self.base is None else [fingerprint(self.base)]
         text = json.dumps({"stage": str(stage), "options": options, **self.key}, sort_keys=True, default=str)
         return self.folder / f"{str(stage).replace(' ', '-')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
@@ -118,7 +123,7 @@ class Plan:
         if stage.kind == "gate":
             judges, fold = self.judges(stage.name)
             module = ClassifierModule(data.features, judges, fold, data.space, **self.gate, tolerance=self.tolerance)
-            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps), str(stage), position)
+            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps, seen=True), str(stage), position)
             network = module.network
         else:
             options = dict(self.learned[stage.name])
@@ -138,14 +143,16 @@ class Plan:
     def classifier(self, name: str) -> ActionTypeClassifier:
         """A gate as its stage left it."""
         fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout")}
-        network = ActionTypeClassifier(ClassifierConfig(self.rollouts.features, **fields))
+        config = ClassifierConfig(self.rollouts.features, **fields, eyes=eyes_config(self.gate.get("eyes")))
+        network = ActionTypeClassifier(config)
         return load_stage(network, self.path(Stage("gate", name)))
 
     def judges(self, name: str) -> tuple[list[ActionGenerator], NDArray[np.uint8]]:
         """Who judges each fold's frames, the generator itself last; and the folds."""
         space = self.rollouts.space
         if name not in self.learned:
-            return [make_baseline(name, space)], np.zeros(len(self.rollouts.windows), np.uint8)
+            judge = make_baseline(name, space) if self.base is None else load_export(self.base).generator(name, space)
+            return [judge], np.zeros(len(self.rollouts.windows), np.uint8)
         return [self.generator(name, k).bind(space) for k in [*range(self.folds), None]], self.fold
 
 

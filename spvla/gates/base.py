@@ -13,6 +13,7 @@ from spvla.history import Window
 
 if TYPE_CHECKING:
     from spvla.export import Export
+    from spvla.gates.eyes import EyesConfig
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def reads_plan(part: object) -> bool:
     """Whether a gate or a generator reads the rest of the VLA's plan (its attribute ``reads_plan``): the policy then asks the
     gate at every step, where it otherwise executes a plan to its end."""
     return bool(getattr(part, "reads_plan", False))
+
+
+def eyes_of(part: object) -> EyesConfig | None:
+    """The eyes of a gate (its attribute ``eyes``), which needs the camera at every step then; None if it has none."""
+    return getattr(part, "eyes", None)
 
 
 @runtime_checkable

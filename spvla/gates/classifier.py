@@ -16,6 +16,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
+from spvla.gates.eyes import OUTPUTS, Eyes, EyesConfig, eyes_config
 from spvla.generators.arrays import FEW_ROWS
 from spvla.generators.features import FeatureConfig, HistoryFeatures, cat
 from spvla.generators.learned import LARGEST, MLP
@@ -35,17 +36,20 @@ class ClassifierConfig:
         features: its view of the history.
         width, depth: hidden width and number of hidden layers.
         dropout: in training only.
+        eyes: what it sees of the scene, beside the history; None: nothing.
     """
 
     features: FeatureConfig
     width: int = 128
     depth: int = 3
     dropout: float = 0.1
+    eyes: EyesConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
             object.__setattr__(self, "features", FeatureConfig(**self.features))
         with naming("gate"):
+            object.__setattr__(self, "eyes", eyes_config(self.eyes))
             check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0}, at_most=LARGEST)
         if self.dropout >= 1:
             raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
@@ -64,14 +68,19 @@ class ActionTypeClassifier(nn.Module):
         self.config = config
         self.features = HistoryFeatures(config.features)
         self.arms = config.features.vla_plan > 0
-        size = self.features.size + 3 * config.features.action_dim + (config.features.action_dim + 1 if self.arms else 0)
+        self.eyes = None if config.eyes is None else Eyes(config.eyes)
+        dim, seen = config.features.action_dim, 0 if self.eyes is None else OUTPUTS
+        size = self.features.size + seen + 3 * dim + (dim + 1 if self.arms else 0)
         self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
         """A window of tensors and the generator's normalised proposals (B, D) to logits (B,): positive means deliberative. With
         arms (2, B): of the proposals, and of what the plans have next."""
         told = [torch.as_tensor(x) for x in self._told(window)]
-        return self._of_arms(self.net(self._inputs(self.features(window), proposal, *told)))
+        seen = self.features(window)
+        if self.eyes is not None:
+            seen = torch.cat([seen, self.eyes(window)], dim=1)
+        return self._of_arms(self.net(self._inputs(seen, proposal, *told)))
 
     def probability(self, window: Window, proposal: Tensor) -> Tensor:
         """Estimated probability that each proposal deviates; arguments and shape as for :meth:`forward`."""
@@ -79,8 +88,8 @@ class ActionTypeClassifier(nn.Module):
 
     def estimate(self, window: Window, proposals: FloatArray, without_torch: bool = True) -> NDArray[np.float64]:
         """:meth:`probability` of arrays. That of few rows, as on a robot, is computed with arrays alone, unless torch is to be
-        the reference."""
-        if len(proposals) > FEW_ROWS or not without_torch:
+        the reference, or the gate has eyes."""
+        if len(proposals) > FEW_ROWS or not without_torch or self.eyes is not None:
             with torch.inference_mode():
                 return self.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
         with np.errstate(all="ignore"):  # what is not finite stays so, and is refused
@@ -228,6 +237,11 @@ class LearnedGate:
     def reads_plan(self) -> bool:
         """Whether it decides between the plan's next action and the generator's, too."""
         return self.classifier.arms
+
+    @property
+    def eyes(self) -> EyesConfig | None:
+        """What it sees of the scene at every step; None: nothing."""
+        return self.classifier.config.eyes
 
     @classmethod
     def from_export(cls, export: Export, generator: str, risk: float, space: ActionSpace) -> LearnedGate:

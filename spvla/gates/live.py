@@ -45,8 +45,9 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.files import read_json, write_text
-from spvla.gates.base import Decisions, Gate, reads_plan
+from spvla.gates.base import Decisions, Gate, eyes_of, reads_plan
 from spvla.gates.classifier import LearnedGate
+from spvla.gates.eyes import EyesConfig
 from spvla.gates.meter import DriftAlarm, losses_bound
 from spvla.history import Window
 
@@ -189,6 +190,11 @@ class LiveGate:
     def reads_plan(self) -> bool:
         """Whether the inner gate decides about the VLA's plans, too: audits then judge what it would have executed."""
         return reads_plan(self.gate)
+
+    @property
+    def eyes(self) -> EyesConfig | None:
+        """What the inner gate sees at every step."""
+        return eyes_of(self.gate)
 
     def begin(self, instruction: str) -> None:
         """Start an episode. The thresholds stay what they are."""

@@ -18,6 +18,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.assemble import accelerate
 from spvla.errors import InputError
 from spvla.export import Export, load_export
+from spvla.gates.base import eyes_of
 from spvla.history import Source
 from spvla.ledger import Ledger
 from spvla.observation import Observation
@@ -114,6 +115,9 @@ class Lanes:
         options: dict[str, Any] = {"generator": c.generator, "gate": c.scheduler, "max_generated_run": c.max_generated_run}
         policy = accelerate(asked, self.export, c.risk, pruning="none", **options)
         assert isinstance(policy, SPVLAPolicy), "nothing is recorded"
+        if eyes_of(policy.gate) is not None:
+            told = "--policy.export: its gates have eyes, which need a camera at every step; distil without --gate.eyes"
+            raise InputError(told, code="unsupported", field="export")
         policy.ledger.announce = False  # it sees no time of the base's
         return Lane(policy, asked)
 
