@@ -150,7 +150,9 @@ def _live(policy: SPVLAPolicy) -> Part:
     told = f"threshold {found['threshold']:.3g}, estimated risk {found['live_risk']:.3g} after {found['live_steps']:.0f} steps"
     if found["drift_alarms"]:
         told += f", {found['drift_alarms']:.0f} drift alarms"
-    return Part("live", "limited" if found["threshold"] <= 0 else "active", told)
+    if paused := policy.gate.state.paused:
+        told += "; paused, since most of what was generated was wrong"
+    return Part("live", "limited" if paused or found["threshold"] <= 0 else "active", told)
 
 
 def _verify(policy: SPVLAPolicy) -> Part:

@@ -1,5 +1,6 @@
 """The live gate against adversaries: its bound holds in any world, its meter covers at all times, its state survives."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from spvla import InputError, Observation, SPVLAPolicy, accelerate, load_export
 from spvla.actions import LIBERO
 from spvla.gates.base import Decisions
 from spvla.gates.live import LiveGate, LiveOptions, advance
-from spvla.gates.meter import RUN_LENGTH, DriftAlarm, losses_bound
+from spvla.gates.meter import ENOUGH, RUN_LENGTH, DriftAlarm, losses_bound, mostly_wrong
 from spvla.gates.rules import ReleaseRule
 from spvla.history import Source
 from tests.conftest import ScriptedVLA
@@ -150,6 +151,18 @@ def test_the_alarm_comes_where_the_risk_is_broken_and_only_there():
     assert sum(alarms(0.05, seed=s) for s in range(25)) <= 2 * 25 * 4000 / RUN_LENGTH
 
 
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.95, 5, 20), (0.7, 8, 200), (0.5, ENOUGH, 1e9), (0.3, 2000, 1e9)])
+def test_it_takes_audits_that_are_mostly_wrong_to_know_it(rate, least, most):
+    rng, lengths = np.random.default_rng(0), []
+    for _ in range(50):
+        evidence, enough, count = 1.0, False, 0
+        while not enough and count < 10_000:
+            evidence, enough = mostly_wrong(evidence, rng.random() < rate)
+            count += 1
+        lengths.append(count)
+    assert least <= np.mean(lengths) <= most
+
+
 class Scored:
     """A gate that allows all, at scores in turn."""
 
@@ -182,12 +195,17 @@ def play(gate, answers):
 
 
 def test_the_coin_depends_on_the_seed_alone():
-    agree, deny = play(live(step=1e-6, agreement=False), [A] * 300), play(live(step=1e-6, agreement=False), [B] * 300)
-    assert agree == deny == play(live(step=1e-6, agreement=False), [A] * 300)
+    slow = {"step": 1e-6, "pause": 0, "agreement": False}
+
+    def alone(answers):
+        return play(live(**slow), answers)
+
+    agree, deny = alone([A] * 300), alone([B] * 300)
+    assert agree == deny == alone([A] * 300)
     assert 15 <= agree.count("a") <= 50 and set(agree) == {"a", "G"}
-    assert agree != play(live(step=1e-6, agreement=False, seed=1), [A] * 300)
+    assert agree != play(live(**slow, seed=1), [A] * 300)
     # Nor on what the gate does: where half of the steps are called, the coins of the others are the same.
-    half = play(live(0.7, step=1e-6, scores=(0.2, 0.9), agreement=False), [A] * 300)
+    half = play(live(0.7, step=1e-6, pause=0, scores=(0.2, 0.9), agreement=False), [A] * 300)
     assert half[::2] == agree[::2] and set(half[1::2]) == {"s"}
 
 
@@ -199,7 +217,7 @@ def test_after_a_disagreement_the_vla_acts_until_they_agree():
 
 
 def test_the_gate_moves_as_the_formula_says():
-    gate = live(0.8, audit=0.25, agreement=False)
+    gate = live(0.8, audit=0.25, agreement=False, pause=0)
     threshold = 0.8
     gate.begin("do it")
     for _ in range(200):
@@ -244,7 +262,7 @@ def test_a_deployment_goes_on_where_it_was(tmp_path):
 
 
 def test_tasks_apart_on_request(tmp_path):
-    gate = live(audit=0.3, per_task=True, agreement=False)
+    gate = live(audit=0.3, per_task=True, agreement=False, pause=0)
     gate.begin("one")
     for _ in range(150):
         gate.decide(None, A[None])[0]
@@ -257,6 +275,24 @@ def test_tasks_apart_on_request(tmp_path):
     back.load(tmp_path / "live.json")
     back.begin("one")
     assert back.state.threshold == sunk
+
+
+def test_where_most_is_wrong_the_gate_says_so_and_pauses_longer_each_time(tmp_path):
+    gate = live(start=0.9, pause=500)
+    with pytest.warns(UserWarning, match="most of what the generator does here is wrong") as told:
+        reasons = "".join(play(gate, [A] + 99 * [B]) for _ in range(250))
+    assert len(told) == gate.stats()["live_pauses"] >= 3
+    lengths = [len(m[0]) for m in re.finditer("p+", reasons)]
+    for k, length in enumerate(lengths[:2]):  # the first step of an episode is none of these
+        assert 0.98 * 500 * 2**k <= length <= 500 * 2**k
+    tireless = live(start=0.9, pause=0)
+    always = "".join(play(tireless, [A] + 99 * [B]) for _ in range(250))
+    assert 0 < sum(map(reasons.count, "Ga")) < 0.5 * sum(map(always.count, "Ga"))
+
+    gate.save(tmp_path / "live.json")
+    other = live(start=0.9, pause=500)
+    other.load(tmp_path / "live.json")
+    assert (other.state.until, other.state.pauses, other.state.wrong) == (gate.state.until, gate.state.pauses, gate.state.wrong)
 
 
 @pytest.mark.parametrize("options", [{"audit": 0.0}, {"audit": 1.0}, {"step": 0.0}, {"start": -0.1}, {"seed": -1}])

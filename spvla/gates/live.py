@@ -24,6 +24,11 @@ place of the proposal, so of the losses a fraction of only 1 - p happens; the al
 what happens on average is at most risk + (1 - p) (L_1 + eta/p) / (eta T). In the line of conformal decision theory
 (arXiv 2310.05921) with intermittent feedback (2410.08852, 2503.10345).
 
+**Pauses.** Where audits show that most of what is generated is wrong (:func:`~spvla.gates.meter.mostly_wrong`), as on tasks
+that the export does not know, nobody gains by it, though the risk holds. The gate says so and calls the VLA on every step for
+``pause`` steps, then for twice as many, and so on. A paused step loses nothing and leaves L as it is: the promise holds
+for the steps between pauses, and so for all.
+
 **Late answers.** Where the robot moves on while the VLA thinks (:mod:`spvla.realtime`), an audit's h arrives steps later. While
 at most m answers are outstanding, L falls no lower than -(1 + m) eta/p, since at L <= 0 no further audit begins; with that
 in the place of eta/p the same holds for all steps whose audits have been answered.
@@ -33,6 +38,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -48,7 +54,7 @@ from spvla.files import read_json, write_text
 from spvla.gates.base import Decisions, Gate, eyes_of, reads_plan
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.eyes import EyesConfig
-from spvla.gates.meter import DriftAlarm, losses_bound
+from spvla.gates.meter import DriftAlarm, losses_bound, mostly_wrong
 from spvla.history import Window
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NO, YES = np.array([False]), np.array([True])
-AUDIT, DISAGREED = np.array(["audit"]), np.array(["disagreed"])
+AUDIT, DISAGREED, PAUSED = np.array(["audit"]), np.array(["disagreed"]), np.array(["paused"])
 PATH_LENGTH = 512  # remembered thresholds; of a longer path every second one goes
 
 
@@ -70,6 +76,7 @@ class LiveOptions:
         executed: an audit's answer is executed; else the robot goes on with the proposal and the answer only counts.
         agreement: after a call on which proposal and answer disagreed, the VLA is called until they agree.
         start: the first threshold; None: the export's calibrated one for this risk. 0 calls the VLA on every step at first.
+        pause: steps of the first pause where most of what is generated is wrong; 0: no pauses.
         per_task: a threshold and a meter for each instruction.
         seed: of the coin.
     """
@@ -79,12 +86,13 @@ class LiveOptions:
     executed: bool = True
     agreement: bool = True
     start: float | None = None
+    pause: int = 2000
     per_task: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         with naming("gate 'live'"):
-            check_fields(self, at_least={"start": 0, "seed": 0})
+            check_fields(self, at_least={"start": 0, "pause": 0, "seed": 0})
             if not 0 < self.audit < 1:
                 raise InputError(f"audit must lie between 0 and 1, got {self.audit}", field="audit")
             if not self.step > 0:
@@ -103,6 +111,9 @@ class LiveState:
         evidence: of the drift alarm.
         alarms: drift alarms so far.
         path: (steps, threshold) now and then.
+        wrong: evidence that most of what is generated is wrong.
+        pauses: so far.
+        until: the step at which the last pause ends.
     """
 
     threshold: float
@@ -113,6 +124,14 @@ class LiveState:
     alarms: int = 0
     path: list[tuple[int, float]] = field(default_factory=list)
     every: int = 16  # steps between two entries of the path
+    wrong: float = 1.0
+    pauses: int = 0
+    until: int = 0
+
+    @property
+    def paused(self) -> bool:
+        """The VLA is called on every step."""
+        return self.steps < self.until
 
 
 def advance(threshold: float, surplus: float, step: float, floor: float) -> float:
@@ -217,7 +236,9 @@ class LiveGate:
             return inner
         threshold, intuitive, reason, audit = self.state.threshold, inner.intuitive, inner.reason, None
         propensity = None
-        if self.score(None if inner.probability is None else float(inner.probability[0])) >= threshold:
+        if self.state.paused:
+            intuitive, reason = NO, PAUSED
+        elif self.score(None if inner.probability is None else float(inner.probability[0])) >= threshold:
             intuitive = NO
         elif self._disagree():
             intuitive, reason = NO, DISAGREED
@@ -253,9 +274,10 @@ class LiveGate:
         late = self._audited and answer is None
         if self._audited and answer is not None:
             estimate = self._found(proposal is not None and self._deviates(proposal, answer))
-        self._advance(self.allowed - estimate)
-        if not late:
-            self._watch(estimate)
+        if not state.paused or self._audited:
+            self._advance(self.allowed - estimate)
+            if not late:
+                self._watch(estimate)
         if state.steps % state.every == 0:
             state.path.append((state.steps, round(state.threshold, 4)))
             if len(state.path) > PATH_LENGTH:
@@ -284,9 +306,25 @@ class LiveGate:
 
     def _found(self, deviates: bool) -> float:
         """Count an audit; its estimate h of the step's loss."""
-        self.state.audits += 1
-        self.state.found += deviates
+        state = self.state
+        state.audits += 1
+        state.found += deviates
+        state.wrong, enough = mostly_wrong(state.wrong, deviates)
+        if enough and self.options.pause:
+            self._pause()
         return deviates / self.options.audit
+
+    def _pause(self) -> None:
+        """Generating is worth nothing here."""
+        state = self.state
+        length = self.options.pause * 2**state.pauses
+        state.pauses += 1
+        state.until = state.steps + 1 + length
+        warnings.warn(
+            f"gate 'live': most of what the generator does here is wrong ({state.found} of {state.audits} audited proposals "
+            f"deviated so far): the VLA is called on each of the next {length} steps. Distil an export for these tasks",
+            stacklevel=2,
+        )
 
     def _advance(self, surplus: float) -> None:
         floor = -(1 + self.outstanding) * self.options.step / self.options.audit
@@ -300,9 +338,10 @@ class LiveGate:
         """The deployment so far, over all tasks.
 
         ``live_risk`` is the estimated fraction of the steps that were generated and deviated; the true one is below
-        ``live_risk_bound95`` with a probability of 95 %, at all times. Also ``live_steps``, ``drift_alarms`` and ``threshold``
-        (L), where thresholds are kept per task that of the running one."""
-        found, steps, alarms = (sum(getattr(s, k) for s in self.states.values()) for k in ("found", "steps", "alarms"))
+        ``live_risk_bound95`` with a probability of 95 %, at all times. Also ``live_steps``, ``drift_alarms``, ``live_pauses``
+        and ``threshold`` (L), where thresholds are kept per task that of the running one."""
+        counts = (sum(getattr(s, k) for s in self.states.values()) for k in ("found", "steps", "alarms", "pauses"))
+        found, steps, alarms, pauses = counts
         p, executed = self.options.audit, self.options.executed
         happened = 1 - p if executed else 1.0
         most = losses_bound(found, p) - (found if executed else 0)
@@ -312,6 +351,7 @@ class LiveGate:
             "threshold": self.state.threshold,
             "live_steps": steps,
             "drift_alarms": alarms,
+            "live_pauses": pauses,
         }
 
     def to_dict(self) -> dict[str, Any]:

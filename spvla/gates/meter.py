@@ -22,6 +22,7 @@ _J = np.arange(14)
 _FRACTIONS = 1.0 - 2.0 ** (-_J / 2)  # q / p: coarse ones tell soon, those near 1 tell sharply in the long run
 _LOG_WEIGHTS = np.log(1.0 / ((_J + 1) * (_J + 2)))  # they sum to less than 1
 RUN_LENGTH = 10_000  # steps between two false alarms, at least on average
+ENOUGH = 20.0  # evidence that most of what is generated is wrong
 
 
 @lru_cache(maxsize=4096)
@@ -70,3 +71,15 @@ class DriftAlarm:
         raised begins anew."""
         evidence = max(1.0, evidence) * (1 + self.bet * (estimate - self.allowed))
         return (1.0, True) if evidence >= RUN_LENGTH else (evidence, False)
+
+
+def mostly_wrong(evidence: float, deviates: bool) -> tuple[float, bool]:
+    """The evidence, after an audit, that more than half of what is generated deviates, and whether it is enough: then
+    generating is worth nothing, whatever the risk allows.
+
+    It is multiplied by 1.5 where the audited proposal deviates and by 0.5 where it does not, and never falls below 1. While at
+    most half deviate, it takes :data:`ENOUGH` audits until it is enough by mistake, at least on average; where nearly all
+    do, about ten.
+    """
+    evidence = max(1.0, evidence) * (1.5 if deviates else 0.5)
+    return (1.0, True) if evidence >= ENOUGH else (evidence, False)
