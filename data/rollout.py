@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -150,41 +150,35 @@ def rollout(
         noise.start(policy.space, seed)
     if driver is not None:
         driver.start(instruction, seed)
-    loop = _Loop(
-        env, policy, seed, noise, teacher, driver, images, plans, max_steps or env.task.max_steps, real_time, bridge, nudge
-    )
+    limit = max_steps or env.task.max_steps
+    loop = _Loop(env, policy, seed, limit, noise, teacher, driver, images, plans, real_time, bridge, nudge)
     while not loop.over:
         loop.step()
     return loop.finished(instruction)
 
 
+@dataclass(eq=False)
 class _Loop:
     """A running episode: environment, policy and teacher are reset; what happens is kept step by step."""
 
-    def __init__(
-        self,
-        env: Env,
-        policy: Policy,
-        seed: int,
-        noise: ActionNoise | None,
-        teacher: VLA | None,
-        driver: Driver | None,
-        images: bool,
-        plans: bool,
-        limit: int,
-        real_time: RealTime | None,
-        bridge: BridgePolicy | None,
-        nudge: Nudge | None,
-    ) -> None:
-        self.env, self.policy, self.seed, self.noise, self.teacher, self.driver = env, policy, seed, noise, teacher, driver
-        self.images, self.plans, self.limit = images, plans, limit
-        self.real_time, self.bridge, self.nudge = real_time, bridge, nudge
-        self.record = Record()
-        self.outputs: list[VLAOutput | None] = []
-        self.frames: list[bytes] = []
-        self.privileged: list[FloatArray] = []
-        self.done = False
-        self.nudged: int | None = None
+    env: Env
+    policy: Policy
+    seed: int
+    limit: int
+    noise: ActionNoise | None
+    teacher: VLA | None
+    driver: Driver | None
+    images: bool
+    plans: bool
+    real_time: RealTime | None
+    bridge: BridgePolicy | None
+    nudge: Nudge | None
+    record: Record = field(default_factory=Record)
+    outputs: list[VLAOutput | None] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)
+    privileged: list[FloatArray] = field(default_factory=list)
+    done: bool = False
+    nudged: int | None = None
 
     @property
     def over(self) -> bool:
@@ -195,7 +189,7 @@ class _Loop:
         env, policy = self.env, self.policy
         state = env.state()
         observe = functools.cache(env.observe)
-        action = self._bridged(observe, state) if self.bridge else self._selected(observe, state)
+        action = self._selected(observe, state) if self.bridge is None else self._bridged(observe, state)
         output, again = self._labels(observe)
         if self.driver is not None:
             action = self.driver.drive(observe, action, env.steps)
