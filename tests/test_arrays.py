@@ -11,6 +11,7 @@ import torch
 from spvla import load_export
 from spvla.actions import LIBERO
 from spvla.gates.classifier import ActionTypeClassifier, ClassifierConfig, LearnedGate, judge
+from spvla.gates.eyes import EyesConfig
 from spvla.generators import make_network
 from spvla.generators.arrays import FEW_ROWS
 from spvla.generators.features import FeatureConfig, to_device
@@ -30,17 +31,17 @@ RESIDUAL = {"targets": (), "changes": (0.1, 0.2, 0.05, 0.1, 0.1, 0.0, 0.0)}
 
 
 def history(seed: int, steps: int, length: int = 8) -> ActionHistory:
-    """Random motion; every third step is the VLA's, with a plan of four actions."""
+    """Random motion before a camera that sees noise; every third step is the VLA's, with a plan of four actions."""
     g = np.random.default_rng(seed)
     made = ActionHistory(LIBERO, length, plans=True)
     for i in range(steps):
-        made.observe(g.normal(0, 0.3, 5))
+        made.observe(g.normal(0, 0.3, 5), g.integers(0, 256, (16, 16, 3), np.uint8))
         action = g.uniform(-1, 1, 7).astype(np.float32)
         asked = i % 3 == 0
         plan, features = g.uniform(-1, 1, (4, 7)).astype(np.float32), g.normal(size=5).astype(np.float32)
         output = VLAOutput(plan, confidence=g.uniform(0, 1, 7).astype(np.float32), features=features) if asked else None
         made.act(action, Source.VLA if asked else Source.GENERATOR, output)
-    made.observe(g.normal(0, 0.3, 5))
+    made.observe(g.normal(0, 0.3, 5), g.integers(0, 256, (16, 16, 3), np.uint8))
     return made
 
 
@@ -49,8 +50,7 @@ def batch(rows: int) -> Window:
     windows = [history(seed, steps).window() for seed, steps in zip(range(rows), (20, 7, 2, 13), strict=False)]
     plans = max(w.plan.shape[1] for w in windows)
     padded = [replace(w, plan=np.pad(w.plan, ((0, 0), (0, plans - w.plan.shape[1]), (0, 0)))) for w in windows]
-    parts = {f.name: [getattr(w, f.name) for w in padded] for f in fields(Window)}
-    return Window(**{name: None if values[0] is None else np.concatenate(values) for name, values in parts.items()})
+    return Window(**{f.name: np.concatenate([getattr(w, f.name) for w in padded]) for f in fields(Window)})
 
 
 def scrambled(module: torch.nn.Module) -> torch.nn.Module:
@@ -79,10 +79,11 @@ def test_every_generator_says_what_its_torch_module_says(kind, inputs, residual)
         assert np.abs(reference).std() > 0.01
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_every_gate_says_what_its_torch_module_says(inputs):
+@pytest.mark.parametrize(("inputs", "eyes"), product(INPUTS, (None, EyesConfig(size=16, width=4))))
+def test_every_gate_says_what_its_torch_module_says(inputs, eyes):
     for depth, rows in product((0, 1, 3), (1, FEW_ROWS)):
-        gate = scrambled(ActionTypeClassifier(ClassifierConfig(FeatureConfig(7, 8, **INPUTS[inputs]), width=16, depth=depth)))
+        features = FeatureConfig(7, 8, **INPUTS[inputs])
+        gate = scrambled(ActionTypeClassifier(ClassifierConfig(features, width=16, depth=depth, eyes=eyes)))
         window, g = batch(rows), np.random.default_rng(1)
         proposals = g.uniform(-1, 1, (rows, 7)).astype(np.float32)
         reference = gate.probability(to_device(window, "cpu"), torch.from_numpy(proposals)).detach().numpy()
@@ -98,8 +99,7 @@ def test_every_gate_says_what_its_torch_module_says(inputs):
 
 
 def one_of(window: Window, row: int) -> Window:
-    parts = {f.name: getattr(window, f.name) for f in fields(Window)}
-    return Window(**{name: None if value is None else value[row : row + 1] for name, value in parts.items()})
+    return Window(**{f.name: getattr(window, f.name)[row : row + 1] for f in fields(Window)})
 
 
 @pytest.mark.parametrize("name", ["generator_libero_expert", "generator_nano", "generator_libero_real_time"])

@@ -77,10 +77,10 @@ class ActionTypeClassifier(nn.Module):
         """A window of tensors and the generator's normalised proposals (B, D) to logits (B,): positive means deliberative. With
         arms (2, B): of the proposals, and of what the plans have next."""
         told = [torch.as_tensor(x) for x in self._told(window)]
-        seen = self.features(window)
+        features = self.features(window)
         if self.eyes is not None:
-            seen = torch.cat([seen, self.eyes(window)], dim=1)
-        return self._of_arms(self.net(self._inputs(seen, proposal, *told)))
+            features = torch.cat([features, self.eyes(window)], 1)
+        return self._of_arms(self.net(self._inputs(features, proposal, *told)))
 
     def probability(self, window: Window, proposal: Tensor) -> Tensor:
         """Estimated probability that each proposal deviates; arguments and shape as for :meth:`forward`."""
@@ -88,12 +88,15 @@ class ActionTypeClassifier(nn.Module):
 
     def estimate(self, window: Window, proposals: FloatArray, without_torch: bool = True) -> NDArray[np.float64]:
         """:meth:`probability` of arrays. That of few rows, as on a robot, is computed with arrays alone, unless torch is to be
-        the reference, or the gate has eyes."""
-        if len(proposals) > FEW_ROWS or not without_torch or self.eyes is not None:
+        the reference."""
+        if len(proposals) > FEW_ROWS or not without_torch:
             with torch.inference_mode():
                 return self.probability(window, torch.from_numpy(proposals)).numpy().astype(np.float64)
         with np.errstate(all="ignore"):  # what is not finite stays so, and is refused
-            inputs = self._inputs(self.features.rows(window), proposals, *self._told(window))
+            rows = self.features.rows(window)
+            if self.eyes is not None:
+                rows = np.concatenate([rows, self.eyes.rows(window)], 1)
+            inputs = self._inputs(rows, proposals, *self._told(window))
             return self._of_arms(expit(self.net.arrays(inputs))).astype(np.float64)
 
     def _told(self, window: Window) -> list[Any]:

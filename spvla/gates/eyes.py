@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spvla.actions import FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.history import Window
@@ -113,6 +114,11 @@ class Eyes(nn.Module):
         if self.training:
             both = relit(both)
         return self.net(torch.cat([both[:, 0], (both[:, 0] - both[:, 1]) * CHANGE_GAIN], 1))
+
+    def rows(self, window: Window) -> FloatArray:
+        """The same of a window of arrays, as an array."""
+        with torch.inference_mode():
+            return np.asarray(self(window).numpy(), np.float32)
 
 
 def shifted(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
