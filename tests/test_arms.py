@@ -157,7 +157,8 @@ def test_a_proposal_out_of_bounds_leaves_the_plan():
 def test_audits_judge_what_the_plan_would_have_done(drift, deviates, executed):
     vla = DriftingVLA(drift)
     inner = HorizonGate(LIBERO, PLAN)
-    gate = LiveGate(inner, [0.5], 1.0, 0.1, LIBERO, 0.2, LiveOptions(audit=0.5, executed=executed, agreement=False, step=1e-4))
+    options = LiveOptions(audit=0.5, executed=executed, agreement=False, step=1e-4, pause=0)
+    gate = LiveGate(inner, [0.5], 1.0, 0.1, LIBERO, 0.2, options)
     policy = SPVLAPolicy(vla, PlanGenerator(LIBERO), gate)
     play(policy, vla, 200)
     audits = [i for i, s in enumerate(policy.steps) if s.reason == "audit"]
