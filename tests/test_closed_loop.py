@@ -149,6 +149,7 @@ def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
     vla = Verifying(np.zeros((5, 7)))
     export = load_export(config["export"]) if "export" in config else make_export()
+    vla.action_space = export.space
     cells = parse_cells(config["cells"], [export.defaults["risk"]])
     assert len(cells) == 1 + len(config["cells"])
     for cell in cells:
