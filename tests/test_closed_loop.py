@@ -144,7 +144,11 @@ class Verifying(PrunableVLA):
         return self.predict(observation, keep_mass)
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "cells:" in p.read_text()], ids=lambda p: p.stem)
+def has_cells(path):
+    return isinstance(yaml.safe_load(path.read_text()).get("cells"), list)
+
+
+@pytest.mark.parametrize("path", filter(has_cells, CONFIGS), ids=lambda p: p.stem)
 def test_every_shipped_cell_can_be_made(path):
     config = yaml.safe_load(path.read_text())
     vla = Verifying(np.zeros((5, 7)))

@@ -143,7 +143,7 @@ def cells_table(rows: Sequence[dict[str, Any]], best: int | None = None) -> Tabl
         "waiting steps": number("held_per_episode", ".3g"),
         "moved": number("nudged", ".3g"),
         "success, moved": number("nudged_successes", ".3g"),
-        "steps to the VLA": number("reaction_steps_mean", ".3g"),
+        "steps to the VLA": number("reaction_steps_mean", ".1f"),
         "at most": number("reaction_steps_max", ".3g"),
     }
     return shown_table(columns, rows, best=best)
