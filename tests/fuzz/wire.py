@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import io
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -64,7 +65,8 @@ def make_requests(folder: Path) -> list[Path]:
 
 
 @functools.cache
-def server() -> Any:
+def server(process: int) -> Any:
+    """This process's own: its threads do not survive a fork."""
     from spvla.serve.interface import Interface
     from spvla.serve.server import PolicyServer
 
@@ -80,7 +82,7 @@ def read_request(folder: Path) -> Outcome:
     from spvla.serve.messages import decode, parse
 
     async def answer() -> Any:
-        endpoint, contexts = Endpoint(server()), list[Any]()
+        endpoint, contexts = Endpoint(server(os.getpid())), list[Any]()
         if folder.name.startswith("observation"):
             start = {"task": {"name": "a"}, "vla": folder.name.endswith("VLA")}
             await endpoint._answer(MessageType.EPISODE_START, start, contexts)
