@@ -32,8 +32,9 @@ from spvla.store.shards import shard_info
 from spvla.vlas.conventions import UInt8Array, decode_image
 
 LABELS = ("action", "vla_action", "observation.environment_state")  # what a label is made of
-UNKNOWN = {"label": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of values without a label
-CACHE_VERSION = 9
+STATE = "observation.state"
+UNKNOWN = {"label": 1, "state": 1, "points": 2 * len(POINTS), "positions": 3 * len(POINTS)}  # sizes of values without a label
+CACHE_VERSION = 10
 GIVEN_UP = 120  # a failed episode's later steps are left out: things lie where nobody can reach them
 MISTAKE = 1.0  # how much more often than others a frame is drawn in which the student was wrong by half the range or more
 HELD_OUT = 10  # of the episodes that no simulator assigns every tenth, by its name's hash, is for validation
@@ -66,6 +67,8 @@ class Frame:
         label: the teacher's action at this state, environment units, float32 (D,).
         points: where :data:`POINTS` are in ``image``, column and row in pixels, float32 (3, 2); NaN if unknown.
         positions: where they are in the world, metres, float32 (3, 3).
+        ahead: the labels of this frame and of those that follow it, float32 (T, D); NaN from the episode's end on.
+        state: the robot's, as recorded, float32 (S,); one NaN if none is.
         others: what else could have been asked for.
     """
 
@@ -74,6 +77,8 @@ class Frame:
     label: NDArray[np.float32]
     points: NDArray[np.float32]
     positions: NDArray[np.float32]
+    ahead: NDArray[np.float32]
+    state: NDArray[np.float32]
     others: tuple[Question, ...] = ()
 
 
@@ -89,6 +94,7 @@ class Frames:
         labelled: frames with the teacher's label, of demonstrations and of students. Without, images and instructions
             are enough: every episode counts, of any robot, and one in ten of those that no simulator assigns is for validation.
         camera: whose images; None: the main one of the simulator, else the first.
+        chunk: T, how many frames' labels :attr:`Frame.ahead` holds.
 
     Raises:
         InputError: an episode that is evaluation data, or a shard without such images.
@@ -101,11 +107,12 @@ class Frames:
         others: bool = False,
         labelled: bool = True,
         camera: str | None = None,
+        chunk: int = 1,
     ) -> None:
         if others and not labelled:
             raise InputError("frames: training on other instructions needs labels; use labelled frames, or set questions: 1")
         self.folders, self.validation, self.others = [Path(f) for f in folders], validation, others
-        self.labelled, self.camera = labelled, camera
+        self.labelled, self.camera, self.chunk = labelled, camera, chunk
         self._stamps: dict[Path, int] = {}
         self._shards: dict[Path, list[tuple[pa.Table, str, list[str]]]] = {}
         self._tables: list[tuple[pa.Table, str, list[str]]] = []
@@ -154,7 +161,13 @@ class Frames:
             last = np.array(image.shape[1::-1], np.float32) - 1
             image, points = np.ascontiguousarray(image[::-1, ::-1]), last - points
             others = tuple(replace(other, item=last - other.item) for other in others)
-        return Frame(image, instruction, values("label", -1), points, positions, others)
+        label = values("label", -1)
+        ahead = np.full((self.chunk, len(label)), np.nan, np.float32)
+        steps = np.asarray(table["step"][row : row + self.chunk])
+        follow = steps == steps[0] + np.arange(len(steps))  # a step without a label is left out of the table
+        found = np.stack(table["label"][row : row + self.chunk].to_numpy(zero_copy_only=False))
+        ahead[: len(steps)][follow] = found[follow]
+        return Frame(image, instruction, label, points, positions, ahead, values("state", -1), others)
 
     def _add(self, shard: Path) -> None:
         self._shards[shard] = []
@@ -182,7 +195,7 @@ class Frames:
         return bool(episode["success"] or "student" in facts)  # the teacher's own failure teaches nothing
 
     def _mapped(self, shard: Path, episode: dict[str, Any], space: ActionSpace) -> pa.Table:
-        """The frames of a shard (image, label, points, positions, wrong), memory-mapped from the cache.
+        """The frames of a shard (image, label, state, points, positions, wrong, step), memory-mapped from the cache.
 
         With ``others`` also the labels and places of everything else (``other_labels``, ``other_items``, ``other_positions``);
         the schema's metadata ``others`` is the list of the instructions. Without labels only images are read.
@@ -205,12 +218,13 @@ class Frames:
                 for needed in LABELS:
                     if needed not in names:
                         raise InputError(f"{shard}: has no {needed}, which training a VLA needs")
-                raw = read_parquet(shard, [*wanted, *LABELS])
+                raw = read_parquet(shard, [*wanted, *LABELS, *[STATE] * (STATE in names)])
                 table = _labelled(raw, raw[wanted[0]], episode["metadata"], asked, space, str(shard))
             else:
                 raw = read_parquet(shard, wanted)[wanted[0]]
                 nothing = {name: _lists(np.full((len(raw), n), np.nan, np.float32)) for name, n in UNKNOWN.items()}
-                table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw))})
+                steps = np.arange(len(raw))
+                table = pa.table({"image": _encoded(raw), **nothing, "wrong": np.zeros(len(raw)), "step": steps})
             turned = str(is_upside_down(episode["metadata"])).lower()
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), "upside_down": turned})
             with (
@@ -231,18 +245,20 @@ def _labelled(
     what: str,
 ) -> pa.Table:
     """The labelled frames of the shard ``what``; with its ``instruction`` also what else could have been asked for."""
-    actions, labels, states = (read_vectors(raw, name, what) for name in LABELS)
+    actions, labels, scenes = (read_vectors(raw, name, what) for name in LABELS)
     known = recorded_by(facts, space.name) if "scene" in facts else None
     annotator = known if isinstance(known, Annotator) else None
     points = np.full((len(labels), 2 * len(POINTS)), np.nan, np.float32)
     places = np.full((len(labels), 3 * len(POINTS)), np.nan, np.float32)
     if annotator is not None:
-        points, places = annotator.image_points(states, facts), annotator.positions(states, facts)
+        points, places = annotator.image_points(scenes, facts), annotator.positions(scenes, facts)
     columns = {"image": _encoded(images), "label": _lists(labels), "points": _lists(points), "positions": _lists(places)}
+    states = read_vectors(raw, STATE, what) if STATE in raw.column_names else np.full((len(labels), 1), np.nan, np.float32)
+    columns |= {"state": _lists(states.astype(np.float32)), "step": pa.array(np.arange(len(labels)))}
     columns["wrong"] = pa.array(mistakes(actions, labels, space) if "student" in facts else np.zeros(len(labels)))
     found: dict[str, tuple[NDArray[np.float32], ...]] = {}
     if annotator is not None and instruction is not None:
-        found = {**annotator.other_questions(states, labels, facts, instruction)}
+        found = {**annotator.other_questions(scenes, labels, facts, instruction)}
     for k, name in enumerate(("other_labels", "other_items", "other_positions")):
         if found:
             columns[name] = _lists(np.stack([answer[k] for answer in found.values()], 1))  # (T, M, ...)

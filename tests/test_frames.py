@@ -1,5 +1,7 @@
 """Frames for training a VLA: read beside a writer, split by initial states, points where the image shows them."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,6 +68,21 @@ def test_frames_grow_with_the_store_and_stay_where_they_belong(tmp_path):
     again.vla_actions[:, 0] = 0.5
     write(tmp_path, c=again)
     assert frames.scan() == -1 and [float(frames[i].label[0]) for i in (3, 4, 5)] == pytest.approx([0.003, 0.5, 0.5])
+
+
+def test_chunks_are_the_labels_that_follow_in_the_episode(tmp_path):
+    unlabelled = pictured_episode(5, steps=5)
+    unlabelled.vla_actions[2] = np.nan
+    write(tmp_path, a=pictured_episode(0), b=unlabelled)
+    frames = Frames([tmp_path], chunk=3)
+    assert frames.scan() == 8
+    ahead = np.stack([1000 * frames[i].ahead[:, 0] for i in range(8)])
+    off = np.nan
+    expected = [[0, 1, 2], [1, 2, 3], [2, 3, off], [3, off, off], [0, 1, off], [1, off, off], [3, 4, off], [4, off, off]]
+    np.testing.assert_allclose(ahead, expected, rtol=1e-6)
+    for i in range(8):
+        np.testing.assert_array_equal(frames[i].ahead[0], frames[i].label)
+    assert frames[0].state.shape == (1,) and np.isnan(frames[0].state).all(), "no state was recorded"
 
 
 def test_failures_count_only_where_a_student_made_them(tmp_path):
@@ -141,7 +158,9 @@ def dotted(column: int, row: int):
     """A frame with a white dot, and the dot as its points."""
     image = np.zeros((256, 256, 3), np.uint8)
     image[row - 2 : row + 3, column - 2 : column + 3] = 255
-    return Frame(image, "", np.zeros(7, np.float32), np.tile(np.float32([column, row]), (3, 1)), np.zeros((3, 3), np.float32))
+    label = np.zeros((1, 7), np.float32)
+    places = np.tile(np.float32([column, row]), (3, 1)), np.zeros((3, 3), np.float32)
+    return Frame(image, "", label[0], *places, ahead=label, state=np.zeros(8, np.float32))
 
 
 @pytest.mark.parametrize("conventions", [Conventions(), conventions_by_name("libero")])
@@ -159,7 +178,7 @@ def test_points_move_with_the_image(conventions, augmentation):
 def test_without_augmentation_a_view_is_what_the_policy_sees():
     image = np.kron(np.random.default_rng(0).integers(0, 256, (16, 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     frame = dotted(20, 20)
-    frame = type(frame)(decode_image(encode_jpeg(image)), "", frame.label, frame.points, frame.positions)
+    frame = replace(frame, image=decode_image(encode_jpeg(image)))
     conventions = conventions_by_name("libero")
     seen, _ = view(frame.image, frame.points, conventions, 224, None, np.random.default_rng(0))
     expected = conventions.apply_image(frame.image, 224)
@@ -200,7 +219,7 @@ def test_other_questions_are_drawn_and_too_few_are_filled_up():
     generator, label, point = np.random.default_rng(0), np.zeros(7, np.float32), np.zeros(2, np.float32)
     others = tuple(Question(name, label, point, np.zeros(3, np.float32)) for name in "abc")
     places = np.ones((3, 2), np.float32), np.ones((3, 3), np.float32)
-    frame = Frame(np.zeros((4, 4, 3), np.uint8), "own", label, *places, others)
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), "own", label, *places, label[None], np.zeros(8, np.float32), others)
     drawn = [[q.instruction for q in questions(frame, 3, generator)] for _ in range(20)]
     assert all(d[0] == "own" and len(set(d)) == 3 for d in drawn) and {q for d in drawn for q in d} == {"own", *"abc"}
     filled = questions(frame, 6, generator)

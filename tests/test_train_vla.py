@@ -19,6 +19,7 @@ from spvla.vlas.openvla.model import OpenVLAModel
 from spvla.vlas.registry import load_vla
 from tests.conftest import DATA
 from tests.test_frames import pictured_episode, write
+from train.vla.averaged import pixels
 from train.vla.frames import Augmentation, FrameBatch, FrameData
 from train.vla.module import VLAModule, word_tokenizer
 from train.vla.network import PlainAttention
@@ -65,7 +66,9 @@ def batch() -> FrameBatch:
     points = g.uniform(4, 27, (8, 3, 2)).astype(np.float32)
     texts = ["pick up the milk", "pick up the soup and place it in the basket"] * 4
     positions = torch.from_numpy(g.uniform(-0.3, 0.3, (8, 3, 3)).astype(np.float32))
-    return FrameBatch(torch.from_numpy(images), texts, torch.from_numpy(labels[:, None]), torch.from_numpy(points), positions)
+    states = torch.from_numpy(g.uniform(-1, 1, (8, 3)).astype(np.float32))
+    label = torch.from_numpy(labels[:, None])
+    return FrameBatch(torch.from_numpy(images), texts, label, torch.from_numpy(points), positions, label, states)
 
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -86,7 +89,7 @@ def test_it_overfits_a_batch_and_its_checkpoint_says_the_same(tmp_path):
     assert model.action_space.gripper == (6,) and config.vocab == 104
     for i, text in enumerate(b.instructions):
         image = b.images[i].numpy()
-        torch.testing.assert_close(pixel_values(image, config), m.pixels(b.images)[i])
+        torch.testing.assert_close(pixel_values(image, config), pixels(m.network.model, b.images)[i])
         model.reset(text)
         output = model.predict(Observation(image))
         assert output.tokens[0].tolist() == predicted[i, 0].tolist()
@@ -151,29 +154,29 @@ def test_encoders_may_see_a_part_of_the_patches(tmp_path):
     assert chosen.shape == (400, 8) and bool((chosen.diff() > 0).all())
     assert (chosen % 4 >= 2).float().mean() > 0.7
     asked, _ = m.tokens(b)
-    pixels, keep, everything = m.pixels(b.images), draw(torch.ones(8, 16), 0.5), torch.arange(16).expand(8, 16)
-    for a, e in zip(m.network(pixels, asked, keep, everything), m.network(pixels, asked, keep), strict=True):
+    seen, keep, everything = pixels(m.network.model, b.images), draw(torch.ones(8, 16), 0.5), torch.arange(16).expand(8, 16)
+    for a, e in zip(m.network(seen, asked, keep, everything), m.network(seen, asked, keep), strict=True):
         torch.testing.assert_close(a, e)
-    terms, seen = m.losses(m.network, b, 0.5, 0.5)
-    assert seen["heat"].shape == (8, 2, 8) and seen["pointer"].shape == (8, 1, 4)
+    terms, parts = m.losses(m.network, b, 0.5, 0.5)
+    assert parts["heat"].shape == (8, 2, 8) and parts["pointer"].shape == (8, 1, 4)
     assert all(torch.isfinite(t) for t in terms.values())
 
 
 def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     """Scores as the model's own forward pass gives them; what is not to be learnt changes no loss."""
     m, b = module(tmp_path / "model").eval(), batch()
-    pairs = FrameBatch(
-        b.images[::2], b.instructions, b.labels.reshape(4, 2, 7), b.points[:4, [0, 1, 2, 2]], b.positions[:4, [0, 1, 2, 2]]
-    )
+    labels = b.labels.reshape(4, 2, 7)
+    places = b.points[:4, [0, 1, 2, 2]], b.positions[:4, [0, 1, 2, 2]]
+    pairs = FrameBatch(b.images[::2], b.instructions, labels, *places, labels[:, :1], b.states[:4])
     asked, actions = m.tokens(pairs)
-    pixels, keep = m.pixels(pairs.images), draw(torch.ones(4, 16), 0.5)
-    scores, _, pointer, names, reach = m.network(pixels, asked, keep)
+    seen, keep = pixels(m.network.model, pairs.images), draw(torch.ones(4, 16), 0.5)
+    scores, _, pointer, names, reach = m.network(seen, asked, keep)
     model = m.network.model
     for i in range(4):
         for j in range(2):
             prompt = model.tokenize(b.instructions[2 * i + j])
             ids = torch.tensor([prompt + actions[i, j].tolist()])
-            alone = model(pixels[i : i + 1], ids, keep[i : i + 1])[0, len(prompt) - 1 : -1]  # (D, V)
+            alone = model(seen[i : i + 1], ids, keep[i : i + 1])[0, len(prompt) - 1 : -1]  # (D, V)
             torch.testing.assert_close(scores[i, j], alone, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(pointer[0, 0], pointer[0, 1], atol=1e-3)
     assert names.shape == (4, 2, 16) and not torch.allclose(names[0, 0], names[0, 1], atol=1e-3)
@@ -184,7 +187,8 @@ def test_many_questions_about_an_image_are_as_many_single_ones(tmp_path):
     pairs.labels[:, 1], pairs.points[:, 3], pairs.positions[:, 3] = np.nan, np.nan, np.nan
     torch.manual_seed(0)
     half = m.losses(m.network, pairs)[0]
-    own = FrameBatch(pairs.images, b.instructions[::2], pairs.labels[:, :1], pairs.points[:, :3], pairs.positions[:, :3])
+    places = pairs.points[:, :3], pairs.positions[:, :3]
+    own = FrameBatch(pairs.images, b.instructions[::2], pairs.labels[:, :1], *places, pairs.ahead, pairs.states)
     torch.manual_seed(0)
     alone = m.losses(m.network, own)[0]
     for name in ("action", "heat"):
@@ -224,6 +228,6 @@ def test_a_resumed_training_counts_on(tmp_path):
 
 
 def test_the_packaged_weights_are_named_while_absent(monkeypatch, tmp_path):
-    monkeypatch.setattr("spvla.vlas.nano.FOLDER", tmp_path / "nano_vla")
+    monkeypatch.setattr("spvla.vlas.nano.PRETRAINED", tmp_path)
     with pytest.raises(InputError, match=r"no packaged weights.*nano_vla\.yaml"):
         load_vla("nano_vla")

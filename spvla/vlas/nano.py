@@ -1,4 +1,7 @@
-"""The small VLA that comes with the package: OpenVLA's class, trained on LIBERO (``configs/train/nano_vla.yaml``)."""
+"""The small VLAs that come with the package, trained on LIBERO (``configs/train/nano_vla.yaml``, ``nano_oft.yaml``).
+
+``nano_vla`` is of OpenVLA's class: one action a call. ``nano_oft`` is of OpenVLA-OFT's and continues it: 16 actions a call.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from typing import Any
 
 from spvla.errors import InputError
 from spvla.hub import PRETRAINED
+from spvla.observation import MAIN
 from spvla.vlas.base import VLA
 from spvla.vlas.registry import load_vla
 
-FOLDER = PRETRAINED / "nano_vla"
+RECIPE = {"cameras": [MAIN], "chunk": 16, "proprio": True, "film": False}
 
 
 def load(checkpoint: str | None = None, *, suite: str | None = None, **options: Any) -> VLA:
@@ -23,11 +27,23 @@ def load(checkpoint: str | None = None, *, suite: str | None = None, **options: 
     Raises:
         InputError: as that function; the packaged weights are absent.
     """
-    if checkpoint is None:
-        if not (FOLDER / "config.json").exists():
-            raise InputError(
-                f"policy 'nano_vla': this installation has no packaged weights ({FOLDER}); name a checkpoint, or train one "
-                "with `python -m train fit --config configs/train/nano_vla.yaml`"
-            )
-        checkpoint = str(FOLDER)
-    return load_vla("openvla", checkpoint, {"conventions": "libero", **options})
+    return load_vla("openvla", checkpoint or _packaged("nano_vla"), {"conventions": "libero", **options})
+
+
+def load_oft(checkpoint: str | None = None, *, suite: str | None = None, **options: Any) -> VLA:
+    """The policy ``nano_oft``: as :func:`load`, with the options of :func:`spvla.vlas.openvla_oft.load`.
+
+    It reads the main camera and the robot's state; the recipe is the packaged weights' unless another is given.
+    """
+    named = {"conventions": "libero", "recipe": RECIPE, **options}
+    return load_vla("openvla_oft", checkpoint or _packaged("nano_oft"), named)
+
+
+def _packaged(name: str) -> str:
+    folder = PRETRAINED / name
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"policy {name!r}: this installation has no packaged weights ({folder}); name a checkpoint, or train one "
+            f"with `python -m train fit --config configs/train/{name}.yaml`"
+        )
+    return str(folder)

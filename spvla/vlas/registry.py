@@ -23,6 +23,7 @@ BUILT_IN = {
     "openvla": "spvla.vlas.openvla:load",
     "openvla_oft": "spvla.vlas.openvla_oft:load",
     "nano_vla": "spvla.vlas.nano:load",
+    "nano_oft": "spvla.vlas.nano:load_oft",
     "lerobot": "spvla.vlas.foreign:load_lerobot",
     "remote": "spvla.vlas.remote:load",
 }

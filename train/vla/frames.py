@@ -39,6 +39,8 @@ class FrameBatch:
         points: where hand, place and each instruction's object are, column and row in pixels of ``images``, float32
             (B, 2 + Q, 2), or NaN. With one instruction they are :data:`data.frames.POINTS`.
         positions: the same in the world, metres, float32 (B, 2 + Q, 3).
+        ahead: the teacher's actions from each frame on, (B, T, D); NaN from the episode's end on.
+        states: the robot's, as recorded, float32 (B, S); NaN: not recorded.
     """
 
     images: Tensor
@@ -46,10 +48,12 @@ class FrameBatch:
     labels: Tensor
     points: Tensor
     positions: Tensor
+    ahead: Tensor
+    states: Tensor
 
     def to(self, device: torch.device) -> FrameBatch:
         """The same on ``device``."""
-        arrays = (x.to(device) for x in (self.labels, self.points, self.positions))
+        arrays = (x.to(device) for x in (self.labels, self.points, self.positions, self.ahead, self.states))
         return FrameBatch(self.images.to(device), self.instructions, *arrays)
 
 
@@ -169,6 +173,8 @@ class FrameStream(IterableDataset[FrameBatch]):
                     [np.concatenate([f.positions[:2], [q.position for q in a]]) for f, a in zip(frames, asked, strict=True)]
                 )
             ),
+            torch.from_numpy(np.stack([f.ahead for f in frames])),
+            torch.from_numpy(np.stack([f.state for f in frames])),
         )
 
 
@@ -187,7 +193,7 @@ class FrameData(L.LightningDataModule):
         augmentation: random changes of training images.
         questions: instructions per frame (Q): its own, and with more than one also those for other objects of its
             scene, with what the expert would do then; the image is encoded once for all. Needs LIBERO's scenes.
-        labelled, camera: see :class:`data.frames.Frames`.
+        labelled, camera, chunk: see :class:`data.frames.Frames`.
         rewording: fraction of the training instructions that are put in other words, see :func:`reword`.
         seed: of the order and the augmentation.
     """
@@ -205,6 +211,7 @@ class FrameData(L.LightningDataModule):
         labelled: bool = True,
         camera: str | None = None,
         rewording: float = 0.0,
+        chunk: PositiveInt = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -213,7 +220,7 @@ class FrameData(L.LightningDataModule):
         self.image_size, self.conventions = image_size, conventions_by_name(conventions)
         self.augmentation, self.questions, self.seed = augmentation, questions, seed
         self.train_frames, self.validation_frames = (
-            Frames(data, validation, questions > 1, labelled, camera) for validation in (False, True)
+            Frames(data, validation, questions > 1, labelled, camera, chunk) for validation in (False, True)
         )
 
     def passes(self) -> int:

@@ -12,21 +12,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.envs.base import POINTS
 from spvla.errors import InputError
-from spvla.files import building
 from spvla.vlas.openvla.config import OpenVLAConfig
 from spvla.vlas.openvla.model import PROMPT, OpenVLAModel
 from spvla.vlas.openvla.policy import OpenVLA
 from spvla.vlas.openvla.weights import save_pretrained
 from spvla.vlas.registry import load_vla
+from train.vla.averaged import AveragedModule, pixels
 from train.vla.frames import FrameBatch
 from train.vla.network import PlainAttention, Questions, TrainedVLA
 from train.vla.targets import (
@@ -74,7 +72,7 @@ def take_weights(model: OpenVLAModel, earlier: OpenVLAModel, where: str) -> None
         raise InputError(f"{where}: does not fit the architecture ({told})", code="shape-mismatch", field=where) from None
 
 
-class VLAModule(L.LightningModule):
+class VLAModule(AveragedModule):
     """Trains an OpenVLA.
 
     Args:
@@ -104,6 +102,7 @@ class VLAModule(L.LightningModule):
         bf16: compute in bfloat16 where autocast allows; weights stay float32.
     """
 
+    network: TrainedVLA
     weights: Tensor
     continuous: Tensor
 
@@ -131,7 +130,6 @@ class VLAModule(L.LightningModule):
         pointer_layer: int | None = None,
         bf16: bool = True,
     ) -> None:
-        super().__init__()
         config = OpenVLAConfig.from_dicts({"model_type": "openvla", **architecture})
         model = OpenVLAModel(config, tokenizer=word_tokenizer(vocabulary), conventions="libero")
         if start is not None:
@@ -139,12 +137,8 @@ class VLAModule(L.LightningModule):
             assert isinstance(earlier, OpenVLA)
             take_weights(model, earlier.model, start)
         layers = model.language_model.config.num_hidden_layers
-        self.network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
-        self.average.requires_grad_(False)
-        self.output, self.save_every = Path(output), save_every
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.cooldown = warmup_steps, cooldown
+        network = TrainedVLA(model, layers // 2 if pointer_layer is None else pointer_layer)
+        super().__init__(network, output, save_every, learning_rate, weight_decay, warmup_steps, cooldown, averaging)
         self.look, self.look_all = look, look_all
         self.keep, self.smoothing, self.heat_weight, self.bf16 = keep, smoothing, heat_weight, bf16
         self.mean_weight = mean_weight
@@ -158,16 +152,6 @@ class VLAModule(L.LightningModule):
         self.register_buffer("continuous", torch.tensor([d in space.continuous for d in range(space.dim)]), persistent=False)
 
     # ---------------------------------------------------------------------------------------------------- inputs
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Images uint8 (B, S, S, 3), normalised for each encoder: (B, 3 x encoders, S, S)."""
-        config = self.network.model.config
-        x = images.permute(0, 3, 1, 2).float() / 255  # (B, 3, S, S)
-        means = config.image_means or [vit.mean for vit in config.encoders]
-        stds = config.image_stds or [vit.std for vit in config.encoders]
-        return torch.cat(
-            [(x - x.new_tensor(m).view(3, 1, 1)) / x.new_tensor(s).view(3, 1, 1) for m, s in zip(means, stds, strict=True)], 1
-        )
 
     def tokens(self, batch: FrameBatch) -> tuple[Questions, Tensor]:
         """Prompts and answers of a batch, and the action tokens (B, Q, D); where none is to be learnt, some."""
@@ -199,7 +183,7 @@ class VLAModule(L.LightningModule):
         keep = draw(weights if patches is None else weights.gather(1, patches), share)
         plain = PlainAttention() if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16), plain:
-            scores, heat, pointer, names, reach = network(self.pixels(batch.images), asked, keep, patches)
+            scores, heat, pointer, names, reach = network(pixels(model, batch.images), asked, keep, patches)
         target, seen = soft_targets(batch.points, model.config.grid, self.patch)  # (B, 2 + Q, N), (B, 2 + Q)
         if patches is not None:
             target = target.gather(2, patches[:, None].expand(-1, target.shape[1], -1))
@@ -223,26 +207,11 @@ class VLAModule(L.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True, batch_size=len(batch.images))
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: FrameBatch, batch_idx: int) -> None:
-        """Average the weights, and now and then write them."""
-        if self.global_step <= self.warmup_steps:
-            self.average.n_averaged.zero_()  # early weights are not worth averaging: start over from the current ones
-        self.average.update_parameters(self.network)
-        if self.global_step % self.save_every == 0 and self.trainer.is_global_zero:
-            self.save()
-
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.save()
-
-    def save(self) -> None:
-        """Write the averaged model to ``output``; the weights come last and at once, so that readers may watch them."""
+    def write(self, folder: Path) -> None:
+        """The averaged model, in OpenVLA's checkpoint form."""
         model = self.average.module.model
         assert isinstance(model, OpenVLAModel)
-        with building(self.output / "model") as folder:
-            save_pretrained(model, folder)
-            for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".safetensors"):
-                file.replace(self.output / file.name)
+        save_pretrained(model, folder)
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         terms, seen = self.losses(self.average.module, batch)
@@ -272,22 +241,3 @@ class VLAModule(L.LightningModule):
                 error = mean_where(others, taught) * 2 / self.network.model.config.n_action_bins
                 self.log("val/other_translation_error", error, batch_size=int(taught.sum()))
         self.log_dict(values, batch_size=len(batch.images))
-
-    def configure_optimizers(self) -> Any:
-        trained = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
-
-        def rate(step: int) -> float:
-            last = self.trainer.max_steps
-            end = 1.0 if last < 0 else (last - step) / max(1.0, self.cooldown * last)
-            return max(0.0, min(1.0, (step + 1) / max(1, self.warmup_steps), end))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: FrameBatch, device: torch.device, dataloader_idx: int) -> FrameBatch:
-        return batch.to(device)

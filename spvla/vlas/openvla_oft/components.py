@@ -13,6 +13,8 @@ from spvla.errors import InputError
 from spvla.files import inside
 from spvla.vlas.checkpoint import COMPANION, PLAIN, require_finite, some, tensor_shapes
 from spvla.vlas.openvla.model import VisionBackbone
+from spvla.vlas.openvla.weights import save_pretrained as save_vla
+from spvla.vlas.openvla_oft.model import OpenVLAOFTModel
 from spvla.vlas.vision import VisionTransformer, unused_tensors
 
 ACTION_HEAD, PROPRIO, VISION, DIFFUSION = "action_head", "proprio_projector", "vision_backbone", "noisy_action_projector"
@@ -180,3 +182,24 @@ def merged(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
         if (bias := rest.pop(f"{layer}base_layer.bias", None)) is not None:
             out[f"{layer}bias"] = bias
     return {**rest, **out}
+
+
+def save_pretrained(model: OpenVLAOFTModel, folder: str | Path, step: str | int = "latest") -> None:
+    """Write a checkpoint in the published form, its components as safetensors.
+
+    The recipe is not in it: no file of the published form says how many images are read or how long chunks are. Networks with
+    FiLM are not written.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        step: N in the components' names, a number or ``latest``.
+    """
+    from safetensors.torch import save_file
+
+    assert model.film is None, "FiLM is not written"
+    save_vla(model.vla, folder)
+    for part, module in ((ACTION_HEAD, model.action_head), (PROPRIO, model.proprio_projector)):
+        if module is not None:
+            tensors = {name: p.detach().to(model.vla.dtype).contiguous() for name, p in module.named_parameters()}
+            save_file(tensors, Path(folder) / f"{part}--{step}_checkpoint.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,98 @@
+"""Continuing a one-step VLA as OpenVLA-OFT: it overfits a batch of chunks, and its checkpoint acts as it was trained."""
+
+from dataclasses import replace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from spvla.errors import InputError
+from spvla.observation import Observation
+from spvla.vlas.openvla_oft import OpenVLAOFT
+from spvla.vlas.registry import load_vla
+from tests.test_train_vla import QUIET, batch, module
+from train.vla.chunks import ChunkModule
+from train.vla.frames import FrameBatch
+
+pytestmark = pytest.mark.slow  # needs a training
+
+CHUNK = 4
+RANGE = {"state_low": [-1.0, -2.0, 0.0], "state_high": [1.0, 1.0, 2.0]}
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A one-step VLA's checkpoint."""
+    folder = tmp_path / "parent"
+    folder.mkdir()
+    module(folder).write(folder)
+    return str(folder)
+
+
+def chunks() -> FrameBatch:
+    """Frames whose chunks go on from their labels; the last one's episode ends after two steps."""
+    b = batch()
+    ahead = b.labels.repeat(1, CHUNK, 1)
+    ahead[:, :, :6] *= torch.linspace(1, -1, CHUNK)[:, None]
+    ahead[7, 2:] = np.nan
+    return replace(b, ahead=ahead)
+
+
+def continued(parent, output, **options) -> ChunkModule:
+    torch.manual_seed(0)
+    defaults = {"chunk": CHUNK, "context": 160, "warmup_steps": 5, "averaging": 0.8, "weight_decay": 0.0}
+    return ChunkModule(output, start=parent, **RANGE, **{**defaults, **options})
+
+
+def test_it_overfits_chunks_and_its_checkpoint_acts_likewise(tmp_path, parent):
+    m, b = continued(parent, tmp_path / "model", learning_rate=5e-3, cooldown=0.5, keep=(1.0, 1.0)), chunks()
+    eyes = {name: p.clone() for name, p in m.network.vla.vision_backbone.named_parameters()}
+    before = float(m.eval().training_step(b, 0).detach())
+    loader = torch.utils.data.DataLoader([b] * 250, batch_size=None)
+    L.Trainer(**QUIET, max_steps=250, enable_checkpointing=False).fit(m, loader)
+    for name, p in m.network.vla.vision_backbone.named_parameters():
+        torch.testing.assert_close(p, eyes[name], rtol=0, atol=0)
+    with torch.inference_mode():
+        trained = m.eval().predict(m.average.module, b)  # (B, T, D)
+    error = (trained - m.targets(b)).abs()
+    assert float(error.nanmean()) < 0.1 * before
+
+    options = {"recipe": {"cameras": ["image"], "chunk": CHUNK}, "conventions": {"signed_gripper": True, "bound": 1.0}}
+    vla = load_vla("nano_oft", str(tmp_path / "model"), options)
+    assert isinstance(vla, OpenVLAOFT) and vla.state_dim == 3 and vla.cameras == ("image",)
+    for i, text in enumerate(b.instructions):
+        vla.reset(text)
+        actions = vla.predict(Observation(b.images[i].numpy(), b.states[i].numpy())).actions
+        statistics = m.network.vla.statistics
+        expected = m.network.vla.conventions.to_environment(statistics.denormalize(trained[i].numpy()), (6,))
+        np.testing.assert_allclose(actions, expected, atol=1e-5)
+
+
+def test_it_begins_with_its_parents_weights(tmp_path, parent):
+    m = continued(parent, tmp_path / "model")
+    earlier = load_vla("nano_vla", parent).model.state_dict()
+    for name, tensor in m.network.vla.state_dict().items():
+        torch.testing.assert_close(tensor, earlier[name], rtol=0, atol=0)
+    assert m.network.tokenize("pick up the milk") == load_vla("nano_vla", parent).model.tokenize("pick up the milk")
+
+
+def test_it_goes_on_from_its_own_checkpoint(tmp_path, parent):
+    first = continued(parent, tmp_path / "model")
+    first.save()
+    second = continued(str(tmp_path / "model"), tmp_path / "next").network.state_dict()
+    for name, tensor in first.average.module.state_dict().items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+    with pytest.raises(InputError) as told:
+        continued(str(tmp_path / "model"), tmp_path / "next", context=128)
+    assert told.value.code == "shape-mismatch"
+
+
+def test_frames_of_another_chunk_or_without_state_are_refused(tmp_path, parent):
+    m, b = continued(parent, tmp_path / "model"), chunks()
+    with pytest.raises(InputError) as told:
+        m.training_step(replace(b, ahead=b.ahead[:, :2]), 0)
+    assert told.value.code == "shape-mismatch" and told.value.field == "data.chunk"
+    with pytest.raises(InputError) as told:
+        m.training_step(replace(b, states=torch.full((8, 1), torch.nan)), 0)
+    assert told.value.code == "state"
