@@ -14,7 +14,7 @@ from data.envs import load_tasks
 from data.envs.base import Annotator, Instructable, Perturbable, Privileged
 from data.envs.libero.env import LiberoEnv
 from data.envs.libero.expert import Expert, expert_action, scene_instructions
-from data.envs.libero.goals import parse_goal, parse_goals, predicates
+from data.envs.libero.goals import Turn, parse_goal, parse_goals, predicates
 from data.envs.libero.scene import LiberoObservation, PrivilegedState, project
 from data.envs.libero.simulator import Libero
 from data.envs.libero.tasks import LiberoTask
@@ -238,6 +238,42 @@ def test_the_expert_does_one_thing_after_the_other() -> None:
             state, positions=np.where(np.array(state.scene.names)[:, None] == goals[0].item, basket, state.positions)
         )
         np.testing.assert_array_equal(expert_action(done, *goals), expert_action(done, goals[1]))
+
+
+@pytest.mark.parametrize(
+    "suite, task",
+    [("libero_goal", 5), ("libero_goal", 7), ("libero_10", 2), ("libero_10", 4), ("libero_10", 6)],
+    ids=["push the plate", "turn on the stove", "stove and moka pot", "two mugs on plates", "mug and box"],
+)
+def test_the_expert_pushes_turns_and_takes_mugs_by_the_wall(suite: str, task: int) -> None:
+    with LiberoEnv(load_tasks(suite, [task])[0]) as env:
+        rollout(env, env.task.instruction, 1)
+        assert env.success
+
+
+def test_parts_of_fixtures_say_how_far_they_are_open() -> None:
+    """As MuJoCo's own joint positions do."""
+    import mujoco
+
+    with LiberoEnv(load_tasks("libero_10", [3])[0]) as env:
+        env.reset(0)
+        parts, data, model = env.scene.parts, env._data, env._model
+        assert {name for name, part in parts.items() if part.slides} == set(parts) and len(parts) == 3
+        for name, level in {"top": 0.05, "middle": 0.1, "bottom": 0.15}.items():
+            data.qpos[model.joint(f"white_cabinet_1_{name}_level").qposadr[0]] = -level
+        mujoco.mj_forward(model, data)
+        state = env.privileged()
+        for name, level in {"top": 0.05, "middle": 0.1, "bottom": 0.15}.items():
+            assert state.opened(f"white_cabinet_1_cabinet_{name}") == pytest.approx(level, abs=1e-6)
+    with LiberoEnv(load_tasks("libero_goal", [7])[0]) as env:
+        env.reset(0)
+        (knob,) = (name for name, part in env.scene.parts.items() if not part.slides)
+        assert parse_goals(env.task.instruction, env.scene) == (Turn(knob),)
+        env._data.qpos[env._model.joint(knob).qposadr[0]] = 1.3
+        mujoco.mj_forward(env._model, env._data)
+        assert env.privileged().opened(knob) == pytest.approx(1.3, abs=1e-6)
+        with pytest.raises(InputError):
+            parse_goal(env.task.instruction, env.scene)
 
 
 def test_expert_is_a_vla_and_says_what_it_cannot_do(env: LiberoEnv) -> None:

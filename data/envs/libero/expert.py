@@ -1,4 +1,5 @@
-"""A scripted expert for LIBERO's pick-and-place tasks, playing the VLA's part: a stateless function of every pose.
+"""A scripted expert for LIBERO's tasks, playing the VLA's part: a stateless function of every pose. It brings things to places,
+pushes plates and turns knobs; it opens no drawers or doors.
 
 Because it keeps no memory it can label any state that some policy visited, after recorded or noisy actions, and it
 recovers from drops, slips and pushes. Labels are made to be learnt: velocities taper over several centimetres,
@@ -11,11 +12,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data.envs.libero.goals import Goal, object_words, parse_goal, parse_goals
+from data.envs.libero.goals import PUSHED, Goal, Turn, object_words, parse_goal, parse_goals
 from data.envs.libero.grasping import WIDEST, approach, firmness, plan_grasp
-from data.envs.libero.motion import VERTICAL_TAPER, command, extent, speed
+from data.envs.libero.motion import CLEARANCE, FINGERTIP_BELOW, VERTICAL_TAPER, command, extent, speed
 from data.envs.libero.placing import Place, carry, plan_place
+from data.envs.libero.pushing import push
 from data.envs.libero.scene import LiberoObservation, PrivilegedState
+from data.envs.libero.turning import turn_on
 from spvla.actions import LIBERO
 from spvla.errors import InputError
 from spvla.observation import Observation
@@ -23,6 +26,7 @@ from spvla.vlas.base import VLAOutput
 
 Float64Array = NDArray[np.float64]
 
+ON = 0.55  # radians; LIBERO counts a stove's knob as turned on from 0.5
 RETREAT = 0.10  # height above the place after release
 LET_GO = (0.055, 0.075)  # finger gap between which the retreat starts: not with the object still in hand
 
@@ -71,20 +75,28 @@ class Expert:
         return VLAOutput(actions=action[None].astype(np.float32))
 
 
-def expert_action(state: PrivilegedState, *goals: Goal) -> Float64Array:
+def expert_action(state: PrivilegedState, *goals: Goal | Turn) -> Float64Array:
     """The expert's action (7,) in LIBERO's units for any state: for what is in the hand, else for the first of the goals that
-    does not hold yet."""
+    does not hold yet, knobs before all others."""
+    knobs = [goal.part for goal in goals if isinstance(goal, Turn) and state.opened(goal.part) < ON]
+    goals = tuple(goal for goal in goals if isinstance(goal, Goal))
+    if not goals:
+        return turn_on(state, knobs[0]) if knobs else command(state, np.zeros(3), 0.0, close=False)
     items = [extent(state, goal.item) for goal in goals]
     places = [plan_place(state, goal, item) for goal, item in zip(goals, items, strict=True)]
     grips = [firmness(state, goal.item, item) for goal, item in zip(goals, items, strict=True)]
     left = [k for k, place in enumerate(places) if not place.done]
     in_hand = [k for k, grip in enumerate(grips) if grip is not None]
+    if knobs and not in_hand:
+        return turn_on(state, knobs[0])
     if not left:
-        return _let_go(state, places[-1])
+        return _let_go(state, places[-1], items[-1])
     if finished := [k for k in in_hand if k not in left]:
-        return _let_go(state, places[finished[0]])
+        return _let_go(state, places[finished[0]], items[finished[0]])
     k = next((k for k in left if k in in_hand), left[0])
     goal, item, place, grip = goals[k], items[k], places[k], grips[k]
+    if object_words(goal.item) in PUSHED:
+        return command(state, push(state, goal.item, item, place), 0.0, close=True)
     if grip is not None:
         velocity, release = carry(state, goal, item, place)
         if release:
@@ -96,8 +108,9 @@ def expert_action(state: PrivilegedState, *goals: Goal) -> Float64Array:
     return command(state, velocity, grasp.yaw, close)
 
 
-def _let_go(state: PrivilegedState, place: Place) -> Float64Array:
-    """Open the fingers, then rise over the place."""
-    up = speed(max(place.surface + RETREAT - state.eef_position[2], 0.0), VERTICAL_TAPER)
+def _let_go(state: PrivilegedState, place: Place, item: Float64Array) -> Float64Array:
+    """Open the fingers, then rise over the place, and off a tall ``item``, bounds (2, 3)."""
+    height = max(place.surface + RETREAT, item[1, 2] + FINGERTIP_BELOW + CLEARANCE)
+    up = speed(max(height - state.eef_position[2], 0.0), VERTICAL_TAPER)
     free = float(np.clip((state.finger_gap - LET_GO[0]) / (LET_GO[1] - LET_GO[0]), 0.0, 1.0))
     return command(state, np.array([0.0, 0.0, free * up]), 0.0, close=False)

@@ -1,4 +1,4 @@
-"""What LIBERO's pick-and-place instructions mean in a scene."""
+"""What LIBERO's instructions mean in a scene, as far as the scripted expert can do it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,26 @@ class Goal:
     inside: bool
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Turn a knob on: ``part`` is its name in :attr:`data.envs.libero.scene.Scene.parts`."""
+
+    part: str
+
+
 def parse_goal(instruction: str, scene: Scene) -> Goal:
-    """The one goal that an instruction means in a scene, see :func:`parse_goals`.
+    """The one object that an instruction asks for in a scene, see :func:`parse_goals`.
 
     Raises:
-        InputError: as :func:`parse_goals`, and for several goals.
+        InputError: as :func:`parse_goals`, and for several goals or a knob.
     """
     goals = parse_goals(instruction, scene)
-    if len(goals) > 1:
-        raise InputError(f"{instruction!r} asks for {len(goals)} objects, not for a single one")
+    if len(goals) > 1 or not isinstance(goals[0], Goal):
+        raise InputError(f"{instruction!r} asks for {len(goals)} things, not for a single object")
     return goals[0]
 
 
-def parse_goals(instruction: str, scene: Scene) -> tuple[Goal, ...]:
+def parse_goals(instruction: str, scene: Scene) -> tuple[Goal | Turn, ...]:
     """The goals that an instruction means in a scene, all of which are to hold.
 
     The task's own instruction means the task's own goals; any other must name an object and a place of the scene, as
@@ -53,16 +60,22 @@ def parse_goals(instruction: str, scene: Scene) -> tuple[Goal, ...]:
     return (Goal(found.item, insides[0], True) if found.inside and insides else found,)
 
 
-def _own_goal(predicate: tuple[str, ...], instruction: str, scene: Scene) -> Goal:
-    """One of the task's own goals: not into drawers, which would have to be opened, nor several things on one spot."""
+def _own_goal(predicate: tuple[str, ...], instruction: str, scene: Scene) -> Goal | Turn:
+    """One of the task's own goals: no drawers or doors, nothing into a fixture, nor several things on one spot."""
+    if predicate[0] == "turnon":
+        knobs = [name for name, part in scene.parts.items() if part.parent == predicate[1] and not part.slides]
+        if len(knobs) == 1:
+            return Turn(knobs[0])
     relation, item, place = predicate if len(predicate) == 3 else (predicate[0], "", "")
     body = scene.body_of(place) if place else None
     into = relation == "in" and body in scene.movable
-    onto = relation == "on" and (body in scene.names or (body is None and object_words(item) not in PUSHED))
+    onto = relation == "on" and (body is None or object_words(item) not in PUSHED)
     alone = relation == "in" or [other[-1] for other in scene.goal].count(place) == 1
     if item in scene.movable and alone and (into or onto):
         return Goal(item, place, into)
-    raise InputError(f"the expert cannot do {instruction!r}: its goal {scene.goal} is not pick-and-place alone")
+    raise InputError(
+        f"the expert cannot do {instruction!r}: its goal {scene.goal} needs more than bringing, pushing and turning on"
+    )
 
 
 def predicates(goal: Goal) -> tuple[tuple[str, ...], ...]:

@@ -19,8 +19,8 @@ from data.envs.libero.motion import (
     PALM_REACH,
     VERTICAL_TAPER,
     beyond,
+    clear_height,
     hand_yaw,
-    obstacle_height,
     obstacles,
     speed,
     towards,
@@ -40,6 +40,7 @@ ROOM = 0.03  # more free space than this around the fingers does not make a gras
 NEARNESS = 0.01  # metres of that space that a grasp is worth which is a metre nearer to the middle
 ABOVE_BOTTOM = 0.012  # grasp at least this far above the object's bottom: fingertips must not touch the table ...
 BELOW_TOP = 0.032  # ... and not deeper than this below its top: the palm must not touch the object
+KNOB = 0.005  # the same for what stands out at the top of something too wide
 BELOW_RIM = 0.022  # the same for a hollow object's rim
 SLACK_ACROSS = 0.35  # of the object's half length: how far off a grasp may be across the finger axis ...
 SLACK_MOST = 0.016  # ... and at most, in metres
@@ -53,6 +54,7 @@ CLOSE_HEIGHT = (0.006, 0.012)  # ... and once this near to the grasp height (fla
 LOOSE, FIRM = 0.008, 0.002  # lifting ramps up while the gap falls from width + LOOSE to width + FIRM
 EMPTY = 0.35  # of the width: fingers closed further than this hold nothing
 WALL = 0.007  # finger gap on a hollow object's wall; its collision boxes lean, so that their bounds say nothing
+HANDLE = 1.5  # times the thinnest wall's thickness, as far as bounds tell it: more than that has a handle to it
 WALL_DEPTH = 0.008  # fingers closed on a wall hold it if they are this far below the rim
 
 
@@ -103,8 +105,12 @@ def _grasps(state: PrivilegedState, goal: Goal, place: Place, yaw: float) -> lis
     if hollow:
         height = max(low[2] + ABOVE_BOTTOM, high[2] - BELOW_RIM)
         pieces = _pieces(bounds, middle[0], height)
+    elif pieces and pieces[0][1] - pieces[0][0] > WIDEST and (knob := _pieces(bounds, middle[0], high[2] - KNOB)):
+        height, pieces = high[2] - KNOB, knob
     grasps = []
-    for near, far in pieces or [(float(low[1]), float(high[1]))]:
+    pieces = pieces or [(float(low[1]), float(high[1]))]
+    thickest = HANDLE * min(far - near for near, far in pieces)  # with a mug's handle in the hand its fingers would not close
+    for near, far in pieces:
         width, along = far - near, (near + far) / 2
         half = float(high[0] - low[0]) / 2
         across = middle[0] + (0.0 if hollow else _dodge(others, middle[0], along, height, half))
@@ -121,7 +127,7 @@ def _grasps(state: PrivilegedState, goal: Goal, place: Place, yaw: float) -> lis
                 np.clip((OPEN_GAP - width) / 2 - SLACK_MARGIN, SLACK_MARGIN, SLACK_MOST),
             ]
         )
-        rank = (width <= WIDEST, room - strain - NEARNESS * abs(along))
+        rank = (width <= min(WIDEST, thickest), room - strain - NEARNESS * abs(along))
         grasps.append((rank, Grasp(point, yaw, width, slack)))
     return grasps
 
@@ -185,11 +191,7 @@ def approach(
     shut = 0.0 if surrounded else float(np.clip((grasp.width + 0.01 - gap) / 0.01, 0.0, 1.0)) * over
     close = closing or (not shut and off <= CLOSE_LATERAL and abs(eef[2] - grasp.point[2]) < near)
     funnel = max(min(STEEP * off, over), shut) + SLOPE * max(off - over / STEEP, 0.0)
-    others = obstacles(state, goal.item)
-    clear = max(
-        obstacle_height(others, eef[:2], FINGER_REACH) + FINGERTIP_BELOW,
-        obstacle_height(others, eef[:2], PALM_REACH) - PALM_ABOVE,
-    )
+    clear = clear_height(obstacles(state, goal.item), eef[:2])
     height = grasp.point[2] + float(np.clip(clear - grasp.point[2], funnel, max(STEEP * off, funnel)))
     rise = height - eef[2]
     free = 1.0 if surrounded else float(np.clip(1.0 - (rise - 0.01) / 0.05, 0.0, 1.0))

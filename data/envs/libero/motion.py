@@ -79,3 +79,11 @@ def obstacle_height(extents: Float64Array, centre: Float64Array, reach: Float64A
     gap = np.maximum(extents[:, 0, :2] - (centre + reach), (centre - reach) - extents[:, 1, :2])
     distance = np.linalg.norm(np.maximum(gap, 0.0), axis=1)
     return float((extents[:, 1, 2] + CLEARANCE - OBSTACLE_SLOPE * distance).max(initial=-np.inf))
+
+
+def clear_height(extents: Float64Array, centre: Float64Array) -> float:
+    """Height that the point between the fingertips must have for the open hand, at ``centre`` (2,), to clear ``extents``."""
+    return max(
+        obstacle_height(extents, centre, FINGER_REACH) + FINGERTIP_BELOW,
+        obstacle_height(extents, centre, PALM_REACH) - PALM_ABOVE,
+    )

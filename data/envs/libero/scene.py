@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data.envs.libero.rotations import quaternion, rotation_matrix, scalar_last, yaw_matrix
+from data.envs.libero.rotations import axis_angle, quaternion, rotation_matrix, scalar_last, yaw_matrix
 from spvla.errors import InputError
 from spvla.observation import Observation
 
@@ -35,6 +35,24 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A drawer, a knob or a door: what moves along or about one axis of a fixture.
+
+    Args:
+        parent: the fixture, one of :attr:`Scene.names`.
+        position, rotation: its pose in the fixture's frame when it is closed or off, float64 (3,), metres, and (3, 3).
+        axis: unit vector in the fixture's frame, float64 (3,): it opens along it, or is turned on about it (right hand).
+        slides: along the axis; else it turns.
+    """
+
+    parent: str
+    position: Float64Array
+    rotation: Float64Array
+    axis: Float64Array
+    slides: bool
+
+
+@dataclass(frozen=True)
 class Scene:
     """What does not change while a task's environment lives: names, shapes and the goal.
 
@@ -45,6 +63,7 @@ class Scene:
         movable: the names of the movable objects.
         boxes: per body in ``names``, corners (G, 8, 3) of its G collision geoms' bounding boxes, in the body's frame.
         regions: places by name.
+        parts: the fixtures' drawers, knobs and doors by name.
     """
 
     instruction: str
@@ -53,6 +72,7 @@ class Scene:
     movable: tuple[str, ...]
     boxes: tuple[Float64Array, ...]
     regions: dict[str, Region]
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def body_of(self, place: str) -> str | None:
         """The body that a goal's place belongs to: itself, or what its region moves with; None: fixed in the world."""
@@ -118,6 +138,14 @@ class PrivilegedState:
         rotation = self.rotation(region.parent)
         centre = rotation @ region.position + self.position(region.parent)
         return centre, np.abs(rotation @ region.rotation @ region.half_size)
+
+    def opened(self, part: str) -> float:
+        """How far a part of a fixture is open, metres, or turned on, radians."""
+        known = self.scene.parts[part]
+        frame = self.rotation(known.parent)
+        if known.slides:
+            return float((frame.T @ (self.position(part) - self.position(known.parent)) - known.position) @ known.axis)
+        return float(axis_angle(quaternion(frame.T @ self.rotation(part) @ known.rotation.T)) @ known.axis)
 
     def to_vector(self) -> NDArray[np.float32]:
         """float32 (8 + 7 N,), laid out as :attr:`Scene.fields` says; LeRobot's ``observation.environment_state``."""
@@ -222,8 +250,31 @@ def _read_scene(env: Any, model: Any, data: Any, instruction: str) -> tuple[NDAr
         movable=movable,
         boxes=tuple(np.array(corners[name]).reshape(-1, 8, 3) for name in bodies),
         regions=regions,
+        parts=_read_parts(model, roots, parts),
     )
     return np.array(list(bodies.values()), np.int64), scene
+
+
+def _read_parts(model: Any, roots: dict[str, int], bodies: dict[str, int]) -> dict[str, Part]:
+    """What moves along or about one axis, from the compiled model: each joint opens towards the larger end of its range."""
+    import mujoco
+
+    closed = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, closed)  # every joint at its reference
+    names = {body: name for name, body in roots.items()}
+    parts = {}
+    for name, body in bodies.items():
+        joint, root = int(model.body_jntadr[body]), int(model.body_rootid[body])
+        kind = int(model.jnt_type[joint])
+        if kind not in (mujoco.mjtJoint.mjJNT_SLIDE, mujoco.mjtJoint.mjJNT_HINGE):
+            continue
+        frame = closed.xmat[root].reshape(3, 3)
+        low, high = model.jnt_range[joint]
+        axis = frame.T @ closed.xmat[body].reshape(3, 3) @ model.jnt_axis[joint] * (1.0 if abs(high) > abs(low) else -1.0)
+        position = frame.T @ (closed.xpos[body] - closed.xpos[root])
+        rotation = frame.T @ closed.xmat[body].reshape(3, 3)
+        parts[name] = Part(names[root], position, rotation, axis, kind == mujoco.mjtJoint.mjJNT_SLIDE)
+    return parts
 
 
 _CUBE = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
