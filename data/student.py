@@ -7,6 +7,7 @@ side, with nothing between them but a folder.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,8 @@ PATIENCE = 110  # steps after which the teacher finishes the task
 
 
 class Student:
-    """A :class:`data.rollout.Driver`: the student acts, and now and then the teacher in its place.
+    """A :class:`data.rollout.Driver`: the student acts, and now and then the teacher in its place. Of a student's plans, more or
+    fewer actions are executed, so that every horizon's states are visited.
 
     Args:
         policy, checkpoint: see :func:`spvla.vlas.registry.load_vla`.
@@ -47,6 +49,7 @@ class Student:
         self._rng = np.random.default_rng([seed, 2])
         self.helped = self._astray = 0
         self._path: list[FloatArray] = []
+        self._plan: deque[FloatArray] = deque()
         head = self._rng.random() < HEAD_SHARE
         self._help_until = int(self._rng.integers(1, HEAD_STEPS)) if head else 0
 
@@ -62,8 +65,12 @@ class Student:
             self._path.clear()
         if step < self._help_until or step >= PATIENCE:
             self.helped += 1
+            self._plan.clear()
             return label
-        action = self.space.clip(self._student.predict(observation).actions[0])
+        if not self._plan:
+            actions = self._student.predict(observation).actions
+            self._plan.extend(actions[: self._rng.integers(1, len(actions), endpoint=True)] if len(actions) > 1 else actions)
+        action = self.space.clip(self._plan.popleft())
         dims = list(self.space.translation or self.space.continuous)
         off = np.abs(self.space.normalize(action) - self.space.normalize(label))[dims].max()
         self._astray = self._astray + 1 if off > ASTRAY else 0

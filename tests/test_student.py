@@ -57,3 +57,26 @@ def test_one_that_goes_astray_is_helped_for_a_while(monkeypatch, action):
 def test_one_that_is_stuck_is_helped(monkeypatch):
     out = helped(monkeypatch, [0.3, 0, 0, 0, 0, 0, -1], moves=False)
     assert not any(out[: STALL_STEPS - 1]) and out[STALL_STEPS - 1]
+
+
+def test_of_a_students_plans_more_or_fewer_actions_are_executed(monkeypatch):
+    class Planner(Scripted):
+        asked = 0
+
+        def predict(self, observation, keep_mass: float = 1.0):
+            self.asked += 1
+            plan = np.tile(self.action, (4, 1))
+            plan[:, 1] = np.arange(4) / 100  # which action of the plan it is
+            return SimpleNamespace(actions=plan)
+
+    planner = Planner(np.array([0.4, 0, 0, 0, 0, 0, -1], np.float32))
+    monkeypatch.setattr("data.student.load_vla", lambda *_: planner)
+    student = Student("planner", None, LIBERO)
+    student.start("pick up the milk", next(s for s in range(99) if np.random.default_rng([s, 2]).random() >= HEAD_SHARE))
+    ages = []
+    for step in range(100):
+        seen = SimpleNamespace(state=np.array([0.01 * step, 0.0, 0.0], np.float32))
+        ages.append(round(100 * float(student.drive(lambda seen=seen: seen, LABEL, step)[1])))
+    starts = [i for i, age in enumerate(ages) if age == 0]
+    assert len(starts) == planner.asked and all(b - a == 1 for a, b in zip(ages, ages[1:], strict=False) if b)
+    assert {b - a for a, b in zip(starts, starts[1:], strict=False)} == {1, 2, 3, 4}
