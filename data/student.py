@@ -28,8 +28,8 @@ PATIENCE = 110  # steps after which the teacher finishes the task
 
 
 class Student:
-    """A :class:`data.rollout.Driver`: the student acts, and now and then the teacher in its place. Of a student's plans, more or
-    fewer actions are executed, so that every horizon's states are visited.
+    """A :class:`data.rollout.Driver`: the student acts, and now and then the teacher in its place. Of its plans more or
+    fewer actions are executed, so that the states of every horizon are visited.
 
     Args:
         policy, checkpoint: see :func:`spvla.vlas.registry.load_vla`.

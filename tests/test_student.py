@@ -1,5 +1,6 @@
 """The DAgger student: it acts, and the teacher helps where it is stuck, goes astray, or takes too long."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,5 +79,5 @@ def test_of_a_students_plans_more_or_fewer_actions_are_executed(monkeypatch):
         seen = SimpleNamespace(state=np.array([0.01 * step, 0.0, 0.0], np.float32))
         ages.append(round(100 * float(student.drive(lambda seen=seen: seen, LABEL, step)[1])))
     starts = [i for i, age in enumerate(ages) if age == 0]
-    assert len(starts) == planner.asked and all(b - a == 1 for a, b in zip(ages, ages[1:], strict=False) if b)
-    assert {b - a for a, b in zip(starts, starts[1:], strict=False)} == {1, 2, 3, 4}
+    assert len(starts) == planner.asked and all(b - a == 1 for a, b in itertools.pairwise(ages) if b)
+    assert {b - a for a, b in itertools.pairwise(starts)} == {1, 2, 3, 4}
