@@ -1,22 +1,27 @@
 """Continuing a one-step VLA as OpenVLA-OFT: it overfits a batch of chunks, and its checkpoint acts as it was trained."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from spvla.errors import InputError
 from spvla.observation import Observation
 from spvla.vlas.openvla_oft import OpenVLAOFT
 from spvla.vlas.registry import load_vla
+from tests.conftest import DATA
 from tests.test_train_vla import QUIET, batch, module
 from train.vla.chunks import ChunkModule
 from train.vla.frames import FrameBatch
 
 pytestmark = pytest.mark.slow  # needs a training
 
+ROOT = Path(__file__).parents[1]
 CHUNK = 4
 RANGE = {"state_low": [-1.0, -2.0, 0.0], "state_high": [1.0, 1.0, 2.0]}
 
@@ -96,3 +101,14 @@ def test_frames_of_another_chunk_or_without_state_are_refused(tmp_path, parent):
     with pytest.raises(InputError) as told:
         m.training_step(replace(b, states=torch.full((8, 1), torch.nan)), 0)
     assert told.value.code == "state"
+
+
+def test_the_packaged_recipe_is_small_and_has_room_for_every_instruction(tmp_path):
+    config = yaml.safe_load((ROOT / "configs" / "train" / "nano_oft.yaml").read_text())
+    options = config["model"]["init_args"]
+    m = ChunkModule(**{**options, "output": tmp_path})
+    assert 2 * sum(p.numel() for p in m.network.parameters()) < 16e6
+    assert m.network.recipe.chunk == config["data"]["init_args"]["chunk"] == 16
+    suites = json.loads((DATA / "libero_instructions" / "libero_task_instructions.json").read_text())
+    for task in (task for tasks in suites.values() for task in tasks):
+        assert 0 not in m.network.tokenize(task["instruction_from_filename"]), task
