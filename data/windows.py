@@ -105,6 +105,7 @@ class Windows:
         self.plan = stores[0].arrays["vla_plans"].shape[1] if plans else 0  # actions of a plan (P)
         self.offsets = np.cumsum([0] + [s.frames for s in stores])
         self.scenes: list[Scenes] | None = None  # what eyes see of each store
+        self.errors: FloatArray | None = None  # of a generator at each frame
 
     def seen(self, eyes: EyesConfig | None) -> Self:
         """The same windows with what ``eyes`` see now and saw when the VLA was last asked: for gates alone, since frames are
@@ -113,6 +114,13 @@ class Windows:
             return self
         out = copy.copy(self)
         out.scenes = [Scenes.of(store, eyes) for store in self.stores]
+        return out
+
+    def knowing(self, errors: FloatArray) -> Self:
+        """The same windows with a generator's error at the VLA's last call: its proposal less the VLA's action at each global
+        frame, normalised (N, D), zeros where there is none; see :func:`data.disagreement.frame_errors`."""
+        out = copy.copy(self)
+        out.errors = errors
         return out
 
     def __len__(self) -> int:
@@ -218,6 +226,7 @@ class Windows:
             vla_features=last_output(a["vla_features"][last]) if self.features else None,
             plan=None if plan is None else in_scale(plan) * (np.arange(self.plan) < left[:, None])[..., None],  # type: ignore[index]
             plan_left=left,
+            vla_error=None if self.errors is None else last_output(self.errors[self.offsets[i] + last]),
         )
         changed = None
         if self.scenes is not None:

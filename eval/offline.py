@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.disagreement import frame_errors
 from data.floor import noise_floor
 from data.store import RolloutStore
 from data.windows import Windows
@@ -51,24 +52,33 @@ class Judged:
 
 
 def judge_store(windows: Windows, export: Export, names: Sequence[str]) -> Judged:
-    """What the generators called ``names`` propose along the episodes, and what their gates decide."""
+    """What the generators called ``names`` propose along the episodes in ``windows``, and what their gates decide."""
     space, horizon = windows.space, windows.horizon
     limits = {n: export.limits(n, space) for n in names}
     generators = {n: export.generator(n, space) for n in names}
     proposals: dict[str, list[NDArray[np.float32]]] = {n: [] for n in names}
     verdicts: dict[str, list[Verdicts]] = {n: [] for n in names if n in export.gates}
+    spans = [(first, info.length) for _, first, info in windows.episodes]
+    seen = windows.seen(export.eyes)
+    told = {  # what a gate sees that reads its own generator's errors
+        n: seen.knowing(frame_errors(windows, [generators[n]], spans))
+        for n in verdicts
+        if export.gates[n].config.last_disagreement
+    }
     targets, valid, episode = [], [], []
     for e, (_, first, info) in enumerate(windows.episodes):
         if info.length < 2:
             continue
-        batch = windows.batch(np.arange(first + 1, first + info.length, dtype=np.int64))
+        frames = np.arange(first + 1, first + info.length, dtype=np.int64)
+        batch = seen.batch(frames)
         for name, generator in generators.items():
             actions = generator.propose(batch.window)[:, :horizon]
             rest = np.repeat(actions[:, -1:], horizon - actions.shape[1], axis=1)  # short horizons hold their last action
             proposals[name].append(np.concatenate([actions, rest], axis=1))
             if name in verdicts:
                 first_actions = np.ascontiguousarray(actions[:, 0])
-                verdicts[name].append(judge(export.gates[name], limits[name], batch.window, first_actions))
+                window = told[name].batch(frames).window if name in told else batch.window
+                verdicts[name].append(judge(export.gates[name], limits[name], window, first_actions))
         targets.append(batch.targets)
         valid.append(batch.valid > 0)
         episode.append(np.full(len(batch.valid), e))
@@ -194,7 +204,6 @@ def offline(
         space=loaded.space,
         plans=any(f.vla_plan for f in features),
     )
-    windows = windows.seen(loaded.eyes)
     for line in loaded.space.scale_difference(store.space):
         print(f"note: scale of the export against that of {data}: {line}; do both have the same units?")
     judged = judge_store(windows, loaded, names)

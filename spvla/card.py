@@ -112,6 +112,7 @@ def model_card(export: Export, results: Sequence[EvalResult] = ()) -> str:
         "set. Steps in unfamiliar states, and those whose proposal is refused (out of bounds, or a larger jump than any in "
         "training), are the VLA's.",
         *([f"\nThe gates have eyes: they need the camera `{eyes.camera}` at every step."] if eyes is not None else []),
+        *(["\nThe gates read the generator's error at the VLA's last call, too."] if export.reads_error else []),
         *(f"\nNote: {note}." for note in export.notes()),
         "",
         "Provenance:",

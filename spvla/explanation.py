@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spvla.gates.base import Gate, eyes_of
+from spvla.gates.base import Gate, eyes_of, reads_error
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.live import LiveGate
 from spvla.generators.features import FeatureConfig
@@ -136,6 +136,8 @@ def _gate(policy: SPVLAPolicy) -> Part:
         told += f", calibrated: probability of a deviation at most {inner.threshold:.3g}"
     elif not isinstance(inner, LearnedGate):
         told += ", set by hand: no bound on the risk"
+    if reads_error(inner):
+        told += "; reads the generator's error at the VLA's last call"
     others = {r: n for r, n in ledger.reasons.most_common() if r not in ("chunk", "waited")}
     if others:
         told += "; decided by " + ", ".join(f"{reason} {count}" for reason, count in others.items())

@@ -108,6 +108,11 @@ class Export:
         """What its gates see of the scene, which needs the camera at every step; None: nothing."""
         return next((gate.config.eyes for gate in self.gates.values() if gate.config.eyes is not None), None)
 
+    @property
+    def reads_error(self) -> bool:
+        """Whether a gate reads its generator's error at the VLA's last call."""
+        return any(gate.config.last_disagreement for gate in self.gates.values())
+
     def generator(self, name: str, space: ActionSpace) -> ActionGenerator:
         """A generator by name for a robot of ``space``: an exported one, ``ridge``, ``ridge_paper`` or ``last``; its normalised
         actions are in the export's scale."""

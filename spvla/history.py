@@ -53,6 +53,8 @@ class Window:
         plan_left: how many actions that are, (B,), or None.
         frame: what the gate's eyes see now, uint8 (B, S, S, 3), or None where it has none.
         vla_frame: the same when the VLA was last asked, or None.
+        vla_error: the generator's proposal less the VLA's action at that call, normalised, (B, D); zeros where there was no
+            proposal that means anything, as before the first call. None where nobody reads it.
     """
 
     actions: FloatArray
@@ -69,6 +71,7 @@ class Window:
     plan_left: FloatArray | None = None
     frame: NDArray[np.uint8] | None = None
     vla_frame: NDArray[np.uint8] | None = None
+    vla_error: FloatArray | None = None
 
 
 def rest_of_plan(window: Window, who: str) -> tuple[FloatArray, FloatArray]:
@@ -86,14 +89,15 @@ class ActionHistory:
         space: action space of the policy.
         length: steps to remember (n).
         plans: windows have the rest of the VLA's plan.
+        errors: windows have the generator's error at the VLA's last call.
     """
 
-    def __init__(self, space: ActionSpace, length: int, plans: bool = False) -> None:
+    def __init__(self, space: ActionSpace, length: int, plans: bool = False, errors: bool = False) -> None:
         if length < 1:
             raise InputError(f"history length must be at least 1, got {length}")
         self.space = space
         self.length = length
-        self.plans = plans
+        self.plans, self.errors = plans, errors
         self.reset()
 
     def reset(self) -> None:
@@ -113,6 +117,7 @@ class ActionHistory:
         self.vla_action = np.zeros(d, np.float32)  # normalised
         self.vla_state: FloatArray | None = None
         self.vla_age = 0
+        self.vla_error = np.zeros(d, np.float32)  # the generator's, normalised
         self.frame: NDArray[np.uint8] | None = None  # (S, S, 3) that the gate's eyes see
         self.vla_frame: NDArray[np.uint8] | None = None
         self._observed = False  # since the last action
@@ -147,13 +152,16 @@ class ActionHistory:
         self.frame = frame
         self._observed = True
 
-    def act(self, action: FloatArray, source: Source, output: VLAOutput | None = None) -> None:
+    def act(
+        self, action: FloatArray, source: Source, output: VLAOutput | None = None, proposed: FloatArray | None = None
+    ) -> None:
         """Take in an executed action.
 
         Args:
             action: (D,), environment units.
             source: who made it.
             output: the VLA's output if it was asked.
+            proposed: what the generator would have done, normalised (D,), or None.
         """
         action = self._checked(action)
         self._window = None
@@ -170,23 +178,32 @@ class ActionHistory:
             # The VLA's own output, also where something else was executed (noise while collecting).
             self.vla_action = normalized if output is None else self.space.normalize(output.actions[0])
             self.vla_age = 1
+            self.vla_error = self._error(proposed)
             if self.states is not None:
                 self.vla_state = self.states[-1].copy()
             self.vla_frame = self.frame
             if output is not None:
                 self.vla_output = output
 
-    def answer(self, output: VLAOutput, state: FloatArray, age: int) -> None:
+    def answer(self, output: VLAOutput, state: FloatArray, age: int, proposed: FloatArray | None = None) -> None:
         """Take in the VLA's answer to an earlier observation, before anyone decides: from now on it is the VLA's last word.
 
         Args:
             output: what it answered.
             state: proprioception (S,) when it was asked.
             age: control steps since then.
+            proposed: what the generator would have done then, normalised (D,), or None.
         """
         self._window = None
         self.vla_action, self.vla_state = self.space.normalize(output.actions[0]), state
         self.vla_output, self.vla_age = output, age
+        self.vla_error = self._error(proposed)
+
+    def _error(self, proposed: FloatArray | None) -> FloatArray:
+        """What a proposal (D,) is off the VLA's last action by, (D,); zeros without one, or for one that is not finite."""
+        if not self.errors or proposed is None or False in np.isfinite(proposed).tolist():
+            return np.zeros(self.space.dim, np.float32)
+        return proposed - self.vla_action
 
     def credit(self, source: Source) -> None:
         """Let hand-set rules and the run limit count the last step as ``source``'s, though another made it: in shadow mode the
@@ -251,6 +268,7 @@ class ActionHistory:
             plan_left=left,
             frame=None if self.frame is None else self.frame[None],
             vla_frame=None if self.vla_frame is None else self.vla_frame[None],
+            vla_error=self.vla_error[None] if self.errors else None,
         )
         return self._window
 

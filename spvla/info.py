@@ -39,6 +39,7 @@ def describe(export: Export) -> dict[str, Any]:
         "state_entries": sorted({i for f in inputs for i in f.state_dims}),
         "tolerance": export.tolerance,
         "eyes": None if export.eyes is None else asdict(export.eyes),
+        "last_disagreement": export.reads_error,
         "defaults": dict(export.defaults),
         "generators": generators,
         "notes": export.notes(),
@@ -67,6 +68,8 @@ def print_info(export: str, json: bool = False) -> None:
     print(f"tolerance     {loaded.tolerance:g} (normalised units)")
     if (eyes := loaded.eyes) is not None:
         print(f"eyes          camera {eyes.camera}, {eyes.size} x {eyes.size} pixels, needed at every step")
+    if loaded.reads_error:
+        print("gates         read the generator's error at the VLA's last call, too")
     print(f"defaults      {', '.join(f'{k} {v}' for k, v in loaded.defaults.items())}")
     if loaded.source is not None:
         print(f"source        {loaded.source}")

@@ -19,11 +19,13 @@ class Judged:
         proposal: the generator's action, or where the gate would rather keep the VLA's plan its next one, (D,), environment
             units; None if nobody was asked.
         refused: labelled intuitive, but the proposal is not admissible.
+        proposed: what the generator itself would do, normalised (D,); None where it was not asked, or knows nothing yet.
     """
 
     decision: Decision
     proposal: FloatArray | None = None
     refused: bool = False
+    proposed: FloatArray | None = None
 
     @property
     def skips(self) -> bool:

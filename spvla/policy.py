@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_options, naming
-from spvla.gates.base import Decision, Gate, LearningGate, eyes_of, reads_plan
+from spvla.gates.base import Decision, Gate, LearningGate, eyes_of, reads_error, reads_plan
 from spvla.gates.live import LiveGate
 from spvla.generators.base import ActionGenerator
 from spvla.history import ActionHistory, Source
@@ -100,6 +100,7 @@ class SPVLAPolicy:
         self.gate = gate
         self._learning = gate if isinstance(gate, LearningGate) else None
         self._arms = reads_plan(gate)
+        self._errors = reads_error(gate)
         self._eyes = eyes_of(gate)
         if self._eyes is not None and not self.waits:
             told = "policy: a gate with eyes needs the camera at every step, which mode 'bridge' reads in another thread"
@@ -118,7 +119,7 @@ class SPVLAPolicy:
         self.max_generated_run = max_generated_run
         self.when_unavailable = when_unavailable
         length = max([1] + [part.history_length for part in (generator, gate) if part is not None])
-        self.history = ActionHistory(self.space, length, plans=self._arms)
+        self.history = ActionHistory(self.space, length, self._arms, self._errors)
         self.steps: list[StepInfo] = []
         self.ledger = Ledger()  # what the VLA was asked, in all episodes
         self.last_output: VLAOutput | None = None  # VLA output that covers the last step; None if the generator made it
@@ -210,7 +211,7 @@ class SPVLAPolicy:
     def _judge(self) -> Judged:
         """Propose and decide. The VLA makes the first step, the step after a failed call, and the one after a long run."""
         if self._queue:
-            return Judged(Decision(False, "chunk"))
+            return Judged(Decision(False, "chunk"), proposed=self._unasked())
         if self.generator is None or self.gate is None:
             return Judged(Decision(False, "off"))
         history = self.history
@@ -220,15 +221,19 @@ class SPVLAPolicy:
         if history.vla_age == 0:
             return Judged(Decision(False, "first step"), proposal)
         if self._waiting:
-            return Judged(Decision(False, "unavailable"), proposal)
+            return Judged(Decision(False, "unavailable"), proposal, proposed=proposals[0])
         if self._steps_without_vla() >= self.max_generated_run:
-            return Judged(Decision(False, "run limit"), proposal)
+            return Judged(Decision(False, "run limit"), proposal, proposed=proposals[0])
         decision = self.gate.decide(window, proposals)[0]
         if decision.kept and history.planned is not None:
-            return Judged(decision, history.planned)
+            return Judged(decision, history.planned, proposed=proposals[0])
         refused = decision.refused or (decision.intuitive and not self.space.admissible(proposal, history.last_action))
         self._warn_if_far_from_calibration(decision, refused, proposals[0])
-        return Judged(decision, proposal, refused)
+        return Judged(decision, proposal, refused, proposals[0])
+
+    def _unasked(self) -> FloatArray | None:
+        """What the generator would do, normalised (D,), where the gate is not asked but will read how far off that was."""
+        return self.generator.propose(self.history.window())[0, 0] if self.generator is not None and self._errors else None
 
     def _steps_without_vla(self) -> int:
         """What the run limit counts."""
@@ -290,7 +295,7 @@ class SPVLAPolicy:
     def _account(self, judged: Judged, acted: Acted, times: dict[str, float]) -> StepInfo:
         """Add the action to the history; return what happened in this step."""
         propensity, age = self._propensity(judged, acted), self.history.vla_age
-        self.history.act(acted.action, acted.source, acted.output)
+        self.history.act(acted.action, acted.source, acted.output, judged.proposed)
         self.last_output = acted.planned if acted.output is None else acted.output
         unavailable = acted.unavailable is not None
         self._learn(judged, acted)

@@ -46,6 +46,7 @@ class Call:
         proposal: what the generator would have done then, (D,), environment units, or None.
         audit: the live gate counts the answer.
         keep_mass: what pruning keeps.
+        proposed: what the generator itself would have done, normalised (D,), or None.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Call:
     proposal: FloatArray | None
     audit: bool = False
     keep_mass: float = 1.0
+    proposed: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,8 @@ class BridgePolicy(SPVLAPolicy):
         age = self.history.vla_age
         acted = self._act(judged, capture, times)
         step = replace(self._account(judged, acted, times), called_vla=asked, unavailable=unavailable, vla_age=age)
-        if acted.source == Source.HELD:
-            self._still_since = self._step if self._still_since is None else self._still_since
-        else:
-            self._still_since = None
+        since = self._step if self._still_since is None else self._still_since
+        self._still_since = since if acted.source == Source.HELD else None
         self._step += 1
         times["total"] = 1e3 * (perf_counter() - start)
         self.steps.append(step)
@@ -311,7 +311,7 @@ class BridgePolicy(SPVLAPolicy):
             self.latency = int(np.quantile(self._latencies, 0.9, method="higher"))
             if isinstance(self.gate, LiveGate) and call.proposal is not None:
                 self.gate.settle(call.proposal, output.actions[0], call.audit)
-            self.history.answer(output, call.state, max(1, age))
+            self.history.answer(output, call.state, max(1, age), call.proposed)
             still = age == 0 or (self._still_since is not None and self._still_since <= call.step)
             self._fresh = output if still else None
             if not self._arms:  # else a plan is in the history, and the gate decides about each of its actions
@@ -333,9 +333,9 @@ class BridgePolicy(SPVLAPolicy):
 
     def _judge(self) -> Judged:
         if self._fresh is not None:
-            return Judged(Decision(False, "fresh answer"))
+            return Judged(Decision(False, "fresh answer"), proposed=self._unasked())
         if isinstance(self.gate, LiveGate) and len(self.calls) > MOST_AUDITS:
-            return Judged(Decision(False, "audits waiting"))
+            return Judged(Decision(False, "audits waiting"), proposed=self._unasked())
         return super()._judge()
 
     def _steps_without_vla(self) -> int:
@@ -363,7 +363,7 @@ class BridgePolicy(SPVLAPolicy):
         assert self.history.states is not None, "this step was observed"
         state = self.history.states[-1].copy()
         self._audits += decision.audit
-        self.calls.ask(Call(self._step, state, judged.proposal, decision.audit, keep_mass), capture)
+        self.calls.ask(Call(self._step, state, judged.proposal, decision.audit, keep_mass, judged.proposed), capture)
         return True
 
     def _propensity(self, judged: Judged, acted: Acted) -> float | None:

@@ -31,16 +31,17 @@ RESIDUAL = {"targets": (), "changes": (0.1, 0.2, 0.05, 0.1, 0.1, 0.0, 0.0)}
 
 
 def history(seed: int, steps: int, length: int = 8) -> ActionHistory:
-    """Random motion before a camera that sees noise; every third step is the VLA's, with a plan of four actions."""
+    """Random motion before a camera that sees noise; every third step is the VLA's, with a plan of four actions and some
+    proposal."""
     g = np.random.default_rng(seed)
-    made = ActionHistory(LIBERO, length, plans=True)
+    made = ActionHistory(LIBERO, length, plans=True, errors=True)
     for i in range(steps):
         made.observe(g.normal(0, 0.3, 5), g.integers(0, 256, (16, 16, 3), np.uint8))
         action = g.uniform(-1, 1, 7).astype(np.float32)
         asked = i % 3 == 0
         plan, features = g.uniform(-1, 1, (4, 7)).astype(np.float32), g.normal(size=5).astype(np.float32)
         output = VLAOutput(plan, confidence=g.uniform(0, 1, 7).astype(np.float32), features=features) if asked else None
-        made.act(action, Source.VLA if asked else Source.GENERATOR, output)
+        made.act(action, Source.VLA if asked else Source.GENERATOR, output, g.uniform(-1, 1, 7).astype(np.float32))
     made.observe(g.normal(0, 0.3, 5), g.integers(0, 256, (16, 16, 3), np.uint8))
     return made
 
@@ -79,11 +80,12 @@ def test_every_generator_says_what_its_torch_module_says(kind, inputs, residual)
         assert np.abs(reference).std() > 0.01
 
 
-@pytest.mark.parametrize(("inputs", "eyes"), product(INPUTS, (None, EyesConfig(size=16, width=4))))
-def test_every_gate_says_what_its_torch_module_says(inputs, eyes):
+@pytest.mark.parametrize(("inputs", "eyes", "error"), product(INPUTS, (None, EyesConfig(size=16, width=4)), (False, True)))
+def test_every_gate_says_what_its_torch_module_says(inputs, eyes, error):
     for depth, rows in product((0, 1, 3), (1, FEW_ROWS)):
         features = FeatureConfig(7, 8, **INPUTS[inputs])
-        gate = scrambled(ActionTypeClassifier(ClassifierConfig(features, width=16, depth=depth, eyes=eyes)))
+        config = ClassifierConfig(features, width=16, depth=depth, eyes=eyes, last_disagreement=error)
+        gate = scrambled(ActionTypeClassifier(config))
         window, g = batch(rows), np.random.default_rng(1)
         proposals = g.uniform(-1, 1, (rows, 7)).astype(np.float32)
         reference = gate.probability(to_device(window, "cpu"), torch.from_numpy(proposals)).detach().numpy()

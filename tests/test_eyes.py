@@ -152,7 +152,7 @@ def test_calibration_decides_as_the_robot_does(store, export_folder):
     export = load_export(export_folder)
     limits, generator = export.limits("last", LIBERO), export.generator("last", LIBERO)
     data = RolloutData([store], 6, eyes=SMALL, space=export.space.to_dict())
-    lowest, _ = judge_episode(data, generator, export.gates["last"], 0, STEPS, export.tolerance, limits)
+    lowest, _ = judge_episode(data.seen, generator, export.gates["last"], 0, STEPS, export.tolerance, limits)
     recorded = next(read_episodes(store))
     history, gate = ActionHistory(export.acting_space(LIBERO), 6), LearnedGate.from_export(export, "last", 1.0, LIBERO)
     for t, action in enumerate(recorded.actions):

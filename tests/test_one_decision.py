@@ -113,7 +113,7 @@ def test_the_three_ways_agree_at_every_step(store, export):
         rows = judged.episode == e
         np.testing.assert_array_equal(offline.generated(threshold)[rows], acts[1:])
         np.testing.assert_array_equal(offline.refused(threshold)[rows], [d.refused for d in decisions[1:]])
-        lowest, deviates = judge_episode(data, generator, classifier, first, info.length, TOLERANCE, limits)
+        lowest, deviates = judge_episode(data.seen, generator, classifier, first, info.length, TOLERANCE, limits)
         labelled = recorded.sources != Source.HELD
         np.testing.assert_array_equal(lowest <= threshold, acts & labelled)  # nobody knows what the VLA would have done
         assert np.isinf(lowest[0]) and not deviates[~labelled].any()

@@ -222,7 +222,7 @@ def test_calibration_counts_what_the_gate_would_execute(export_folder, folder):
     data = plan_of.rollouts
     generator, gate = make_baseline("last", data.space), export.gates["mlp"]
     first, length = data.split.calibration[2]
-    lowest, deviates = judge_episode(data, generator, gate, first, length, 0.2, data.space)
+    lowest, deviates = judge_episode(data.seen, generator, gate, first, length, 0.2, data.space)
     batch = data.windows.batch(np.arange(first, first + length))
     proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
     for threshold in (0.05, 0.3, 0.7):

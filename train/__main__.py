@@ -15,6 +15,8 @@ from spvla.generators.features import FeatureConfig
 from train.distill import distill
 from train.export import export
 
+LINKED = ("features", "space", "residual", "judges", "fold", "eyes", "last_disagreement")  # the last four are a gate's
+
 
 def fit(arguments: list[str]) -> None:
     """Lightning's own command line: ``--config`` names model, data and trainer."""
@@ -25,7 +27,7 @@ def fit(arguments: list[str]) -> None:
 
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            for name in ("features", "space", "residual", "judges", "fold", "eyes"):  # the last three are a gate's
+            for name in LINKED:
                 parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
         def parse_arguments(self, *args: Any, **kwargs: Any) -> None:

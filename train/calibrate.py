@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.floor import noise_floor
-from data.windows import blocks_of
+from data.windows import Windows, blocks_of
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
 from spvla.export import Export
@@ -41,6 +41,7 @@ def calibration_curve(
     pools: dict[tuple[Any, ...], list[Judged]] = {}
     facts = {first: (store, info) for store, first, info in data.windows.episodes}
     unlabelled = 0
+    windows = data.judged([generator], data.split.calibration)
     for first, length in data.split.calibration:
         store, info = facts[first]
         frames = slice(info.start, info.start + length)
@@ -48,7 +49,7 @@ def calibration_curve(
         if propensities is None and data.windows.stores[store].unlabelled(frames):
             unlabelled += 1
             continue
-        judged = judge_episode(data, generator, gate, first, length, tolerance, limits)
+        judged = judge_episode(windows, generator, gate, first, length, tolerance, limits)
         metadata = info.metadata
         generated = data.windows.stores[store].arrays["sources"][frames] == Source.GENERATOR
         coin = propensities is not None
@@ -72,7 +73,7 @@ def calibration_curve(
 
 
 def judge_episode(
-    data: RolloutData,
+    windows: Windows,
     generator: ActionGenerator,
     gate: ActionTypeClassifier,
     first: int,
@@ -80,18 +81,19 @@ def judge_episode(
     tolerance: float,
     limits: ActionSpace,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Per step of an episode: the lowest threshold at which the gate's candidate is executed, the generator's proposal or the
-    plan's next action (infinite where the VLA acts at any, and where nobody acted), and whether it is known to deviate."""
-    batch = data.seen.batch(np.arange(first, first + length, dtype=np.int64))
+    """Per step of an episode in ``windows`` as the gate sees them: the lowest threshold at which the gate's candidate is
+    executed, the generator's proposal or the plan's next action (infinite where the VLA acts at any, and where nobody acted),
+    and whether it is known to deviate."""
+    batch = windows.batch(np.arange(first, first + length, dtype=np.int64))
     proposals = np.ascontiguousarray(generator.propose(batch.window)[:, 0])
     verdicts = judge(gate, limits, batch.window, proposals)
     threshold = verdicts.lowest_threshold
     known = batch.valid[:, 0] > 0
-    at = int(np.searchsorted(data.windows.offsets, first, side="right")) - 1
-    start = first - int(data.windows.offsets[at])
-    unseen = np.isin(data.windows.stores[at].arrays["sources"][start : start + length], UNSEEN)
+    at = int(np.searchsorted(windows.offsets, first, side="right")) - 1
+    start = first - int(windows.offsets[at])
+    unseen = np.isin(windows.stores[at].arrays["sources"][start : start + length], UNSEEN)
     threshold[~known & ~unseen] = np.inf
-    return threshold, data.space.deviation(verdicts.actions, batch.targets[:, 0], tolerance) & known
+    return threshold, windows.space.deviation(verdicts.actions, batch.targets[:, 0], tolerance) & known
 
 
 def calibration_error(data: RolloutData, generator: ActionGenerator) -> float:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+from data.disagreement import frame_errors
 from data.splits import Split, split_episodes
 from data.store import RolloutStore
 from data.windows import BatchStream, Windows, blocks_of, mixture
@@ -142,10 +143,11 @@ class RolloutData(L.LightningDataModule):
         calibration_data: more rollout stores, of scenes that ``data`` does not train on: all their episodes calibrate.
         space: its scale normalises every action, as fields of :class:`spvla.actions.ActionSpace`; the first store's if None.
         eyes: what a gate sees of the recorded images, true or fields of :class:`spvla.gates.eyes.EyesConfig`; nothing if None.
+        last_disagreement: gates read the generator's error at the VLA's last call, see :meth:`judged`.
 
     Attributes:
         windows: for generators.
-        seen: the same for gates, with what their eyes see.
+        seen: the same for gates, with what their eyes see; whose generator errs is not yet known.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class RolloutData(L.LightningDataModule):
         calibration_data: list[Path] = [],  # noqa: B006
         space: dict[str, Any] | None = None,
         eyes: bool | dict[str, Any] | EyesConfig | None = None,
+        last_disagreement: bool = False,
     ) -> None:
         super().__init__()
         stores = [RolloutStore(path) for path in [*data, *calibration_data]]
@@ -174,6 +177,7 @@ class RolloutData(L.LightningDataModule):
         self.windows = Windows(stores, history, horizon, vla_confidence, vla_features, scale, vla_plan)
         self.eyes = eyes_config(eyes)
         self.seen = self.windows.seen(self.eyes)
+        self.last_disagreement = last_disagreement
         self.split = split_episodes(self.windows, calibration_fraction, seed, len(calibration_data))
         self.features = feature_config(self.windows, self.split, history, state_dims, state_lags, vla_output)
         self.residual = residual_spread(self.windows, self.split)
@@ -181,21 +185,30 @@ class RolloutData(L.LightningDataModule):
         self.batch_size, self.hide, self.seed = batch_size, hide, seed
         self.weights = None if weights is None else [*mixture(len(data), weights), *[0.0] * len(calibration_data)]
 
+    def judged(
+        self,
+        judges: Sequence[ActionGenerator],
+        spans: Sequence[tuple[int, int]],
+        fold: NDArray[np.uint8] | None = None,
+    ) -> Windows:
+        """What a gate sees in ``spans``, with the errors of ``judges`` if it reads them; arguments as for
+        :func:`data.disagreement.frame_errors`."""
+        return self.seen.knowing(frame_errors(self.windows, judges, spans, fold)) if self.last_disagreement else self.seen
+
     def stream(
         self,
         spans: Sequence[tuple[int, int]],
         batch_size: int | None = None,
         batches: int | None = None,
-        seen: bool = False,
+        windows: Windows | None = None,
     ) -> BatchStream:
-        """Shuffled batches of the windows in ``spans``; ``seen`` ones are for a gate."""
+        """Shuffled batches of the windows in ``spans``; a gate has ``windows`` of its own (:meth:`judged`)."""
         size = batch_size or self.batch_size
         passes, rank = (0, 0) if self.trainer is None else (self.trainer.current_epoch, self.trainer.global_rank)
-        windows = self.seen if seen else self.windows
-        return BatchStream(windows, spans, size, self.seed, self.hide, batches, self.weights, passes, rank)
+        return BatchStream(windows or self.windows, spans, size, self.seed, self.hide, batches, self.weights, passes, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return loader(self.stream(self.split.train, seen=True))
+        return loader(self.stream(self.split.train, windows=self.seen))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return loader(EpisodeBatches(self.seen, self.split.calibration))
@@ -318,6 +331,7 @@ class GateData(RolloutData):
                 raise InputError(f"{generator}: was trained with features that differ from this gate's data")
             fitted, self.fold = cross_fit(self, module.options(), steps, folds, Path(generator).stem)
             self.judges = [g.bind(self.space) for g in [*fitted, module.network]]
+        self.seen = self.judged(self.judges, [*self.split.train, *self.split.calibration], self.fold)
 
 
 def load_generator_module(checkpoint: str) -> GeneratorModule:

@@ -71,6 +71,7 @@ def export(
         calibration_data=calibration_data,
         space=module.space.to_dict(),
         eyes=classifier.config.eyes,
+        last_disagreement=classifier.config.last_disagreement,
     )
     name = name or module.network.config.kind
     defaults = {"generator": name, "gate": "learned", "risk": default_risk, "max_generated_run": max_generated_run}
@@ -78,7 +79,8 @@ def export(
     save_export(result, output)
     print_evidence(result)
     if onnx:
-        export_onnx(result, rollouts.seen, frames_of(rollouts.split.calibration), output)
+        windows = rollouts.judged([result.generator(name, rollouts.space)], rollouts.split.calibration)
+        export_onnx(result, windows, frames_of(rollouts.split.calibration), output)
     print(f"exported to {output}")
 
 
@@ -110,7 +112,8 @@ def _window(names: Sequence[str], fields: Sequence[Tensor]) -> Window:
 
 
 def export_onnx(export: Export, windows: Windows, frames: np.ndarray, output: Path) -> None:
-    """Write ``generators/<name>.onnx`` and ``gates/<name>.onnx`` for every learned generator and compare them to torch.
+    """Write ``generators/<name>.onnx`` and ``gates/<name>.onnx`` for every learned generator and compare them to torch on
+    ``windows`` as the gates see them.
 
     Inputs are a window's fields by name (batch size is free), the gate's also ``proposal`` (B, D), normalised.
 
@@ -124,21 +127,22 @@ def export_onnx(export: Export, windows: Windows, frames: np.ndarray, output: Pa
     for name, network in export.generators.items():
         with torch.inference_mode():
             proposals = network.actions(window)[:, 0]
-        used = _used(inputs, network.config.features, eyes=False)
+        used = _used(inputs, network.config.features)
         _write_onnx(_FlatGenerator(network, list(used)), used, output / "generators" / f"{name}.onnx")
         gate = export.gates.get(name)
         if gate is None:
             continue
-        used = _used(inputs, gate.config.features, eyes=gate.eyes is not None)
+        used = _used(inputs, gate.config.features, gate.eyes is not None, gate.config.last_disagreement)
         _write_onnx(_FlatGate(gate, list(used)), {**used, "proposal": proposals.clone()}, output / "gates" / f"{name}.onnx")
 
 
-def _used(inputs: dict[str, Tensor], features: Any, eyes: bool) -> dict[str, Tensor]:
+def _used(inputs: dict[str, Tensor], features: Any, eyes: bool = False, errors: bool = False) -> dict[str, Tensor]:
     """The window fields that a model reads (ONNX drops the others)."""
     skip = set() if features.vla_output else {"vla_state", "vla_age"}
     skip |= set() if features.vla_confidence else {"vla_confidence"}
     skip |= set() if features.vla_features else {"vla_features"}
     skip |= set() if eyes else {"frame", "vla_frame"}
+    skip |= set() if errors else {"vla_error"}
     return {k: v for k, v in inputs.items() if k not in skip}
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.disagreement import propose
 from data.windows import Batch
 from spvla.actions import ActionSpace
 from spvla.errors import InputError
@@ -171,6 +172,7 @@ class ClassifierModule(_Module):
         learning_rate, weight_decay: of AdamW.
         tolerance: error beyond which a step deviates, normalised units.
         eyes: true or fields of :class:`spvla.gates.eyes.EyesConfig`: the gate sees the scene; None: it does not.
+        last_disagreement: the gate reads the generator's error at the VLA's last call.
     """
 
     def __init__(
@@ -186,9 +188,11 @@ class ClassifierModule(_Module):
         weight_decay: float = 3e-2,
         tolerance: float = 0.2,
         eyes: bool | dict[str, Any] | EyesConfig | None = None,
+        last_disagreement: bool = False,
     ) -> None:
         super().__init__()
-        self.network = ActionTypeClassifier(ClassifierConfig(features, width, depth, dropout, eyes_config(eyes)))
+        config = ClassifierConfig(features, width, depth, dropout, eyes_config(eyes), last_disagreement)
+        self.network = ActionTypeClassifier(config)
         self.space, self.tolerance = space, tolerance
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.judges, self.fold = judges, fold
@@ -234,11 +238,7 @@ class ClassifierModule(_Module):
         """Proposals (B, D), whether they deviate, and whether that is known, in the shape of the classifier's answer: (B,), or
         with arms (2, B), the second row about what the VLA's plans have next."""
         window = to_numpy(replace(batch.window, frame=None, vla_frame=None))
-        proposals = np.zeros((len(frames), self.space.dim), np.float32)
-        for k, judge in enumerate(self.judges):
-            rows = self.fold[frames] == k
-            if rows.any():
-                proposals[rows] = judge.propose(select(window, rows))[:, 0]
+        proposals = propose(self.judges, self.fold[frames], window)
         targets = torch.as_tensor(batch.targets)[:, 0].cpu().numpy()
         deviates = self.space.deviation(proposals, targets, self.tolerance)
         known = torch.as_tensor(batch.valid)[:, 0]
@@ -289,11 +289,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{path}: no such checkpoint") from None
     except (KeyError, RuntimeError, EOFError, UnpicklingError) as error:
         raise InputError(f"{path}: not a checkpoint of `python -m train fit` ({type(error).__name__})") from None
-
-
-def select(window: Any, rows: np.ndarray) -> Any:
-    """The windows of a batch at ``rows``."""
-    return type(window)(**{k: None if v is None else v[rows] for k, v in vars(window).items()})
 
 
 def to_numpy(window: Any) -> Any:

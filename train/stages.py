@@ -86,7 +86,8 @@ class Plan:
     @cached_property
     def rollouts(self) -> RolloutData:
         """The windows, in this process."""
-        return RolloutData(**self.data, eyes=self.gate.get("eyes"))
+        inputs = {name: self.gate[name] for name in ("eyes", "last_disagreement") if name in self.gate}
+        return RolloutData(**self.data, **inputs)
 
     @cached_property
     def fold(self) -> NDArray[np.uint8]:
@@ -123,7 +124,9 @@ class Plan:
         if stage.kind == "gate":
             judges, fold = self.judges(stage.name)
             module = ClassifierModule(data.features, judges, fold, data.space, **self.gate, tolerance=self.tolerance)
-            quick_fit(module, data.stream(data.split.train, batches=self.gate_steps, seen=True), str(stage), position)
+            windows = data.judged(judges, data.split.train, fold)
+            stream = data.stream(data.split.train, batches=self.gate_steps, windows=windows)
+            quick_fit(module, stream, str(stage), position)
             network = module.network
         else:
             options = dict(self.learned[stage.name])
@@ -142,7 +145,7 @@ class Plan:
 
     def classifier(self, name: str) -> ActionTypeClassifier:
         """A gate as its stage left it."""
-        fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout")}
+        fields = {k: v for k, v in self.gate.items() if k in ("width", "depth", "dropout", "last_disagreement")}
         config = ClassifierConfig(self.rollouts.features, **fields, eyes=eyes_config(self.gate.get("eyes")))
         network = ActionTypeClassifier(config)
         return load_stage(network, self.path(Stage("gate", name)))

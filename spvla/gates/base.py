@@ -93,6 +93,12 @@ def reads_plan(part: object) -> bool:
     return bool(getattr(part, "reads_plan", False))
 
 
+def reads_error(part: object) -> bool:
+    """Whether a gate reads the generator's error at the VLA's last call (its attribute ``reads_error``): the policy then asks
+    the generator also in the VLA's steps about which the gate is not asked."""
+    return bool(getattr(part, "reads_error", False))
+
+
 def eyes_of(part: object) -> EyesConfig | None:
     """The eyes of a gate (its attribute ``eyes``), which needs the camera at every step then; None if it has none."""
     return getattr(part, "eyes", None)

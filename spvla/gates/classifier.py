@@ -18,7 +18,7 @@ from spvla.fields import check_fields, naming
 from spvla.gates.base import Decisions
 from spvla.gates.eyes import OUTPUTS, Eyes, EyesConfig, eyes_config
 from spvla.generators.arrays import FEW_ROWS
-from spvla.generators.features import FeatureConfig, HistoryFeatures, cat
+from spvla.generators.features import FeatureConfig, HistoryFeatures, cat, feature_names
 from spvla.generators.learned import LARGEST, MLP
 from spvla.history import Window
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spvla.export import Export
 
 REASONS = np.array(["first step", "unfamiliar state", "classifier"])  # how many conditions hold: the VLA has acted; familiar
+ERROR_GAIN = 5.0  # an error at the usual tolerance of 0.2 is one
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ClassifierConfig:
         width, depth: hidden width and number of hidden layers.
         dropout: in training only.
         eyes: what it sees of the scene, beside the history; None: nothing.
+        last_disagreement: the generator's error at the VLA's last call is an input.
     """
 
     features: FeatureConfig
@@ -44,6 +46,7 @@ class ClassifierConfig:
     depth: int = 3
     dropout: float = 0.1
     eyes: EyesConfig | None = None
+    last_disagreement: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.features, dict):
@@ -53,6 +56,19 @@ class ClassifierConfig:
             check_fields(self, at_least={"width": 1, "depth": 0, "dropout": 0}, at_most=LARGEST)
         if self.dropout >= 1:
             raise InputError(f"gate: dropout must lie below 1, got {self.dropout}")
+
+
+def input_names(config: ClassifierConfig) -> list[str]:
+    """The name of every input of a classifier's network, in order."""
+    dim = config.features.action_dim
+    names = feature_names(config.features)
+    names += [f"eyes[{i}]" for i in range(OUTPUTS if config.eyes is not None else 0)]
+    names += [f"last_disagreement[{d}]" for d in range(dim if config.last_disagreement else 0)]
+    compared = ["proposal", "proposal-action[t-1]", "proposal-vla_action"]
+    if config.features.vla_plan:
+        compared += ["proposal-other arm"]
+    names += [f"{name}[{d}]" for name in compared for d in range(dim)]
+    return names + (["arm"] if config.features.vla_plan else [])
 
 
 class ActionTypeClassifier(nn.Module):
@@ -69,9 +85,7 @@ class ActionTypeClassifier(nn.Module):
         self.features = HistoryFeatures(config.features)
         self.arms = config.features.vla_plan > 0
         self.eyes = None if config.eyes is None else Eyes(config.eyes)
-        dim, seen = config.features.action_dim, 0 if self.eyes is None else OUTPUTS
-        size = self.features.size + seen + 3 * dim + (dim + 1 if self.arms else 0)
-        self.net = MLP([size, *[config.width] * config.depth, 1], config.dropout)
+        self.net = MLP([len(input_names(config)), *[config.width] * config.depth, 1], config.dropout)
 
     def forward(self, window: Window, proposal: Tensor) -> Tensor:
         """A window of tensors and the generator's normalised proposals (B, D) to logits (B,): positive means deliberative. With
@@ -80,6 +94,8 @@ class ActionTypeClassifier(nn.Module):
         features = self.features(window)
         if self.eyes is not None:
             features = torch.cat([features, self.eyes(window)], 1)
+        if self.config.last_disagreement:
+            features = torch.cat([features, torch.as_tensor(self._error(window))], 1)
         return self._of_arms(self.net(self._inputs(features, proposal, *told)))
 
     def probability(self, window: Window, proposal: Tensor) -> Tensor:
@@ -96,8 +112,17 @@ class ActionTypeClassifier(nn.Module):
             rows = self.features.rows(window)
             if self.eyes is not None:
                 rows = np.concatenate([rows, self.eyes.rows(window)], 1)
+            if self.config.last_disagreement:
+                rows = np.concatenate([rows, self._error(window)], 1)
             inputs = self._inputs(rows, proposals, *self._told(window))
             return self._of_arms(expit(self.net.arrays(inputs))).astype(np.float64)
+
+    def _error(self, window: Window) -> Any:
+        """How far off the generator was at the VLA's last call, (B, D), of order one."""
+        if window.vla_error is None:
+            told = "gate: reads the generator's error at the VLA's last call, which this window does not have"
+            raise InputError(told, code="no-disagreement", field="vla_error")
+        return window.vla_error * ERROR_GAIN
 
     def _told(self, window: Window) -> list[Any]:
         """What a proposal is compared with: the last action and the VLA's own last, (B, D); with arms also the rest of its
@@ -240,6 +265,11 @@ class LearnedGate:
     def reads_plan(self) -> bool:
         """Whether it decides between the plan's next action and the generator's, too."""
         return self.classifier.arms
+
+    @property
+    def reads_error(self) -> bool:
+        """Whether the generator's error at the VLA's last call is an input."""
+        return self.classifier.config.last_disagreement
 
     @property
     def eyes(self) -> EyesConfig | None:

@@ -51,7 +51,7 @@ from spvla.actions import ActionSpace, FloatArray
 from spvla.errors import InputError
 from spvla.fields import check_fields, naming
 from spvla.files import read_json, write_text
-from spvla.gates.base import Decisions, Gate, eyes_of, reads_plan
+from spvla.gates.base import Decisions, Gate, eyes_of, reads_error, reads_plan
 from spvla.gates.classifier import LearnedGate
 from spvla.gates.eyes import EyesConfig
 from spvla.gates.meter import DriftAlarm, losses_bound, mostly_wrong
@@ -166,6 +166,7 @@ class LiveGate:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.gate, self.grid, self.risk, self.space, self.tolerance = gate, grid, risk, space, tolerance
+        self.reads_error = reads_error(gate)
         self.options = options = options or LiveOptions()
         self.start = start if options.start is None else options.start
         self.allowed = risk / (1 - options.audit) if options.executed else risk

@@ -109,7 +109,8 @@ class PolicyServer(ModelServer):
         """Raise :class:`InputError` if generator or gate read the state, which this interface does not pass on."""
         if policy.generator is None or policy.gate is None:
             return
-        history = ActionHistory(policy.space, policy.history.length)
+        own = policy.history
+        history = ActionHistory(policy.space, own.length, own.plans, own.errors)
         history.observe(None)
         with naming("interface.state is not given, though the generator or its gate needs it"):
             window = history.window()
