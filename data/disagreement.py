@@ -21,7 +21,7 @@ ROWS = 65536  # windows at a time
 
 def select(window: Window, rows: NDArray[np.bool_]) -> Window:
     """The windows of a batch at ``rows`` (B,)."""
-    return Window(**{k: None if v is None else v[rows] for k, v in vars(window).items()})
+    return Window(**{k: None if v is None else v[rows] for k, v in vars(window).items()})  # type: ignore[arg-type]
 
 
 def propose(judges: Sequence[ActionGenerator], fold: NDArray[np.uint8], window: Window) -> FloatArray:

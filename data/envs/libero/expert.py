@@ -79,12 +79,12 @@ def expert_action(state: PrivilegedState, *goals: Goal | Turn) -> Float64Array:
     """The expert's action (7,) in LIBERO's units for any state: for what is in the hand, else for the first of the goals that
     does not hold yet, knobs before all others."""
     knobs = [goal.part for goal in goals if isinstance(goal, Turn) and state.opened(goal.part) < ON]
-    goals = tuple(goal for goal in goals if isinstance(goal, Goal))
-    if not goals:
+    asked = [goal for goal in goals if isinstance(goal, Goal)]
+    if not asked:
         return turn_on(state, knobs[0]) if knobs else command(state, np.zeros(3), 0.0, close=False)
-    items = [extent(state, goal.item) for goal in goals]
-    places = [plan_place(state, goal, item) for goal, item in zip(goals, items, strict=True)]
-    grips = [firmness(state, goal.item, item) for goal, item in zip(goals, items, strict=True)]
+    items = [extent(state, goal.item) for goal in asked]
+    places = [plan_place(state, goal, item) for goal, item in zip(asked, items, strict=True)]
+    grips = [firmness(state, goal.item, item) for goal, item in zip(asked, items, strict=True)]
     left = [k for k, place in enumerate(places) if not place.done]
     in_hand = [k for k, grip in enumerate(grips) if grip is not None]
     if knobs and not in_hand:
@@ -94,7 +94,7 @@ def expert_action(state: PrivilegedState, *goals: Goal | Turn) -> Float64Array:
     if finished := [k for k in in_hand if k not in left]:
         return _let_go(state, places[finished[0]], items[finished[0]])
     k = next((k for k in left if k in in_hand), left[0])
-    goal, item, place, grip = goals[k], items[k], places[k], grips[k]
+    goal, item, place, grip = asked[k], items[k], places[k], grips[k]
     if object_words(goal.item) in PUSHED:
         return command(state, push(state, goal.item, item, place), 0.0, close=True)
     if grip is not None:
