@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from spvla.errors import InputError
+from spvla.hub import PRETRAINED
 from spvla.observation import Observation
 from spvla.vlas.openvla_oft import OpenVLAOFT
 from spvla.vlas.registry import load_vla
@@ -112,3 +113,14 @@ def test_the_packaged_recipe_is_small_and_has_room_for_every_instruction(tmp_pat
     suites = json.loads((DATA / "libero_instructions" / "libero_task_instructions.json").read_text())
     for task in (task for tasks in suites.values() for task in tasks):
         assert 0 not in m.network.tokenize(task["instruction_from_filename"]), task
+
+
+def test_the_packaged_chunked_vla_plans_sixteen_actions_from_pixels_and_state():
+    vla = load_vla("nano_oft")
+    assert isinstance(vla, OpenVLAOFT) and vla.state_dim == 8 and vla.cameras == ("image",)
+    vla.reset("pick up the milk and place it in the basket")
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    actions = vla.predict(Observation(image, np.array([-0.1, 0, 0.3, 3.1, 0, 0, 0.04, -0.04], np.float32))).actions
+    assert actions.shape == (16, 7) and set(np.unique(actions[:, 6])) <= {-1.0, 1.0}
+    size = sum(file.stat().st_size for file in (PRETRAINED / "nano_oft").iterdir())
+    assert size < 16e6
